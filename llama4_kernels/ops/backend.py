@@ -1,0 +1,149 @@
+"""Which backend computes an op: by request where there is one, else the first of BACKENDS that can run."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+ENVIRONMENT_VARIABLE = "LLAMA4_KERNELS_BACKEND"
+
+BACKENDS = ("cuda", "triton", "reference")
+
+# op -> stem: the module of that name here in ops/ and in the folder of every backend that has the op
+OPS = {
+    "quantize_per_token": "quantization",
+    "route_top1": "routing",
+    "grouped_gemm": "grouped_gemm",
+    "moe_gate_up": "moe",
+    "moe_down": "moe",
+    "fused_moe": "moe",
+    "rope_qk_norm": "rope",
+    "chunked_attention": "attention",
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend taken for an op, and why."""
+
+    op: str
+    backend: str
+    why: str
+
+
+_in_context: contextvars.ContextVar[str] = contextvars.ContextVar("llama4_kernels_backend", default="")
+
+
+@contextlib.contextmanager
+def use_backend(default: str | None = None, **per_op: str) -> Iterator[None]:
+    """Force backends within a `with` block; takes precedence over the environment variable LLAMA4_KERNELS_BACKEND.
+
+    default: backend for every op ("cuda", "triton", "reference"), or None to leave the others as they were.
+    per_op: backend by op name or by stem (routing, quantization, grouped_gemm, moe, attention, rope).
+    Raises ValueError for an unknown backend or op.
+
+    >>> import torch, llama4_kernels
+    >>> with llama4_kernels.use_backend("reference"):
+    ...     llama4_kernels.ops.quantize_per_token(torch.ones(1, 4)).codes.float()
+    tensor([[448., 448., 448., 448.]])
+    """
+    spec = ",".join(([default] if default else []) + [f"{name}={backend}" for name, backend in per_op.items()])
+    _parse(spec, "use_backend")
+    token = _in_context.set(f"{_in_context.get()},{spec}")
+    try:
+        yield
+    finally:
+        _in_context.reset(token)
+
+
+def available_backends(op: str, device: torch.device | str | None = None) -> dict[str, str]:
+    """Backend -> "" where it can compute `op` on `device` (the first GPU if there is one, else the CPU), or why not.
+
+    >>> import llama4_kernels
+    >>> llama4_kernels.available_backends("route_top1", "cpu")["reference"]
+    ''
+    """
+    if op not in OPS:
+        raise ValueError(f"op is {op!r}, needs one of {', '.join(OPS)}")
+    device = _default_device() if device is None else torch.device(device)
+    return {backend: _why_not(backend, op, device) for backend in BACKENDS}
+
+
+def choices(device: torch.device | str | None = None) -> list[Choice]:
+    """The choice for every op on `device`; RuntimeError where a requested backend cannot run."""
+    device = _default_device() if device is None else torch.device(device)
+    return [_choose(op, device, os.environ.get(ENVIRONMENT_VARIABLE, ""), _in_context.get()) for op in OPS]
+
+
+def implementation(op: str, device: torch.device) -> Callable:
+    """The function that computes `op` for tensors on `device`."""
+    chosen = _choose(op, device, os.environ.get(ENVIRONMENT_VARIABLE, ""), _in_context.get())
+    return _find(chosen.backend, op)
+
+
+@functools.lru_cache(maxsize=None)
+def _choose(op: str, device: torch.device, environment: str, context: str) -> Choice:
+    for source, spec in (("use_backend", context), (ENVIRONMENT_VARIABLE, environment)):
+        backend = _parse(spec, source).get(op)
+        if backend is None:
+            continue
+        reason = _why_not(backend, op, device)
+        if reason:
+            raise RuntimeError(f"{source} asks for {backend} to compute {op} on {device}, but {reason}")
+        return Choice(op, backend, f"asked for by {source}")
+    reasons = []
+    for backend in BACKENDS:
+        reason = _why_not(backend, op, device)
+        if not reason:
+            return Choice(op, backend, "; ".join(reasons) or "first choice on this device")
+        reasons.append(f"{backend}: {reason}")
+    raise RuntimeError(f"no backend computes {op} on {device}: {'; '.join(reasons)}")
+
+
+@functools.lru_cache(maxsize=None)
+def _parse(spec: str, source: str) -> dict[str, str]:
+    """A request such as "triton,attention=cuda" as op -> backend; an op's own name beats its stem, which beats the default."""
+    default: dict[str, str] = {}
+    by_stem: dict[str, str] = {}
+    by_op: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in spec.split(","))):
+        name, _, backend = part.rpartition("=")
+        if backend not in BACKENDS:
+            raise ValueError(f"{source} names the backend {backend!r}, needs one of {', '.join(BACKENDS)}")
+        if not name:
+            default = dict.fromkeys(OPS, backend)
+        elif name in OPS:
+            by_op[name] = backend
+        elif name in OPS.values():
+            by_stem |= {op: backend for op, stem in OPS.items() if stem == name}
+        else:
+            known = ", ".join(dict.fromkeys([*OPS.values(), *OPS]))
+            raise ValueError(f"{source} names the op {name!r}, needs one of {known}")
+    return default | by_stem | by_op
+
+
+@functools.lru_cache(maxsize=None)
+def _why_not(backend: str, op: str, device: torch.device) -> str:
+    reason = importlib.import_module(f"llama4_kernels.{backend}").why_not(device)
+    if not reason and _find(backend, op) is None:
+        reason = f"llama4_kernels has no {backend} kernel for it yet"
+    return reason
+
+
+@functools.lru_cache(maxsize=None)
+def _find(backend: str, op: str) -> Callable | None:
+    module = f"llama4_kernels.{backend}.{OPS[op]}"
+    if importlib.util.find_spec(module) is None:
+        return None
+    return getattr(importlib.import_module(module), op, None)
+
+
+def _default_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,0 +1,67 @@
+"""The four records that the ops take and give. All tensors of one record are on one device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """FP8 activations.
+
+    codes: float8_e4m3fn, the shape [T, K] of the source.
+    scale: float32; value = codes * scale. [] per tensor, [T] per token (row), or [T, K / 128] per 128 columns of a row.
+    """
+
+    codes: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Top-1 expert of each of T tokens, and the tokens sorted by expert.
+
+    expert_ids: [T] int32, argmax of the router logits, the lowest index on ties.
+    scores: [T] float32, sigmoid of the winning logit.
+    order: [T] int32, the token at each sorted position: by expert, then by token (stable).
+    offsets: [E + 1] int32, expert e owns the sorted positions offsets[e] to offsets[e + 1].
+    """
+
+    expert_ids: Tensor
+    scores: Tensor
+    order: Tensor
+    offsets: Tensor
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A weight, or a stack of weights, K-major: y = x · weightᵀ.
+
+    weight: [.., N, K] bfloat16, float32 or float8_e4m3fn.
+    scale: float32, only with an fp8 weight: [..] per tensor, [.., N] per output channel, or [.., ceil(N / 128), ceil(K / 128)]
+        per 128 × 128 block; value = weight * scale.
+    input_scale: float32 [] static activation scale per tensor, or None where activations are quantised dynamically.
+    """
+
+    weight: Tensor
+    scale: Tensor | None = None
+    input_scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MoEWeights:
+    """One MoE layer's weights on this rank. H hidden size, E experts, I expert intermediate size on this rank.
+
+    router: [E, H] bfloat16 or float32.
+    w13: routed experts, weight [E, 2I, H], gate rows first, then up rows.
+    w2: routed experts, weight [E, H, I].
+    shared_w13, shared_w2: the shared expert, weights [2I, H] and [H, I]; their dtype may differ from the routed ones'.
+    """
+
+    router: Tensor
+    w13: Linear
+    w2: Linear
+    shared_w13: Linear
+    shared_w2: Linear
