@@ -1,0 +1,59 @@
+"""Offline compilation of every shipped kernel, against the committed baseline.json.
+
+Margins: registers and instructions may grow by a tenth, shared memory not at all; spills are never allowed. On purpose worse, or better:
+`python tests/triton/offline.py` rewrites the baseline. Another Triton version than the baseline's is held to the absolute rules only.
+"""
+
+import json
+
+import offline
+import pytest
+import triton
+
+pytestmark = pytest.mark.compile
+
+GROWTH = 1.1
+
+
+@pytest.fixture(scope="module", params=offline.ARCHITECTURES)
+def architecture(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def kernels(architecture):
+    return offline.measure(architecture)
+
+
+def test_no_kernel_spills(kernels):
+    assert {name: kernel["spill_bytes"] for name, kernel in kernels.items() if kernel["spill_bytes"]} == {}
+
+
+def test_shared_memory_fits(architecture, kernels):
+    limit = {"sm_90": 227 * 1024, "sm_80": 163 * 1024}[architecture]
+    assert {name: kernel["shared_bytes"] for name, kernel in kernels.items() if kernel["shared_bytes"] > limit} == {}
+
+
+@pytest.mark.parametrize("claim, instruction", [("WGMMA", "wgmma"), ("TMA", "tma_load")])
+def test_hopper_instructions(architecture, kernels, claim, instruction):
+    if architecture != "sm_90":
+        pytest.skip("Hopper only")
+    claimed = offline.requirements(claim)
+    lacking = [name for name, kernel in kernels.items() if name.split("[")[0] in claimed and not kernel[instruction]]
+    assert lacking == []
+    assert claimed <= {name.split("[")[0] for name in kernels}
+
+
+def test_no_worse_than_the_baseline(architecture, kernels):
+    baseline = json.loads(offline.BASELINE.read_text())
+    if baseline["triton"] != triton.__version__:
+        pytest.skip(f"the baseline is from Triton {baseline['triton']}")
+    expected = baseline[architecture]
+    assert sorted(kernels) == sorted(expected), "other kernels ship than the baseline lists: python tests/triton/offline.py rewrites it"
+    worse = [
+        f"{name}: {what} {expected[name][what]} -> {kernel[what]}"
+        for name, kernel in kernels.items()
+        for what, growth in (("registers", GROWTH), ("instructions", GROWTH), ("shared_bytes", 1.0))
+        if kernel[what] > growth * expected[name][what]
+    ]
+    assert worse == []
