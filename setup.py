@@ -1,0 +1,105 @@
+"""Builds llama4_kernels.cuda._C with nvcc through CMake, or leaves it out and says why.
+
+LLAMA4_KERNELS_CUDA=auto builds it where nvcc and the build tools are found; on makes their absence an error; off leaves it out.
+nvcc is $CUDACXX, else $CUDA_HOME/bin/nvcc, else $CUDA_PATH/bin/nvcc, else the first on PATH.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ENVIRONMENT_VARIABLE = "LLAMA4_KERNELS_CUDA"
+MODES = ("auto", "on", "off")
+REASON_FILE = "not_built.txt"
+
+
+def cuda_mode(environ: Mapping[str, str]) -> str:
+    mode = environ.get(ENVIRONMENT_VARIABLE, "auto")
+    if mode not in MODES:
+        raise SystemExit(f"{ENVIRONMENT_VARIABLE} is {mode!r}, needs one of {', '.join(MODES)}")
+    return mode
+
+
+def find_nvcc(environ: Mapping[str, str]) -> str | None:
+    candidates = [environ["CUDACXX"]] if environ.get("CUDACXX") else []
+    candidates += [f"{environ[home]}/bin/nvcc" for home in ("CUDA_HOME", "CUDA_PATH") if environ.get(home)]
+    for candidate in [*candidates, "nvcc"]:
+        if nvcc := shutil.which(candidate, path=environ.get("PATH", "")):
+            return nvcc
+    return None
+
+
+def missing_tools(environ: Mapping[str, str]) -> list[str]:
+    missing = [] if find_nvcc(environ) else ["nvcc (the CUDA toolkit; put it on PATH or set CUDA_HOME)"]
+    missing += [tool for tool in ("cmake", "ninja") if not shutil.which(tool, path=environ.get("PATH", ""))]
+    missing += [] if importlib.util.find_spec("pybind11") else ["pybind11"]
+    return missing
+
+
+def why_not_built(environ: Mapping[str, str]) -> str:
+    """Why to leave the CUDA extension out, or "" to build it. SystemExit where it is asked for and cannot be built."""
+    mode = cuda_mode(environ)
+    if mode == "off":
+        return f"it was installed with {ENVIRONMENT_VARIABLE}=off"
+    missing = missing_tools(environ)
+    if missing and mode == "on":
+        raise SystemExit(f"{ENVIRONMENT_VARIABLE}=on, but these are missing: {', '.join(missing)}")
+    return f"these were missing at installation: {', '.join(missing)}" if missing else ""
+
+
+class BuildCuda(build_ext):
+    """Writes either the extension or the reason for its absence into llama4_kernels/cuda."""
+
+    def run(self) -> None:
+        extension = Path(self.get_ext_fullpath(self.extensions[0].name)).resolve()
+        reason_file = extension.parent / REASON_FILE
+        extension.parent.mkdir(parents=True, exist_ok=True)
+        extension.unlink(missing_ok=True)
+        reason_file.unlink(missing_ok=True)
+        reason = why_not_built(os.environ)
+        if reason:
+            say(f"Triton-only installation without the CUDA extension: {reason}")
+            reason_file.write_text(reason + "\n")
+        else:
+            self.build_with_cmake(extension)
+
+    def build_with_cmake(self, extension: Path) -> None:
+        import pybind11
+
+        nvcc = find_nvcc(os.environ)
+        say(f"building the CUDA extension with {nvcc} (LLAMA4_KERNELS_CUDA=off leaves it out)")
+        build = Path(self.build_temp).resolve() / "cmake"
+        configure = [
+            *("cmake", "--fresh", "-G", "Ninja", "-S", str(Path(__file__).parent.resolve()), "-B", str(build)),
+            f"-DCMAKE_CUDA_COMPILER={nvcc}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DLLAMA4_KERNELS_OUTPUT={extension}",
+        ]
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build)], check=True)
+        say(f"built {extension.name}")
+
+    def get_outputs(self) -> list[str]:
+        extension = Path(self.get_ext_fullpath(self.extensions[0].name))
+        return [str(path) for path in (extension, extension.parent / REASON_FILE) if path.exists()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+def say(message: str) -> None:
+    print(f"llama4_kernels: {message}", flush=True)
+
+
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("llama4_kernels.cuda._C", sources=[])], cmdclass={"build_ext": BuildCuda})
