@@ -1,0 +1,1 @@
+"""The SGLang plugin: the only folder that imports sglang."""

@@ -1,0 +1,101 @@
+"""SGLang's attention backend for Llama 4: every layer, local and global, prefill, decode and mixed, through ops.chunked_attention.
+
+The kernel reads SGLang's own structures: req_to_token as the page table, one slot per position, and the full pool's mapping to the
+SWA pool for layers that live there. What a step needs beside them is made on the device, once, and recorded in CUDA graphs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from torch import Tensor
+
+from llama4_kernels import ops
+
+
+@dataclass(frozen=True)
+class StepMetadata:
+    """seq_lens [B] int32, keys in all; query_start_loc [B + 1] int32."""
+
+    seq_lens: Tensor
+    query_start_loc: Tensor
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """A layer's K and V [pages, page_size, num_kv_heads, head_dim], and the map from full-pool slots to its own, if it has one."""
+
+    k: Tensor
+    v: Tensor
+    slot_map: Tensor | None
+
+
+def layer_cache(pool, layer_id: int) -> LayerCache:
+    """The KV cache of a layer in SGLang's `pool`."""
+    is_swa = isinstance(pool, SWAKVPool) and pool.layers_mapping[layer_id][1]
+    k, v = (
+        buffer.view(-1, pool.page_size, *buffer.shape[1:]) for buffer in (pool.get_key_buffer(layer_id), pool.get_value_buffer(layer_id))
+    )
+    return LayerCache(k, v, pool.full_to_swa_index_mapping if is_swa else None)
+
+
+class Llama4AttentionBackend(AttentionBackend):
+    needs_cpu_seq_lens = False
+
+    def __init__(self, runner):
+        super().__init__()
+        self.req_to_token_pool = runner.req_to_token_pool
+        self.token_to_kv_pool = runner.token_to_kv_pool
+        self.forward_metadata: StepMetadata | None = None
+        self._one_query_each = torch.arange(self.req_to_token_pool.req_to_token.shape[0] + 1, dtype=torch.int32, device=runner.device)
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Nothing to allocate: a graph's metadata lives in its own memory pool."""
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        return 1
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
+        if forward_batch.forward_mode.is_decode_or_idle():
+            query_start_loc = self._one_query_each[: forward_batch.batch_size + 1]
+        else:
+            ends = forward_batch.extend_seq_lens.cumsum(0, dtype=torch.int32)
+            query_start_loc = torch.nn.functional.pad(ends, (1, 0))
+        self.forward_metadata = StepMetadata(forward_batch.seq_lens.to(torch.int32), query_start_loc)
+
+    def forward_extend(
+        self,
+        q: Tensor,
+        k: None,
+        v: None,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        *,
+        chunk_size: int | None,
+    ) -> Tensor:
+        """Attention of q [T, num_heads, head_dim] over the cache, which ops.rope_qk_norm has written: [T, num_heads · head_dim]."""
+        cache = layer_cache(self.token_to_kv_pool, layer.layer_id)
+        out = ops.chunked_attention(
+            q.view(-1, layer.tp_q_head_num, layer.head_dim),
+            cache.k,
+            cache.v,
+            page_table=self.req_to_token_pool.req_to_token,
+            page_table_rows=forward_batch.req_pool_indices,
+            page_table_holds="slots",
+            slot_map=cache.slot_map,
+            seq_lens=self.forward_metadata.seq_lens,
+            query_start_loc=self.forward_metadata.query_start_loc,
+            chunk_size=chunk_size,
+            scale=layer.scaling,
+            k_scale=layer.k_scale,
+            v_scale=layer.v_scale,
+        )
+        return out.flatten(1)
+
+    forward_decode = forward_extend

@@ -1,0 +1,260 @@
+"""Llama 4 for SGLang, computed by the ops of llama4_kernels.
+
+Embedding, norms, projections, the vision tower, sharding and the all-reduces between stages are SGLang's own; attention with RoPE and the
+KV-cache write, and the MoE layer with its routing, are ours.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from sglang.srt.layers.dp_attention import is_dp_attention_enabled
+from sglang.srt.layers.layer_boundary import append_stages, declare_attn, declare_ffn
+from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.layers.linear import QKVParallelLinear, ReplicatedLinear, RowParallelLinear
+from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
+from sglang.srt.layers.moe.utils import RoutingMethodType
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
+from sglang.srt.models import llama4, mllama4
+from sglang.srt.models.llama import LlamaMLP
+from sglang.srt.runtime_context import get_mm, get_model, get_parallel
+from sglang.srt.utils import add_prefix, make_layers
+from torch import Tensor, nn
+from transformers import Llama4Config, Llama4TextConfig
+
+from llama4_kernels import ops
+from llama4_kernels.ops import backend
+from llama4_kernels.sglang.attention import layer_cache
+from llama4_kernels.sglang.checkpoint import CheckedWeights, CheckpointError
+from llama4_kernels.sglang.config import LayerConfig, cos_sin_cache, layer_config
+from llama4_kernels.sglang.weights import adopt, moe_weights
+
+logger = logging.getLogger("llama4_kernels")
+
+# SGLang's overlapped schedule runs a request that has reached the context length a step or more further and drops the result.
+OVERLAP_STEPS = 8
+
+
+class Llama4MoE(nn.Module):
+    """Routed experts, top-1, and the shared expert; the output is this rank's part of the sum."""
+
+    def __init__(self, config: Llama4TextConfig, layer_id: int, quant_config: QuantizationConfig | None, prefix: str):
+        super().__init__()
+        self.router = ReplicatedLinear(
+            config.hidden_size, config.num_local_experts, bias=False, quant_config=None, prefix=add_prefix("router", prefix)
+        )
+        self.experts = FusedMoE(
+            num_experts=config.num_local_experts,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            layer_id=layer_id,
+            reduce_results=False,
+            quant_config=quant_config,
+            apply_router_weight_on_input=True,
+            routing_method_type=RoutingMethodType.Llama4,
+            prefix=add_prefix("experts", prefix),
+        )
+        if self.experts.moe_ep_size > 1:
+            raise ValueError(f"llama4_kernels serves Llama 4 without expert parallelism, got --ep-size {self.experts.moe_ep_size}")
+        self.shared_expert = LlamaMLP(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            hidden_act="silu",
+            quant_config=quant_config,
+            prefix=add_prefix("shared_expert", prefix),
+            reduce_results=False,
+        )
+
+    def forward(self, hidden_states: Tensor, forward_batch: ForwardBatch) -> Tensor:
+        return ops.fused_moe(hidden_states, moe_weights(self.router, self.experts, self.shared_expert))
+
+
+class Llama4Attention(nn.Module):
+    """qkv projection, RoPE or temperature with the KV-cache write, attention, output projection."""
+
+    def __init__(
+        self,
+        config: Llama4TextConfig,
+        layer: LayerConfig,
+        layer_id: int,
+        cos_sin: Tensor,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+    ):
+        super().__init__()
+        self.layer = layer
+        self.cos_sin = cos_sin if layer.use_rope else None
+        self.qkv_proj = QKVParallelLinear(
+            hidden_size=config.hidden_size,
+            head_size=config.head_dim,
+            total_num_heads=config.num_attention_heads,
+            total_num_kv_heads=config.num_key_value_heads,
+            bias=False,
+            quant_config=quant_config,
+            prefix=add_prefix("qkv_proj", prefix),
+            parallel_group="attn_tp",
+        )
+        self.o_proj = RowParallelLinear(
+            input_size=config.num_attention_heads * config.head_dim,
+            output_size=config.hidden_size,
+            bias=False,
+            quant_config=quant_config,
+            prefix=add_prefix("o_proj", prefix),
+            parallel_group="attn_tp",
+            reduce_results=False,
+        )
+        tp_size = get_parallel().attn_tp_size
+        self.attn = RadixAttention(
+            config.num_attention_heads // tp_size,
+            config.head_dim,
+            scaling=config.head_dim**-0.5,
+            num_kv_heads=max(1, config.num_key_value_heads // tp_size),
+            layer_id=layer_id,
+            quant_config=quant_config,
+            prefix=add_prefix("attn", prefix),
+            use_irope=layer.chunk_size is not None,
+        )
+
+    def forward(self, positions: Tensor, hidden_states: Tensor, forward_batch: ForwardBatch) -> Tensor:
+        qkv, _ = self.qkv_proj(hidden_states)
+        cache = layer_cache(get_token_to_kv_pool(), self.attn.layer_id)
+        q = ops.rope_qk_norm(
+            qkv,
+            positions,
+            num_heads=self.attn.tp_q_head_num,
+            num_kv_heads=self.attn.tp_k_head_num,
+            head_dim=self.attn.head_dim,
+            cos_sin=self.cos_sin,
+            qk_norm_eps=self.layer.qk_norm_eps,
+            temperature=self.layer.temperature,
+            k_cache=cache.k,
+            v_cache=cache.v,
+            slots=forward_batch.out_cache_loc,
+            slot_map=cache.slot_map,
+            k_scale=self.attn.k_scale,
+            v_scale=self.attn.v_scale,
+        )
+        attended = self.attn(q.flatten(1), None, None, forward_batch, save_kv_cache=False, chunk_size=self.layer.chunk_size)
+        output, _ = self.o_proj(attended)
+        return output
+
+
+class Llama4DecoderLayer(llama4.Llama4DecoderLayer):
+    """SGLang's order of stages, with our attention and MoE in them."""
+
+    def __init__(self, config: Llama4TextConfig, layer_id: int, cos_sin: Tensor, quant_config: QuantizationConfig | None, prefix: str):
+        nn.Module.__init__(self)
+        self.config = config
+        layer = layer_config(config, layer_id)
+        self.self_attn = Llama4Attention(config, layer, layer_id, cos_sin, quant_config, add_prefix("self_attn", prefix))
+        prefix = add_prefix("feed_forward", prefix)
+        if layer.is_moe:
+            self.feed_forward = Llama4MoE(config, layer_id, quant_config, prefix)
+        else:
+            self.feed_forward = LlamaMLP(
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size_mlp,
+                hidden_act="silu",
+                quant_config=quant_config,
+                prefix=prefix,
+                reduce_results=False,
+            )
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        feed_forward = declare_ffn(sparse=layer.is_moe, next_layer_sparse=layer_id + 1 in config.moe_layers)
+        self.attn_boundary, self.ffn_boundary = append_stages(
+            (declare_attn(), self.input_layernorm), (feed_forward, self.post_attention_layernorm)
+        )
+
+    def get_intermediate_size(self) -> int:
+        return self.config.intermediate_size if isinstance(self.feed_forward, Llama4MoE) else self.config.intermediate_size_mlp
+
+
+class Llama4Model(llama4.Llama4Model):
+    """Embedding, decoder layers and final norm, run in SGLang's order."""
+
+    def __init__(self, config: Llama4TextConfig, quant_config: QuantizationConfig | None, prefix: str):
+        nn.Module.__init__(self)
+        self.config = config
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size,
+            config.hidden_size,
+            quant_config=quant_config,
+            prefix=add_prefix("embed_tokens", prefix),
+            use_attn_tp_group=is_dp_attention_enabled(),
+        )
+        context_length = get_model().context_length or config.max_position_embeddings
+        cos_sin = cos_sin_cache(config, context_length + OVERLAP_STEPS)
+        self.layers = make_layers(
+            config.num_hidden_layers,
+            lambda idx, prefix: Llama4DecoderLayer(config, idx, cos_sin, quant_config, prefix),
+            prefix=add_prefix("layers", prefix),
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.layers_to_capture = []
+
+
+class _LanguageModel(llama4.Llama4ForCausalLM):
+    def _init_model(self, config: Llama4TextConfig, quant_config: QuantizationConfig | None = None, prefix: str = "") -> Llama4Model:
+        return Llama4Model(config, quant_config, prefix)
+
+
+class Llama4ForConditionalGeneration(mllama4.Llama4ForConditionalGeneration):
+    """Llama 4 with SGLang's vision tower, where the checkpoint has one and the server has multimodal input enabled."""
+
+    def __init__(self, config: Llama4Config | Llama4TextConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""):
+        nn.Module.__init__(self)
+        self.config = config
+        self.quant_config = quant_config
+        text_config = config.get_text_config()
+        self.has_vision_weights = self._has_vision_weights(config)
+        self.has_vision = self.has_vision_weights and get_mm().enable_multimodal
+        self.vision_model = self.multi_modal_projector = None
+        if self.has_vision:
+            self.vision_model = mllama4.Llama4VisionModel(
+                config.vision_config, quant_config=quant_config, prefix=add_prefix("vision_model", prefix)
+            )
+            self.multi_modal_projector = mllama4.Llama4MultiModalProjector(config)
+        self.language_model = _LanguageModel(text_config, quant_config, add_prefix("language_model", prefix))
+        self.logits_processor = LogitsProcessor(text_config)
+        self.is_loaded = False
+        adopt(self)
+        logger.info("llama4_kernels: serving %s", type(self).__name__)
+        for choice in backend.choices(self.language_model.lm_head.weight.device):
+            logger.info("llama4_kernels: %s -> %s (%s)", choice.op, choice.backend, choice.why)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Load a checkpoint, or part of one into a model already loaded; CheckpointError names the tensor that is missing, unknown, cut
+        off or of the wrong shape."""
+        checked = CheckedWeights(weights, self.config, complete=not self.is_loaded, has_kv_scales=self.has_kv_scales)
+        try:
+            super().load_weights(checked)
+        except (KeyError, RuntimeError, AssertionError, IndexError) as error:
+            raise CheckpointError(f"checkpoint tensor {checked.current} does not fit this model: {error!r}") from error
+        self.is_loaded = True
+
+    @property
+    def has_kv_scales(self) -> bool:
+        return any(layer.self_attn.attn.k_scale is not None for layer in self.language_model.model.layers)
+
+    def _handle_scale_remapping(self, name: str, params_dict: dict) -> bool:
+        """Names are remapped by CheckedWeights; SGLang's own remapping drops the scale that it has remapped."""
+        return False
+
+    def _handle_expert_scale_params(self, name: str, loaded_weight: Tensor, params_dict: dict, *args) -> bool:
+        transformed, _, _ = self._transform_expert_name(name)
+        if transformed not in params_dict:
+            raise KeyError(transformed)
+        return super()._handle_expert_scale_params(name, loaded_weight, params_dict, *args)
+
+
+class Llama4ForCausalLM(Llama4ForConditionalGeneration):
+    """A text-only checkpoint: the same, with a text config and no vision tower."""

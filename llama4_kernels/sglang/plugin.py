@@ -1,0 +1,88 @@
+"""Entry point of the group `sglang.srt.plugins`: SGLang calls register() in each of its processes.
+
+Every hook asks for `--model-impl llama4_kernels` before it does anything, so that without the flag nothing changes.
+"""
+
+from __future__ import annotations
+
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+MODEL_IMPL = "llama4_kernels"
+
+_ATTENTION_SETUP = "sglang.srt.model_executor.model_runner_components.attention_backend_setup"
+
+_registered = False
+
+
+def register() -> None:
+    """Register the hooks; SGLang applies them when all plugins have registered."""
+    global _registered
+    if _registered:
+        return
+    for target, hook, kind in (
+        ("sglang.srt.configs.model_config.ModelConfig._derive_hybrid_model", _derive_layers, HookType.AFTER),
+        ("sglang.srt.model_loader.utils.get_model_architecture", _get_model_architecture, HookType.AROUND),
+        ("sglang.srt.model_loader.weight_utils.get_quant_config", _get_quant_config, HookType.AROUND),
+        (f"{_ATTENTION_SETUP}._build_full_attention_backend_from_str", _build_attention_backend, HookType.AROUND),
+    ):
+        HookRegistry.register(target, hook, kind)
+    _registered = True
+
+
+def is_registered() -> bool:
+    """Whether SGLang has called register() in this process."""
+    return _registered
+
+
+def is_ours(model_config) -> bool:
+    """Whether the server was started with --model-impl llama4_kernels."""
+    return str(model_config.model_impl).lower() == MODEL_IMPL
+
+
+def _derive_layers(result, model_config) -> None:
+    """Refuse a model that is not Llama 4, and tell SGLang which layers keep one chunk of KV cache only: by the config's layer types,
+    where SGLang assumes every fourth layer to be global and text-only checkpoints to have no local layers."""
+    if not is_ours(model_config):
+        return
+    from llama4_kernels.sglang.config import ARCHITECTURES, check_supported, local_and_global_layers
+
+    architectures = model_config.hf_config.architectures or []
+    if not set(architectures) & set(ARCHITECTURES):
+        raise ValueError(f"--model-impl {MODEL_IMPL} serves Llama 4 ({' or '.join(ARCHITECTURES)}), this model is {architectures}")
+    check_supported(model_config.hf_text_config)
+    local, full = local_and_global_layers(model_config.hf_text_config)
+    model_config.is_hybrid_swa = bool(local and full) and not model_config.disable_hybrid_swa_memory
+    if model_config.is_hybrid_swa:
+        model_config.swa_attention_layer_ids, model_config.full_attention_layer_ids = local, full
+    else:
+        model_config.swa_attention_layer_ids = model_config.full_attention_layer_ids = None
+
+
+def _get_model_architecture(original, model_config):
+    if not is_ours(model_config):
+        return original(model_config)
+    from sglang.srt.configs.model_config import ModelImpl
+
+    from llama4_kernels.sglang import model
+
+    architecture = next(name for name in model_config.hf_config.architectures if hasattr(model, name))
+    model_config._resolved_model_arch = architecture
+    model_config._resolved_model_impl = ModelImpl.SGLANG
+    return getattr(model, architecture), architecture
+
+
+def _get_quant_config(original, model_config, *args, **kwargs):
+    quant_config = original(model_config, *args, **kwargs)
+    if quant_config is not None and is_ours(model_config):
+        from llama4_kernels.sglang.weights import adapt_quant_config
+
+        adapt_quant_config(quant_config)
+    return quant_config
+
+
+def _build_attention_backend(original, *, model_runner, **kwargs):
+    if not is_ours(model_runner.model_config):
+        return original(model_runner=model_runner, **kwargs)
+    from llama4_kernels.sglang.attention import Llama4AttentionBackend
+
+    return Llama4AttentionBackend(model_runner)

@@ -1,0 +1,131 @@
+"""Weights as SGLang's layers hold them after loading, in the form that the ops take.
+
+SGLang's quantisation methods create the parameters and load and shard the checkpoint into them. What they do next, repacking for
+kernels of their own, is replaced here: each method's parameters become one ops.Linear.
+"""
+
+from __future__ import annotations
+
+import torch
+from sglang.srt.layers.linear import LinearBase
+from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from sglang.srt.models.llama import LlamaMLP
+from torch import Tensor, nn
+
+from llama4_kernels import ops
+
+FP8 = torch.float8_e4m3fn
+DTYPES = (torch.bfloat16, torch.float32, FP8)
+
+
+def adapt_quant_config(quant_config: QuantizationConfig) -> None:
+    """Let fp8 checkpoints be served with float32 activations, which the ops take, and be built where there is no GPU to ask for its
+    capability: the ops check their own."""
+    dtypes = [*quant_config.get_supported_act_dtypes(), torch.float32]
+    quant_config.get_supported_act_dtypes = lambda: dtypes
+    if not torch.cuda.is_available() and hasattr(quant_config, "_check_scheme_supported"):
+        quant_config._check_scheme_supported = lambda *args, **kwargs: True
+
+
+def adopt(model: nn.Module) -> None:
+    """Have the experts, the shared experts and, where there is no GPU for SGLang's own kernels, every fp8 linear layer keep their
+    weights as ops.Linear when SGLang has loaded them."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, FusedMoE):
+            layer.quant_method.process_weights_after_loading = _keep_experts
+        elif isinstance(layer, LinearBase):
+            is_shared = "shared_expert" in name.split(".")
+            is_plain = isinstance(layer.quant_method, UnquantizedLinearMethod)
+            if is_shared or not (is_plain or torch.cuda.is_available()):
+                layer.quant_method.process_weights_after_loading = _keep_linear
+            if not (is_plain or torch.cuda.is_available()):
+                layer.quant_method.apply = _apply
+
+
+def moe_weights(router: LinearBase, experts: FusedMoE, shared_expert: LlamaMLP) -> ops.MoEWeights:
+    """The weights of an MoE layer whose parts were adopted and loaded."""
+    return ops.MoEWeights(
+        router=router.weight,
+        w13=experts.ops_w13,
+        w2=experts.ops_w2,
+        shared_w13=shared_expert.gate_up_proj.ops_weight,
+        shared_w2=shared_expert.down_proj.ops_weight,
+    )
+
+
+def _keep_linear(layer: LinearBase) -> None:
+    weight = layer.weight.data
+    scale = _parameter(layer, "weight_scale", "weight_scale_inv")
+    if _is_quantised_at_load(layer, weight):
+        quantized = ops.quantize_per_token(weight)
+        layer.weight = nn.Parameter(quantized.codes, requires_grad=False)
+        layer.ops_weight = ops.Linear(quantized.codes, quantized.scale)
+    elif weight.dtype == FP8:
+        if scale.dim() == 1 and scale.numel() == len(layer.logical_widths):
+            scale = scale.repeat_interleave(torch.tensor(layer.logical_widths, device=scale.device))
+        elif scale.dim() == 2 and scale.shape[-1] == 1 and _block_size(layer) is None:
+            scale = scale.squeeze(-1)
+        layer.ops_weight = ops.Linear(weight, scale.contiguous(), _static_scale(layer, "input_scale"))
+    else:
+        layer.ops_weight = ops.Linear(weight)
+
+
+def _keep_experts(layer: FusedMoE) -> None:
+    for name in ("w13", "w2"):
+        weight = getattr(layer, f"{name}_weight").data
+        scale = _parameter(layer, f"{name}_weight_scale", f"{name}_weight_scale_inv")
+        if _is_quantised_at_load(layer, weight):
+            codes = torch.empty_like(weight, dtype=FP8)
+            scale = torch.empty(weight.shape[:2], dtype=torch.float32, device=weight.device)
+            for expert in range(weight.shape[0]):
+                quantized = ops.quantize_per_token(weight[expert])
+                codes[expert], scale[expert] = quantized.codes, quantized.scale
+            setattr(layer, f"{name}_weight", nn.Parameter(codes, requires_grad=False))
+            linear = ops.Linear(codes, scale)
+        elif weight.dtype == FP8:
+            if name == "w13" and scale.dim() == 2 and scale.shape[1] == 2:
+                scale = scale.repeat_interleave(weight.shape[1] // 2, 1)
+            elif scale.dim() == 3 and scale.shape[-1] == 1 and _block_size(layer) is None:
+                scale = scale.squeeze(-1)
+            linear = ops.Linear(weight, scale.contiguous(), _static_scale(layer, f"{name}_input_scale"))
+        else:
+            linear = ops.Linear(weight)
+        setattr(layer, f"ops_{name}", linear)
+
+
+def _apply(layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x · weightᵀ through ops.grouped_gemm, as one group."""
+    linear = layer.ops_weight
+    rows = x.flatten(0, -2).contiguous()
+    offsets = torch.tensor([0, rows.shape[0]], dtype=torch.int32, device=x.device)
+    stacked = ops.Linear(linear.weight[None], linear.scale[None], linear.input_scale)
+    out = ops.grouped_gemm(rows, stacked, offsets, out_dtype=x.dtype).view(*x.shape[:-1], -1)
+    return out if bias is None else out + bias
+
+
+def _is_quantised_at_load(layer: nn.Module, weight: Tensor) -> bool:
+    """Whether the server was started with --quantization fp8 on a checkpoint that is not fp8; TypeError for formats not supported."""
+    method = layer.quant_method
+    if weight.dtype not in DTYPES:
+        raise TypeError(f"llama4_kernels serves bf16, fp32 and fp8 weights, {type(method).__name__} holds {weight.dtype}")
+    config = getattr(method, "quant_config", None)
+    return weight.dtype != FP8 and config is not None
+
+
+def _parameter(layer: nn.Module, *names: str) -> Tensor | None:
+    found = [getattr(layer, name).data for name in names if getattr(layer, name, None) is not None]
+    return found[0] if found else None
+
+
+def _static_scale(layer: nn.Module, name: str) -> Tensor | None:
+    """One activation scale for all shards and experts: the largest, as SGLang takes it."""
+    scale = _parameter(layer, name)
+    return None if scale is None else scale.max()
+
+
+def _block_size(layer: nn.Module) -> list[int] | None:
+    config = getattr(layer.quant_method, "quant_config", None)
+    scheme = getattr(layer, "scheme", None)
+    return getattr(layer, "weight_block_size", None) or getattr(config, "weight_block_size", None) or getattr(scheme, "weight_block_size", None)
