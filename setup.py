@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ENVIRONMENT_VARIABLE = "LLAMA4_KERNELS_CUDA"
@@ -54,6 +55,14 @@ def why_not_built(environ: Mapping[str, str]) -> str:
     if missing and mode == "on":
         raise SystemExit(f"{ENVIRONMENT_VARIABLE}=on, but these are missing: {', '.join(missing)}")
     return f"these were missing at installation: {', '.join(missing)}" if missing else ""
+
+
+class FreshBuild(build):
+    """Keeps modules of an earlier build, since deleted or renamed, out of the wheel."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 class BuildCuda(build_ext):
@@ -102,4 +111,4 @@ def say(message: str) -> None:
 
 
 if __name__ == "__main__":
-    setup(ext_modules=[Extension("llama4_kernels.cuda._C", sources=[])], cmdclass={"build_ext": BuildCuda})
+    setup(ext_modules=[Extension("llama4_kernels.cuda._C", sources=[])], cmdclass={"build": FreshBuild, "build_ext": BuildCuda})

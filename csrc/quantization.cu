@@ -1,0 +1,147 @@
+// quantize_per_token: one block per row. A row is read once, 16 elements ("a piece") per thread and step, and held in registers between the
+// maximum and the division; only what exceeds THREADS · 4 pieces is read again. Divisions are IEEE, so codes equal the reference's bit for bit.
+
+#include "quantization.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp8.h>
+
+#include "device.h"
+
+namespace llama4_kernels {
+namespace {
+
+constexpr float E4M3_MAX = 448.0f;
+constexpr int PIECE = 16;
+constexpr int THREADS = 512;
+constexpr int WARP = 32;
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+__device__ inline float to_float(float value) { return value; }
+__device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+template <class T>
+struct alignas(16) Piece {
+    T elements[PIECE];
+};
+
+struct alignas(16) Codes {
+    __nv_fp8x2_storage_t pairs[PIECE / 2];
+};
+
+template <class Wide>
+__device__ inline void copy_16_bytes_at_a_time(void* to, const void* from) {
+#pragma unroll
+    for (int i = 0; i < int(sizeof(Wide) / sizeof(uint4)); ++i) static_cast<uint4*>(to)[i] = static_cast<const uint4*>(from)[i];
+}
+
+// The row's elements from `begin` on; zeros past its end.
+template <bool ALIGNED, class T>
+__device__ inline Piece<T> load(const T* row, int64_t begin, int64_t columns) {
+    Piece<T> piece;
+    if constexpr (ALIGNED) {
+        if (begin < columns) {
+            copy_16_bytes_at_a_time<Piece<T>>(&piece, row + begin);
+        } else {
+#pragma unroll
+            for (int i = 0; i < PIECE; ++i) piece.elements[i] = T(0.0f);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < PIECE; ++i) piece.elements[i] = begin + i < columns ? row[begin + i] : T(0.0f);
+    }
+    return piece;
+}
+
+template <bool ALIGNED, class T>
+__device__ inline void encode(const Piece<T>& piece, float scale, uint8_t* row, int64_t begin, int64_t columns) {
+    Codes codes;
+#pragma unroll
+    for (int i = 0; i < PIECE; i += 2) {
+        const float low = scale == 0.0f ? 0.0f : to_float(piece.elements[i]) / scale;
+        const float high = scale == 0.0f ? 0.0f : to_float(piece.elements[i + 1]) / scale;
+        codes.pairs[i / 2] = __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E4M3);
+    }
+    if constexpr (ALIGNED) {
+        if (begin < columns) copy_16_bytes_at_a_time<Codes>(row + begin, &codes);
+    } else {
+#pragma unroll
+        for (int i = 0; i < PIECE; ++i) {
+            if (begin + i < columns) row[begin + i] = uint8_t(codes.pairs[i / 2] >> (i % 2 * 8));
+        }
+    }
+}
+
+// |x| as an integer: the order of the floats, with infinity above them and NaN above infinity, so that a NaN reaches the scale.
+template <class T>
+__device__ inline unsigned largest_magnitude(const Piece<T>& piece) {
+    unsigned largest = 0;
+#pragma unroll
+    for (int i = 0; i < PIECE; ++i) largest = max(largest, __float_as_uint(to_float(piece.elements[i])) & 0x7fffffffu);
+    return largest;
+}
+
+__device__ inline unsigned largest_in_block(unsigned value) {
+    unsigned* per_warp = shared_memory<unsigned>();
+    value = __reduce_max_sync(ALL_LANES, value);
+    if (threadIdx.x % WARP == 0) per_warp[threadIdx.x / WARP] = value;
+    __syncthreads();
+    for (unsigned warp = 0; warp < blockDim.x / WARP; ++warp) value = max(value, per_warp[warp]);
+    return value;
+}
+
+template <class T, bool ALIGNED, int HELD>
+__global__ void __launch_bounds__(THREADS)
+    quantize_per_token_kernel(const T* __restrict__ x, int64_t columns, uint8_t* __restrict__ codes, float* __restrict__ scales) {
+    const int64_t row = blockIdx.x;
+    const T* x_row = x + row * columns;
+    uint8_t* codes_row = codes + row * columns;
+    const int64_t first = int64_t(threadIdx.x) * PIECE;
+    const int64_t step = int64_t(blockDim.x) * PIECE;
+
+    Piece<T> held[HELD];
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) held[i] = load<ALIGNED>(x_row, first + i * step, columns);
+
+    unsigned largest = 0;
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) largest = max(largest, largest_magnitude(held[i]));
+    for (int64_t begin = first + HELD * step; begin < columns; begin += step) {
+        largest = max(largest, largest_magnitude(load<ALIGNED>(x_row, begin, columns)));
+    }
+
+    const float scale = __uint_as_float(largest_in_block(largest)) / E4M3_MAX;
+    if (threadIdx.x == 0) scales[row] = scale;
+
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) encode<ALIGNED>(held[i], scale, codes_row, first + i * step, columns);
+    for (int64_t begin = first + HELD * step; begin < columns; begin += step) {
+        encode<ALIGNED>(load<ALIGNED>(x_row, begin, columns), scale, codes_row, begin, columns);
+    }
+}
+
+template <class T, bool ALIGNED>
+void launch_for(const T* x, int64_t rows, int64_t columns, uint8_t* codes, float* scale, cudaStream_t stream) {
+    const int64_t pieces = ceil_div(columns, PIECE);
+    const unsigned threads = unsigned(std::clamp<int64_t>(ceil_div(pieces, WARP) * WARP, WARP, THREADS));
+    const LaunchConfig config{"quantize_per_token", grid_of(rows), dim3(threads), threads / WARP * sizeof(unsigned), stream};
+    const auto kernel = pieces <= THREADS ? &quantize_per_token_kernel<T, ALIGNED, 1> : &quantize_per_token_kernel<T, ALIGNED, 4>;
+    launch(config, kernel, x, columns, codes, scale);
+}
+
+template <class T>
+void quantize(const void* x, int64_t rows, int64_t columns, uint8_t* codes, float* scale, cudaStream_t stream) {
+    const bool aligned = columns % PIECE == 0 && is_aligned(x, sizeof(uint4)) && is_aligned(codes, sizeof(uint4));
+    const auto launch_aligned_or_not = aligned ? &launch_for<T, true> : &launch_for<T, false>;
+    launch_aligned_or_not(static_cast<const T*>(x), rows, columns, codes, scale, stream);
+}
+
+}  // namespace
+
+void quantize_per_token(const void* x, Dtype dtype, int64_t rows, int64_t columns, uint8_t* codes, float* scale, cudaStream_t stream) {
+    if (rows == 0) return;
+    const auto quantize_dtype = dtype == Dtype::bfloat16 ? &quantize<__nv_bfloat16> : &quantize<float>;
+    quantize_dtype(x, rows, columns, codes, scale, stream);
+}
+
+}  // namespace llama4_kernels

@@ -1,0 +1,14 @@
+#pragma once
+
+#include <cstdint>
+
+#include <driver_types.h>
+
+#include "dtype.h"
+
+namespace llama4_kernels {
+
+// x [rows, columns] of `dtype` -> codes [rows, columns] e4m3, scale [rows]. No alignment is asked of any pointer beyond its element's.
+void quantize_per_token(const void* x, Dtype dtype, int64_t rows, int64_t columns, uint8_t* codes, float* scale, cudaStream_t stream);
+
+}  // namespace llama4_kernels
