@@ -1,0 +1,1 @@
+"""The command line: `llama4-kernels demo | doctor`."""

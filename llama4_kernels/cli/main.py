@@ -1,0 +1,52 @@
+"""The commands and their options; what they do stands in the module of their name."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(
+    help="Llama 4 kernels for SGLang: show that the plugin works, and see why where it does not.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Like(str, Enum):
+    scout = "scout"
+    maverick = "maverick"
+
+
+@app.command()
+def demo(
+    like: Annotated[Like, typer.Option(help="Shape of the tiny model: Scout (16 experts in every layer) or Maverick (128 in every second).")] = Like.scout,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Routed experts in FP8, as Meta's Maverick-FP8 stores them.")] = False,
+    vision: Annotated[bool, typer.Option("--vision", help="Keep the vision tower and ask about an image too.")] = False,
+    tp: Annotated[int, typer.Option(min=1, max=2, help="Tensor-parallel ranks; the tiny model has 2 KV heads.")] = 1,
+    keep: Annotated[Optional[Path], typer.Option(file_okay=False, help="Folder to keep the checkpoint and the server's log in.")] = None,
+    port: Annotated[Optional[int], typer.Option(min=1, max=65535, help="Port of the server; a free one if not given.")] = None,
+) -> None:
+    """Serve a tiny random Llama 4 through the installed SGLang with this plugin and compare every logprob with transformers.
+
+    Exits with 0 only if all agree.
+    """
+    from llama4_kernels.cli import demo
+
+    raise typer.Exit(demo.run(like.value, fp8=fp8, vision=vision, tp=tp, keep=keep, port=port))
+
+
+@app.command()
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Say what is installed, which backend each op would take and why, and whether this SGLang picks the plugin up.
+
+    Exits with 1 where it would not, naming the cause.
+    """
+    from llama4_kernels.cli import doctor
+
+    raise typer.Exit(doctor.run(as_json=json))
