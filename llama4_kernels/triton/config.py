@@ -1,0 +1,94 @@
+"""Launch configurations of the kernels: tuned ones from configs/<device>.json where the shape is listed, else a heuristic.
+
+A table maps op -> shape -> most tokens -> configuration: {"grouped_gemm": {"float8_e4m3fn groups=16 k=5120 n=2048": {"64": {"BLOCK_T": 16, ..}}}}.
+The entry with the fewest tokens that covers the call is taken; `llama4-kernels tune` writes the file.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+TABLES = Path(__file__).parent / "configs"
+Config = dict[str, int]
+_LAUNCH_OPTIONS = {"programs_per_sm"}
+
+
+def choose(op: str, device: torch.device, dtype: torch.dtype, *, tokens: int, **shape: int) -> Config:
+    """The configuration of one launch. Token counts are rounded up to a power of two first, so that few kernels are compiled."""
+    return dict(_choose(op, device_name(device), dtype, triton.next_power_of_2(max(tokens, 1)), tuple(sorted(shape.items()))))
+
+
+def options(config: Config) -> Config:
+    """What goes into the launch itself: block sizes, num_warps and num_stages."""
+    return {name: value for name, value in config.items() if name not in _LAUNCH_OPTIONS}
+
+
+def programs(device: torch.device, config: Config) -> int:
+    """Programs that a persistent kernel starts."""
+    return multiprocessors(device) * config["programs_per_sm"]
+
+
+@functools.lru_cache(maxsize=None)
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@functools.lru_cache(maxsize=None)
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def table_path(name: str) -> Path:
+    return TABLES / (re.sub(r"\W+", "_", name) + ".json")
+
+
+def shape_key(dtype: torch.dtype, shape: dict[str, int]) -> str:
+    return " ".join([str(dtype).removeprefix("torch."), *(f"{name}={size}" for name, size in sorted(shape.items()))])
+
+
+@functools.lru_cache(maxsize=None)
+def _choose(op: str, name: str, dtype: torch.dtype, tokens: int, shape: tuple[tuple[str, int], ...]) -> Config:
+    listed = _table(name).get(op, {}).get(shape_key(dtype, dict(shape)), {})
+    covering = [int(most) for most in listed if int(most) >= tokens]
+    if covering:
+        return listed[str(min(covering))]
+    if name == "cpu":
+        return _INTERPRETER[op]
+    return _HEURISTICS[op](dtype, tokens, **dict(shape))
+
+
+@functools.lru_cache(maxsize=None)
+def _table(name: str) -> dict[str, Any]:
+    path = table_path(name)
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _tokens_per_tile(tokens: int, most: int) -> int:
+    return min(max(triton.next_power_of_2(tokens), 16), most)
+
+
+def _grouped_gemm(dtype: torch.dtype, tokens: int, *, groups: int, n: int, k: int) -> Config:
+    block = _tokens_per_tile(2 * tokens // groups, 128)
+    large = block >= 64
+    return {
+        "BLOCK_T": block,
+        "BLOCK_N": 128 if large else 64,
+        "num_warps": 8 if large else 4,
+        "num_stages": 3 if large else 5,
+        "programs_per_sm": 1 if large else 2,
+    }
+
+
+_HEURISTICS = {"grouped_gemm": _grouped_gemm}
+
+# Small tiles, so that a small test has several of them.
+_INTERPRETER: dict[str, Config] = {
+    "grouped_gemm": {"BLOCK_T": 16, "BLOCK_N": 64, "programs_per_sm": 1},
+}
