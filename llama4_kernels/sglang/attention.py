@@ -28,20 +28,25 @@ class StepMetadata:
 
 @dataclass(frozen=True)
 class LayerCache:
-    """A layer's K and V [pages, page_size, num_kv_heads, head_dim], and the map from full-pool slots to its own, if it has one."""
+    """A layer's K and V [pages, page_size, num_kv_heads, head_dim], the map from full-pool slots to its own, if it has one, and the
+    scales of an fp8 cache."""
 
     k: Tensor
     v: Tensor
     slot_map: Tensor | None
+    k_scale: Tensor | None
+    v_scale: Tensor | None
 
 
-def layer_cache(pool, layer_id: int) -> LayerCache:
-    """The KV cache of a layer in SGLang's `pool`."""
+def layer_cache(pool, layer: RadixAttention) -> LayerCache:
+    """The KV cache of `layer` in SGLang's `pool`."""
+    layer_id = layer.layer_id
     is_swa = isinstance(pool, SWAKVPool) and pool.layers_mapping[layer_id][1]
     k, v = (
         buffer.view(-1, pool.page_size, *buffer.shape[1:]) for buffer in (pool.get_key_buffer(layer_id), pool.get_value_buffer(layer_id))
     )
-    return LayerCache(k, v, pool.full_to_swa_index_mapping if is_swa else None)
+    scales = (layer.k_scale, layer.v_scale) if k.dtype == torch.float8_e4m3fn else (None, None)
+    return LayerCache(k, v, pool.full_to_swa_index_mapping if is_swa else None, *scales)
 
 
 class Llama4AttentionBackend(AttentionBackend):
@@ -80,7 +85,7 @@ class Llama4AttentionBackend(AttentionBackend):
         chunk_size: int | None,
     ) -> Tensor:
         """Attention of q [T, num_heads, head_dim] over the cache, which ops.rope_qk_norm has written: [T, num_heads · head_dim]."""
-        cache = layer_cache(self.token_to_kv_pool, layer.layer_id)
+        cache = layer_cache(self.token_to_kv_pool, layer)
         out = ops.chunked_attention(
             q.view(-1, layer.tp_q_head_num, layer.head_dim),
             cache.k,
@@ -93,8 +98,8 @@ class Llama4AttentionBackend(AttentionBackend):
             query_start_loc=self.forward_metadata.query_start_loc,
             chunk_size=chunk_size,
             scale=layer.scaling,
-            k_scale=layer.k_scale,
-            v_scale=layer.v_scale,
+            k_scale=cache.k_scale,
+            v_scale=cache.v_scale,
         )
         return out.flatten(1)
 

@@ -57,11 +57,9 @@ class CheckedWeights:
             match = _LAYER_TENSOR.match(name)
             if match:
                 for part, shape in _parts(match[1] or match[2], tuple(tensor.shape)):
-                    if part in self._shapes and shape != self._shapes[part]:
-                        raise CheckpointError(
-                            f"checkpoint tensor {name} has shape {list(tensor.shape)}, config.json implies "
-                            f"{list(self._shapes[part])} for {part}"
-                        )
+                    if shape != self._shapes.get(part, shape if "scale" in part else None):
+                        implied = f"implies {list(self._shapes[part])} for" if part in self._shapes else "has no place for"
+                        raise CheckpointError(f"checkpoint tensor {name} has shape {list(tensor.shape)}, config.json {implied} {part}")
                     missing.discard(part)
             yield name, tensor
         if self._complete and missing:

@@ -123,7 +123,7 @@ class Llama4Attention(nn.Module):
 
     def forward(self, positions: Tensor, hidden_states: Tensor, forward_batch: ForwardBatch) -> Tensor:
         qkv, _ = self.qkv_proj(hidden_states)
-        cache = layer_cache(get_token_to_kv_pool(), self.attn.layer_id)
+        cache = layer_cache(get_token_to_kv_pool(), self.attn)
         q = ops.rope_qk_norm(
             qkv,
             positions,
@@ -137,8 +137,8 @@ class Llama4Attention(nn.Module):
             v_cache=cache.v,
             slots=forward_batch.out_cache_loc,
             slot_map=cache.slot_map,
-            k_scale=self.attn.k_scale,
-            v_scale=self.attn.v_scale,
+            k_scale=cache.k_scale,
+            v_scale=cache.v_scale,
         )
         attended = self.attn(q.flatten(1), None, None, forward_batch, save_kv_cache=False, chunk_size=self.layer.chunk_size)
         output, _ = self.o_proj(attended)
