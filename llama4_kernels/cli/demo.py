@@ -66,7 +66,9 @@ class Reference:
     unrounded: Oracle | None
 
     def compare(self, prompt: str, ids: list[int], generated: list[int], logprobs: list[float], **image: Tensor) -> Comparison:
-        """logprobs: the server's, of the last tokens of ids + generated, as many as there are."""
+        """logprobs: the server's, of the generated tokens, or of all tokens of ids + generated but the first; else ServerError."""
+        if len(logprobs) not in (len(generated), len(ids) + len(generated) - 1) or not logprobs:
+            raise ServerError(f"{len(logprobs)} logprobs came back for {len(ids)} tokens of prompt and {len(generated)} of answer")
         want, best = self.oracle.logprobs(ids + generated, **image)
         got = torch.tensor(logprobs)
         want, best = want[len(want) - len(got) :], best[len(best) - len(generated) :]
@@ -136,7 +138,7 @@ def _chat(console: Console, server: Server, reference: Reference, path: Path) ->
 
     tokenizer = AutoTokenizer.from_pretrained(path)
     messages = [{"role": "user", "content": QUESTION}]
-    body = {"model": "tiny", "messages": messages, "max_tokens": NEW_TOKENS, "temperature": 0, "logprobs": True}
+    body = {"model": "tiny", "messages": messages, "max_tokens": NEW_TOKENS, "temperature": 0, "logprobs": True, "return_token_ids": True}
     choice = server.post("/v1/chat/completions", body)["choices"][0]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     expected = reference.oracle.greedy(ids, NEW_TOKENS)
@@ -144,7 +146,7 @@ def _chat(console: Console, server: Server, reference: Reference, path: Path) ->
     console.print(f"SGLang         {choice['message']['content']!r}", markup=False)
     console.print(f"transformers   {tokenizer.decode(expected, skip_special_tokens=True)!r}", markup=False)
     logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
-    return reference.compare("chat", ids, expected[: len(logprobs)], logprobs[: len(expected)])
+    return reference.compare("chat", ids, choice["response_token_ids"], logprobs)
 
 
 def _generate(server: Server, reference: Reference, length: int) -> Comparison:
@@ -191,11 +193,7 @@ def _judge(console: Console, comparisons: list[Comparison], reference: Reference
     console.print(table)
     if reference.unrounded is None:
         console.print(f"bound: max |Δlogprob| {TOLERANCE:.0e}, every greedy token equal")
-        worst = max(comparisons, key=lambda c: float(c.difference.max()))
-        problems = [f"{c.prompt} of {c.length} tokens: {c.greedy} of {c.generated} greedy tokens agree" for c in comparisons if c.greedy < c.generated]
-        if not worst.difference.max() <= TOLERANCE:
-            problems.append(f"{worst.prompt} of {worst.length} tokens: max |Δlogprob| {worst.difference.max():.1e} is over {TOLERANCE:.0e}")
-        return problems
+        return [problem for c in comparisons for problem in _problems(c)]
     from llama4_kernels.cli.oracle import rounding_bound
 
     mean = float(torch.cat([c.difference for c in comparisons]).mean())
@@ -205,11 +203,19 @@ def _judge(console: Console, comparisons: list[Comparison], reference: Reference
     return [] if mean <= bound else [f"mean |Δlogprob| {mean:.1e} is over {bound:.1e}"]
 
 
+def _problems(c: Comparison) -> list[str]:
+    request = f"{c.prompt} of {c.length} tokens"
+    problems = [] if c.greedy == c.generated else [f"{request}: {c.greedy} of {c.generated} greedy tokens agree"]
+    if not c.difference.max() <= TOLERANCE:
+        problems.append(f"{request}: max |Δlogprob| {c.difference.max():.1e} is over {TOLERANCE:.0e}")
+    return problems
+
+
 def _print_backends(console: Console, backends: dict[str, tuple[str, str]]) -> None:
-    table = Table("op", "backend", "why", box=None, pad_edge=False)
-    for op, (backend, why) in backends.items():
-        table.add_row(op, backend, why)
-    console.print(table)
+    """What the server's start-up table says, ops of one backend and reason together."""
+    for backend, why in dict.fromkeys(backends.values()):
+        ops = [op for op, taken in backends.items() if taken == (backend, why)]
+        console.print(f"{', '.join(ops)} -> {backend} ({why})", markup=False, highlight=False)
 
 
 @contextlib.contextmanager
