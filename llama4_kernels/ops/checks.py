@@ -8,8 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from llama4_kernels.ops.types import Linear, Quantized, Routing
+
 FP8 = torch.float8_e4m3fn
 FLOATS = (torch.bfloat16, torch.float32)
+INTEGERS = (torch.int32, torch.int64)
+BLOCK = 128
 
 
 def tensor(
@@ -41,6 +45,70 @@ def tensor(
     return value
 
 
+def activations(op: str, name: str, value: object, *, shape: Sequence[int | str], device: torch.device | None = None) -> Tensor:
+    """Check activations [rows, K]: a bf16 or fp32 Tensor, or Quantized with any of its scales. Returns the Tensor or the codes."""
+    if not isinstance(value, Quantized):
+        return tensor(op, name, value, dtype=FLOATS, shape=shape, device=device)
+    codes = tensor(op, f"{name}.codes", value.codes, dtype=FP8, shape=shape, device=device)
+    rows, width = codes.shape
+    forms = {"per tensor": (), "per row": (rows,), "per 128 columns": (rows, -(-width // BLOCK))}
+    _scale(op, f"{name}.scale", value.scale, forms, codes.device)
+    return codes
+
+
+def linear(op: str, name: str, value: object, *, shape: Sequence[int | str], device: torch.device) -> Linear:
+    """Check a weight and its scales; `shape` is that of the weight, with the stack's dimensions first."""
+    if not isinstance(value, Linear):
+        raise TypeError(f"{op}: {name} is {type(value).__name__}, needs a Linear")
+    weight = tensor(op, f"{name}.weight", value.weight, dtype=(*FLOATS, FP8), shape=shape, device=device)
+    if weight.dtype != FP8:
+        for field in ("scale", "input_scale"):
+            if getattr(value, field) is not None:
+                raise ValueError(f"{op}: {name}.{field} is given with a {_dtype(weight.dtype)} weight, needs to be None: it is for fp8")
+        return value
+    *stack, n, k = weight.shape
+    forms = {"per tensor": stack, "per channel": (*stack, n), "per block": (*stack, -(-n // BLOCK), -(-k // BLOCK))}
+    _scale(op, f"{name}.scale", value.scale, forms, device)
+    if value.input_scale is not None:
+        tensor(op, f"{name}.input_scale", value.input_scale, dtype=torch.float32, shape=(), device=device)
+    return value
+
+
+def routing(op: str, value: object, *, tokens: int, experts: int, device: torch.device) -> None:
+    """Check the tensors of a Routing of `tokens` tokens to `experts` experts; their values are for `routing_values`."""
+    if not isinstance(value, Routing):
+        raise TypeError(f"{op}: routing is {type(value).__name__}, needs a Routing")
+    for field, dtype, size in (
+        ("expert_ids", torch.int32, tokens),
+        ("scores", torch.float32, tokens),
+        ("order", torch.int32, tokens),
+        ("offsets", torch.int32, experts + 1),
+    ):
+        tensor(op, f"routing.{field}", getattr(value, field), dtype=dtype, shape=(size,), device=device)
+
+
+def kv_caches(
+    op: str,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    *,
+    num_kv_heads: int | str,
+    head_dim: int,
+    device: torch.device,
+) -> None:
+    """Check a pair of paged caches [pages, page_size, num_kv_heads, head_dim] and their scales, which only fp8 caches have."""
+    tensor(op, "k_cache", k_cache, dtype=(*FLOATS, FP8), shape=("pages", "page_size", num_kv_heads, head_dim), device=device)
+    tensor(op, "v_cache", v_cache, dtype=k_cache.dtype, shape=tuple(k_cache.shape), device=device)
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is None:
+            continue
+        if k_cache.dtype != FP8:
+            raise ValueError(f"{op}: {name} is given with a {_dtype(k_cache.dtype)} cache, needs to be None: it is for fp8")
+        _scale(op, name, scale, {"or": (), "per tensor": (1,)}, device)
+
+
 def values_wanted(device: torch.device) -> bool:
     """Whether to check the values inside index tensors: on the CPU always; on a GPU, where it costs a host synchronisation,
     only with LLAMA4_KERNELS_CHECK_VALUES=1."""
@@ -60,6 +128,31 @@ def offsets(op: str, name: str, value: Tensor, rows: int) -> None:
     """Check that group offsets start at 0, never fall, and end at most at `rows`; ValueError otherwise."""
     if int(value[0]) != 0 or bool((value.diff() < 0).any()) or int(value[-1]) > rows:
         raise ValueError(f"{op}: {name} is {value.tolist()}, needs to start at 0, never fall, and end at most at {rows}")
+
+
+def routing_values(op: str, value: Routing) -> None:
+    """Check that expert_ids, order and offsets of a Routing are in range and agree with one another; ValueError otherwise."""
+    tokens, experts = len(value.order), len(value.offsets) - 1
+    in_range(op, "routing.expert_ids", value.expert_ids, 0, experts, f"the {experts} experts")
+    in_range(op, "routing.order", value.order, 0, tokens, f"the {tokens} tokens")
+    if len(value.order.unique()) != tokens:
+        raise ValueError(f"{op}: routing.order names a token twice, needs each of the {tokens} tokens once")
+    offsets(op, "routing.offsets", value.offsets, tokens)
+    if int(value.offsets[-1]) != tokens:
+        raise ValueError(f"{op}: routing.offsets ends at {int(value.offsets[-1])}, needs {tokens}, the number of tokens")
+    owners = torch.arange(experts, device=value.offsets.device).repeat_interleave(value.offsets.diff())
+    if not torch.equal(value.expert_ids[value.order].long(), owners):
+        raise ValueError(f"{op}: routing.order does not sort routing.expert_ids into the groups of routing.offsets")
+
+
+def _scale(op: str, name: str, value: object, forms: dict[str, Sequence[int]], device: torch.device) -> None:
+    """Check an fp32 scale whose shape is one of `forms`."""
+    needs = ", ".join(f"{_shape(shape)} {form}" for form, shape in forms.items())
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} is {type(value).__name__}, needs a float32 Tensor: {needs}")
+    if tuple(value.shape) not in map(tuple, forms.values()):
+        raise ValueError(f"{op}: {name} has shape {list(value.shape)}, needs {needs}")
+    tensor(op, name, value, dtype=torch.float32, shape=tuple(value.shape), device=device)
 
 
 def _dtype(dtype: torch.dtype) -> str:
