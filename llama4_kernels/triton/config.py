@@ -18,6 +18,8 @@ import triton
 TABLES = Path(__file__).parent / "configs"
 Config = dict[str, int]
 _LAUNCH_OPTIONS = {"programs_per_sm"}
+# A weight stream wants all 132 multiprocessors of Hopper busy, each with two programs.
+_DECODE_PROGRAMS = 264
 
 
 def choose(op: str, device: torch.device, dtype: torch.dtype, *, tokens: int, **shape: int) -> Config:
@@ -59,15 +61,18 @@ def _choose(op: str, name: str, dtype: torch.dtype, tokens: int, shape: tuple[tu
     covering = [int(most) for most in listed if int(most) >= tokens]
     if covering:
         return listed[str(min(covering))]
-    if name == "cpu":
-        return _INTERPRETER[op]
-    return _HEURISTICS[op](dtype, tokens, **dict(shape))
+    heuristic = _HEURISTICS[op](dtype, tokens, **dict(shape))
+    return heuristic | _INTERPRETER.get(op, {}) if name == "cpu" else heuristic
 
 
 @functools.lru_cache(maxsize=None)
 def _table(name: str) -> dict[str, Any]:
     path = table_path(name)
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _power_of_two_below(number: float) -> int:
+    return 1 << (int(number).bit_length() - 1)
 
 
 def _tokens_per_tile(tokens: int, most: int) -> int:
@@ -86,9 +91,43 @@ def _grouped_gemm(dtype: torch.dtype, tokens: int, *, groups: int, n: int, k: in
     }
 
 
-_HEURISTICS = {"grouped_gemm": _grouped_gemm}
+def _route_top1(dtype: torch.dtype, tokens: int, *, experts: int, hidden: int) -> Config:
+    if tokens <= 64:
+        return {"BLOCK_T": 8, "BLOCK_E": 16, "BLOCK_K": 256, "num_warps": 4, "num_stages": 4}
+    return {"BLOCK_T": 64, "BLOCK_E": max(triton.next_power_of_2(experts), 16), "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
+
+
+def _moe_gate_up(dtype: torch.dtype, tokens: int, *, experts: int, n: int, k: int) -> Config:
+    distinct = experts * (1 - (1 - 1 / experts) ** tokens)
+    shared = _tokens_per_tile(tokens, 64)
+    routed = _tokens_per_tile(2 * tokens // experts, 64)
+    tiles = (triton.cdiv(tokens, shared) + distinct) * triton.cdiv(n, 128)
+    large = routed >= 64
+    return {
+        "BLOCK_S": shared,
+        "BLOCK_R": routed,
+        "SPLITS": _power_of_two_below(min(max(_DECODE_PROGRAMS / tiles, 1), 8)),
+        "num_warps": 8,
+        "num_stages": 3 if large else 4,
+        "programs_per_sm": 1,
+    }
+
+
+def _moe_down(dtype: torch.dtype, tokens: int, *, experts: int, n: int, k: int) -> Config:
+    large = tokens > 256
+    return {
+        "BLOCK_T": _tokens_per_tile(tokens, 128 if large else 64),
+        "BLOCK_N": 128 if large else 64,
+        "num_warps": 8 if large else 4,
+        "num_stages": 3 if large else 6,
+    }
+
+
+_HEURISTICS = {"grouped_gemm": _grouped_gemm, "route_top1": _route_top1, "moe_gate_up": _moe_gate_up, "moe_down": _moe_down}
 
 # Small tiles, so that a small test has several of them.
 _INTERPRETER: dict[str, Config] = {
     "grouped_gemm": {"BLOCK_T": 16, "BLOCK_N": 64, "programs_per_sm": 1},
+    "moe_gate_up": {"BLOCK_S": 32, "BLOCK_R": 16, "SPLITS": 2},
+    "moe_down": {"BLOCK_T": 16, "BLOCK_N": 64},
 }
