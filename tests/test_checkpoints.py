@@ -120,6 +120,14 @@ def test_text_only_with_vision_is_refused(tmp_path):
         checkpoint.make(tmp_path, text_only=True, vision=True)
 
 
+def test_a_folder_in_use_is_refused(made, tmp_path):
+    with pytest.raises(FileExistsError, match="is not empty"):
+        checkpoint.make(made())
+    (tmp_path / "model-00001-of-00001.safetensors").touch()
+    with pytest.raises(FileExistsError, match="is not empty"):
+        checkpoint.dequantised(made(fp8="redhat"), tmp_path)
+
+
 def test_layout_of_metas_fp8_checkpoint(made):
     stored = checkpoint.load_weights(made("maverick", fp8="compressed-tensors-experts"))
     prefix = "language_model.model.layers.1.feed_forward"

@@ -143,7 +143,7 @@ def make(
     seed: int = 0,
     **text_config: Any,
 ) -> Path:
-    """Write a checkpoint of a few layers to the folder `path` and return it; the same arguments give the same bytes.
+    """Write a checkpoint of a few layers to the new or empty folder `path` and return it; the same arguments give the same bytes.
 
     like: "scout" (MoE in every layer, 16 experts, qk-norm, llama3 RoPE scaling) or "maverick" (MoE in every second layer, 128 experts,
         no qk-norm, no RoPE scaling). Every fourth layer has no RoPE and attends to everything.
@@ -161,8 +161,7 @@ def make(
     """
     if text_only and vision:
         raise ValueError("text_only and vision exclude each other")
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
+    path = _empty_folder(path)
     config = _config(TEXT[like] | text_config, vision, text_only) | {"torch_dtype": dtype}
     tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in _weights(config, vision, seed).items()}
     if fp8:
@@ -174,8 +173,11 @@ def make(
 
 
 def dequantised(path: str | Path, out: str | Path) -> Path:
-    """Write to `out` the float32 checkpoint, in the layout of an unquantised one, whose weights are codes * scale of the FP8 one at `path`."""
-    path, out = Path(path), Path(out)
+    """Write to `out` the float32 checkpoint whose weights are codes * scale of the FP8 one at `path`, in the layout of an unquantised one.
+
+    out: a new or empty folder, which is returned.
+    """
+    path, out = Path(path), _empty_folder(out)
     shutil.copytree(path, out, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json", "hf_quant_config.json"), dirs_exist_ok=True)
     config = json.loads((path / "config.json").read_text())
     config.pop("quantization_config", None)
@@ -209,6 +211,15 @@ def dequantised(path: str | Path, out: str | Path) -> Path:
 def load_weights(path: str | Path) -> dict[str, Tensor]:
     """Every tensor of the checkpoint in the folder `path`, by name."""
     return {name: tensor for file in sorted(Path(path).glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def _empty_folder(path: str | Path) -> Path:
+    """The folder, made where it does not exist; SGLang loads every *.safetensors of one, also those of an earlier checkpoint."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    if any(path.iterdir()):
+        raise FileExistsError(f"{path} is not empty")
+    return path
 
 
 def _config(text: dict[str, Any], vision: bool, text_only: bool) -> dict[str, Any]:
@@ -415,7 +426,11 @@ def _save_tokenizer(path: Path, vision: bool) -> None:
     reserved = [f"<|reserved_special_token_{i}|>" for i in range(VOCABULARY - BYTES - len(SPECIAL_TOKENS))]
     tokenizer.add_special_tokens([*SPECIAL_TOKENS, *reserved])
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|begin_of_text|>", eos_token="<|eot|>", pad_token="<|end_of_text|>", chat_template=CHAT_TEMPLATE
+        tokenizer_object=tokenizer,
+        bos_token="<|begin_of_text|>",
+        eos_token="<|eot|>",
+        pad_token="<|end_of_text|>",
+        chat_template=CHAT_TEMPLATE,
     )
     fast.save_pretrained(path)
     if vision:

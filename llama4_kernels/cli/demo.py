@@ -1,7 +1,7 @@
 """`llama4-kernels demo`: a tiny random Llama 4 through the installed SGLang with this plugin, every logprob compared with transformers.
 
-In float32 every |Δlogprob| must be at most TOLERANCE and every greedy token equal. With --fp8 the reference rounds activations to e4m3 as the
-ops define it, and the mean |Δlogprob| over all tokens must be at most `oracle.rounding_bound`: see there why, and why a mean.
+In float32 every |Δlogprob| must be at most TOLERANCE and every greedy token equal. With --fp8 the reference rounds activations to e4m3 as
+the ops define it, and the mean |Δlogprob| over all tokens must be at most `oracle.rounding_bound`: see there why, and why a mean.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -95,7 +96,7 @@ def run(like: str, *, fp8: bool, vision: bool, tp: int, keep: Path | None, port:
     for problem in problems:
         print(f"FAIL: {problem}", file=sys.stderr)
     if keep:
-        console.print(f"kept in {keep}")
+        console.print(f"kept in {keep}", markup=False)
     if not problems:
         console.print(f"OK: SGLang with --model-impl llama4_kernels agrees with transformers ({time.monotonic() - started:.0f} s)")
     return 1 if problems else 0
@@ -114,6 +115,7 @@ def _demo(console: Console, folder: Path, like: str, fp8: bool, vision: bool, tp
                 "the server runs SGLang's own model: its log has no start-up table of llama4_kernels. Run `llama4-kernels doctor`, "
                 f"or with --keep read {server.log.name}"
             ]
+        console.print(f"comparing prompts of {', '.join(map(str, PROMPT_LENGTHS))} tokens with transformers, a chunk being {CHUNK}")
         comparisons = [_chat(console, server, reference, path)]
         comparisons += [_generate(server, reference, length) for length in PROMPT_LENGTHS]
         if vision:
@@ -172,7 +174,7 @@ def _image(server: Server, reference: Reference, path: Path) -> Comparison:
     answer = _ask(server, text=text, image_data=[url])
     inputs = processor(text=text, images=[image], return_tensors="pt", add_special_tokens=False)
     ids = inputs["input_ids"][0].tolist()
-    return reference.compare("image", ids, answer["output_ids"], _output_logprobs(answer), pixel_values=inputs["pixel_values"])
+    return reference.compare("image", ids, answer["output_ids"], _output_logprobs(answer), pixel_values=inputs["pixel_values"].float())
 
 
 def _ask(server: Server, **body: Any) -> dict[str, Any]:
@@ -245,8 +247,9 @@ def _progress(console: Console) -> Iterator[Callable[[float, str], None]]:
     with console.status("starting sglang.launch_server") as status:
 
         def show(seconds: float, line: str) -> None:
-            from rich.markup import escape
-
-            status.stop() if not line and seconds else status.update(f"starting sglang.launch_server, {seconds:.0f} s: {escape(line[:100])}")
+            if line:
+                status.update(f"starting sglang.launch_server, {seconds:.0f} s: {escape(line[:100])}")
+            else:
+                status.stop()
 
         yield show

@@ -161,13 +161,14 @@ def _picked_up() -> Row:
 def _print(rows: list[Row], failures: list[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console(soft_wrap=not sys.stdout.isatty())
+    console = Console()
     if console.is_terminal:
         colours = {"OK": "green", "WARN": "yellow", "FAIL": "bold red"}
         table = Table("", "", "", "what to do", box=None, pad_edge=False)
         for row in rows:
-            table.add_row(f"[{colours[row.status]}]{row.status}[/]", row.what, row.found, row.advice)
+            table.add_row(Text(row.status, colours[row.status]), Text(row.what), Text(row.found), Text(row.advice))
         console.print(table)
     else:
         for row in rows:

@@ -23,7 +23,7 @@ class Like(str, Enum):
 
 @app.command()
 def demo(
-    like: Annotated[Like, typer.Option(help="Shape of the tiny model: Scout (16 experts in every layer) or Maverick (128 in every second).")] = Like.scout,
+    like: Annotated[Like, typer.Option(help="Scout (16 experts in every layer) or Maverick (128 in every second one).")] = Like.scout,
     fp8: Annotated[bool, typer.Option("--fp8", help="Routed experts in FP8, as Meta's Maverick-FP8 stores them.")] = False,
     vision: Annotated[bool, typer.Option("--vision", help="Keep the vision tower and ask about an image too.")] = False,
     tp: Annotated[int, typer.Option(min=1, max=2, help="Tensor-parallel ranks; the tiny model has 2 KV heads.")] = 1,
@@ -34,6 +34,8 @@ def demo(
 
     Exits with 0 only if all agree.
     """
+    if keep is not None and keep.exists() and any(keep.iterdir()):
+        raise typer.BadParameter(f"{keep} is not empty", param_hint="--keep")
     from llama4_kernels.cli import demo
 
     raise typer.Exit(demo.run(like.value, fp8=fp8, vision=vision, tp=tp, keep=keep, port=port))

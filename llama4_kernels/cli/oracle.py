@@ -79,8 +79,8 @@ def rounding_bound(whole_error: float, sites: int) -> float:
     whole_error: mean |Δlogprob| between the two oracles, that is, what rounding activations at all `sites` costs.
 
     The errors of the sites are independent and add up like variances, so that one of them is worth whole_error / sqrt(sites). A mistake
-    (another granularity, another order, no rounding) at one site replaces its error by another one that is independent of it, a difference of
-    sqrt(2) times that.
+    at one site (another granularity, another order) replaces its error by another one that is independent of it, a difference of sqrt(2)
+    times that.
     """
     return whole_error * math.sqrt(2 / sites) / 2
 

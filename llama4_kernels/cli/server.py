@@ -91,8 +91,8 @@ def serve(
 
     log = Path(log)
     port = port or _free_port()
-    command = [sys.executable, "-m", "sglang.launch_server", f"--model-path={model}", "--host=127.0.0.1", f"--port={port}", f"--tp-size={tp}"]
-    command += [*(() if torch.cuda.is_available() else CPU_FLAGS), *flags]
+    command = [sys.executable, "-m", "sglang.launch_server", f"--model-path={model}", f"--tp-size={tp}"]
+    command += ["--host=127.0.0.1", f"--port={port}", *(() if torch.cuda.is_available() else CPU_FLAGS), *flags]
     with log.open("w") as output, _terminated_as_exit():
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=_environment(tp) | (environment or {}), start_new_session=True

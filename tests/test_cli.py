@@ -1,0 +1,277 @@
+"""The commands: options, doctor's verdicts, and a server that is always stopped. Where the real sglang is not the point, a fake stands in."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from llama4_kernels.cli import doctor, server
+from llama4_kernels.cli.main import app
+
+has_sglang = pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="sglang is not installed")
+has_server_needs = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("psutil", "requests")), reason="psutil and requests come with sglang"
+)
+has_transformers = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
+
+FAKE_SERVER = '''
+"""A stand-in for sglang.launch_server. FAKE says what it does: serve, die, hang (never healthy) or cling (ignore SIGTERM)."""
+import http.server, os, pathlib, signal, subprocess, sys
+port = int(next(a for a in sys.argv if a.startswith("--port=")).split("=")[1])
+child = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"])
+pathlib.Path(os.environ["FAKE_PIDS"]).write_text(f"{os.getpid()} {child.pid}")
+print(os.environ.get("FAKE_LOG", "llama4_kernels: serving Llama4ForCausalLM\\n"
+      "[2026-01-01 TP0] llama4_kernels: route_top1 -> reference (cuda: not built; triton: cpu (no GPU))"), flush=True)
+what = os.environ["FAKE"]
+if what == "die":
+    sys.exit("out of luck")
+if what == "cling":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(503 if what == "hang" else 200); self.end_headers()
+    def do_POST(self):
+        self.send_response(400); self.end_headers(); self.wfile.write(b"no such prompt")
+    def log_message(self, *arguments): pass
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+'''
+
+
+@pytest.fixture
+def fake_sglang(tmp_path, monkeypatch):
+    """An sglang whose server is FAKE_SERVER; call it with what the server shall do. Returns the file of process ids."""
+    package = tmp_path / "fake" / "sglang"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "launch_server.py").write_text(FAKE_SERVER)
+    pids = tmp_path / "pids"
+
+    def use(what, log=None):
+        monkeypatch.setattr(server, "STOP_SECONDS", 1)
+        monkeypatch.setenv("PYTHONPATH", str(package.parent))
+        monkeypatch.setenv("FAKE", what)
+        monkeypatch.setenv("FAKE_PIDS", str(pids))
+        if log is not None:
+            monkeypatch.setenv("FAKE_LOG", log)
+        return pids
+
+    return use
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, arguments)
+
+
+def are_gone(pids: Path) -> bool:
+    import psutil
+
+    numbers = [int(number) for number in pids.read_text().split()]
+    _, left = psutil.wait_procs([psutil.Process(number) for number in numbers if psutil.pid_exists(number)], timeout=5)
+    return not left
+
+
+def test_help_names_the_commands_and_loads_no_engine():
+    code = "import sys; from llama4_kernels.cli import main; print([name for name in ('sglang', 'transformers') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    output = invoke("--help").output
+    assert "demo" in output and "doctor" in output
+
+
+@pytest.mark.parametrize(
+    "arguments, names",
+    [
+        (["--like", "behemoth"], "--like"),
+        (["--tp", "3"], "--tp"),
+        (["--port", "0"], "--port"),
+        (["--keep", __file__], "--keep"),
+        (["--fp9"], "--fp9"),
+    ],
+)
+def test_demo_names_a_wrong_option(arguments, names):
+    result = invoke("demo", *arguments)
+    assert result.exit_code == 2 and names in result.output
+
+
+def test_demo_keeps_nothing_in_a_folder_that_is_in_use(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    result = invoke("demo", "--keep", str(tmp_path))
+    assert result.exit_code == 2 and "is not empty" in result.output
+
+
+def test_demo_without_sglang_says_how_to_install_it(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "sglang" else find_spec(name, *rest))
+    result = invoke("demo")
+    assert result.exit_code == 1 and "sglang is not installed" in result.output
+
+
+@has_server_needs
+@has_transformers
+@pytest.mark.parametrize(
+    "what, log, says",
+    [("die", None, "out of luck"), ("serve", "stock model", "no start-up table of llama4_kernels"), ("serve", None, "no such prompt")],
+    ids=["dead server", "stock model", "refused request"],
+)
+def test_demo_fails_where_the_server_does_not_serve_ours(fake_sglang, what, log, says):
+    pids = fake_sglang(what, log)
+    result = invoke("demo")
+    assert result.exit_code == 1 and says in result.output
+    assert are_gone(pids)
+
+
+def test_demo_judges_every_request():
+    from rich.console import Console
+
+    from llama4_kernels.cli.demo import Comparison, Reference, _judge
+
+    def judge(difference, greedy=2):
+        good = Comparison("tokens", 64, torch.tensor([1e-6, 1e-6]), None, 2, 2)
+        other = Comparison("tokens", 65, torch.tensor(difference), None, greedy, 2)
+        return _judge(Console(quiet=True), [good, other], Reference(None, None))
+
+    assert judge([1e-6, 9e-5]) == []
+    assert len(judge([1e-6, 2e-4])) == 1
+    assert len(judge([1e-6, float("nan")])) == 1
+    assert judge([1e-6, 1e-6], greedy=1) == ["tokens of 65 tokens: 1 of 2 greedy tokens agree"]
+
+
+@has_server_needs
+@pytest.mark.parametrize("what", ["serve", "cling"])
+def test_server_starts_reads_the_table_and_stops_every_process(fake_sglang, tmp_path, what):
+    pids = fake_sglang(what)
+    with pytest.raises(KeyboardInterrupt):
+        with server.serve("model", log=tmp_path / "log", timeout=30) as running:
+            assert running.serving() == "Llama4ForCausalLM"
+            assert running.backends() == {"route_top1": ("reference", "cuda: not built; triton: cpu (no GPU)")}
+            with pytest.raises(server.ServerError, match="/generate answered 400: no such prompt"):
+                running.post("/generate", {})
+            raise KeyboardInterrupt
+    assert are_gone(pids)
+
+
+@has_server_needs
+@pytest.mark.parametrize("what, says", [("die", "ended with exit code 1"), ("hang", "not healthy after 3 s")])
+def test_server_that_does_not_start_shows_its_log(fake_sglang, tmp_path, what, says):
+    pids, lines = fake_sglang(what), []
+    with pytest.raises(server.ServerError, match=says) as caught:
+        with server.serve("model", log=tmp_path / "log", timeout=3, progress=lambda seconds, line: lines.append(line)):
+            pytest.fail("it served")
+    assert "route_top1" in str(caught.value) and str(tmp_path / "log") in str(caught.value)
+    assert what == "die" or any("route_top1" in line for line in lines)
+    assert are_gone(pids)
+
+
+@has_server_needs
+def test_server_does_not_outlive_a_terminated_parent(fake_sglang, tmp_path):
+    pids = fake_sglang("serve")
+    code = """
+import sys, time
+from llama4_kernels.cli import server
+server.STOP_SECONDS = 1
+with server.serve("model", log=sys.argv[1], timeout=30):
+    print("up", flush=True)
+    time.sleep(600)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "log")], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout.readline() == "up\n"
+    parent.send_signal(signal.SIGTERM)
+    assert parent.wait(timeout=30) == 128 + signal.SIGTERM
+    assert are_gone(pids)
+
+
+@pytest.fixture
+def without_plugin_rows(monkeypatch):
+    monkeypatch.setattr(doctor, "plugin", lambda: iter(()))
+
+
+def test_doctor_reports_every_op_as_json(without_plugin_rows, monkeypatch):
+    from llama4_kernels.ops.backend import OPS
+
+    monkeypatch.setenv("LLAMA4_KERNELS_BACKEND", "reference")
+    result = invoke("doctor", "--json")
+    report = json.loads(result.stdout)
+    rows = {row["what"]: row for row in report["rows"]}
+    assert result.exit_code == 0 and report["ok"]
+    for op in OPS:
+        assert rows[f"op {op}"]["found"] == "reference (asked for by LLAMA4_KERNELS_BACKEND)"
+    assert torch.__version__.startswith(rows["torch"]["found"].split("+")[0])
+
+
+def test_doctor_fails_for_a_backend_that_does_not_exist(without_plugin_rows, monkeypatch):
+    monkeypatch.setenv("LLAMA4_KERNELS_BACKEND", "fortran")
+    result = invoke("doctor")
+    assert result.exit_code == 1 and "fortran" in result.output and "unset LLAMA4_KERNELS_BACKEND" in result.output
+
+
+def only_failure() -> doctor.Row:
+    failures = [row for row in doctor.plugin() if row.status == "FAIL"]
+    assert len(failures) == 1
+    return failures[0]
+
+
+def test_doctor_fails_without_sglang(monkeypatch):
+    version = importlib.metadata.version
+
+    def without_sglang(package):
+        if package == "sglang":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return version(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", without_sglang)
+    failure = only_failure()
+    assert (failure.what, failure.advice) == ("sglang", 'pip install "llama4_kernels[sglang]"')
+    result = invoke("doctor")
+    assert result.exit_code == 1 and "FAIL: sglang: not installed" in result.output
+
+
+@has_sglang
+def test_doctor_fails_where_another_plugin_is_asked_for(monkeypatch):
+    monkeypatch.setenv("SGLANG_PLUGINS", "other")
+    result = invoke("doctor")
+    assert result.exit_code == 1 and "SGLANG_PLUGINS=other leaves llama4_kernels out" in result.output
+
+
+@has_sglang
+def test_doctor_fails_without_the_entry_point(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: ())
+    assert only_failure().what == "entry point"
+
+
+@has_sglang
+def test_doctor_warns_of_an_untested_sglang(monkeypatch):
+    monkeypatch.setattr(doctor, "_version", lambda package: "0.4.0")
+    monkeypatch.setattr(doctor, "_picked_up", lambda: doctor.Row("picked up", "OK", ""))
+    row = next(doctor.plugin())
+    assert (row.what, row.status) == ("sglang", "WARN") and "0.4.0" in row.found
+
+
+@has_sglang
+@pytest.mark.sglang
+def test_doctor_is_content_where_sglang_picks_the_plugin_up():
+    assert doctor._picked_up().status == "OK"
+
+
+@has_sglang
+@pytest.mark.sglang
+@pytest.mark.parametrize(
+    "sabotage, cause",
+    [
+        ("import sys; sys.modules['llama4_kernels.sglang.plugin'] = None", "ModuleNotFoundError"),
+        ("import sglang.srt.plugins as p; p.load_plugins = lambda: None", "register() was not called"),
+        ("from sglang.srt.plugins.hook_registry import HookRegistry as r; r.register = lambda *arguments, **more: None", "is not hooked"),
+    ],
+    ids=["plugin does not import", "plugins are not loaded", "hooks are lost"],
+)
+def test_doctor_notices_a_plugin_that_sglang_drops(monkeypatch, sabotage, cause):
+    monkeypatch.setattr(doctor, "PROBE", sabotage + doctor.PROBE)
+    row = doctor._picked_up()
+    assert row.status == "FAIL" and cause in row.found
