@@ -37,6 +37,7 @@ NEW_TOKENS = 24
 QUESTION = "What do you know about llamas?"
 IMAGE_QUESTION = "What is in this picture?"
 FLAGS = ("--model-impl=llama4_kernels", "--dtype=float32", "--max-total-tokens=4096", "--context-length=1024", "--max-running-requests=8")
+VISION_FLAGS = ("--enable-multimodal",)  # without it SGLang serves Llama 4 as text only
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def _demo(console: Console, folder: Path, like: str, fp8: bool, vision: bool, tp
     console.print(f"writing a tiny random checkpoint like Llama 4 {like.capitalize()}{' in FP8' if fp8 else ''}")
     path = checkpoint.make(folder / "checkpoint", like, fp8="compressed-tensors-experts" if fp8 else None, vision=vision)
     reference = _reference(path, folder, fp8)
-    with _progress(console) as progress, serve(path, *FLAGS, log=folder / "server.log", tp=tp, port=port, progress=progress) as server:
+    flags = [*FLAGS, *(VISION_FLAGS if vision else ())]
+    with _progress(console) as progress, serve(path, *flags, log=folder / "server.log", tp=tp, port=port, progress=progress) as server:
         progress(server.seconds_to_start, "")
         console.print(f"the server is up after {server.seconds_to_start:.0f} s")
         if server.serving() is None:
