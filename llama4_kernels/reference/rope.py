@@ -38,14 +38,17 @@ def rope_qk_norm(
         steps = ((positions.long() + 1) // floor_scale).float()
         q = q * (1 + attn_scale * steps.log1p())[:, None, None]
 
-    q = q.to(qkv.dtype).contiguous()
     if k_cache is None:
-        return q, k.to(qkv.dtype).contiguous(), v.to(qkv.dtype, copy=True)
+        return _rounded(q, qkv.dtype), _rounded(k, qkv.dtype), _rounded(v, qkv.dtype)
     if slot_map is not None:
         slots = torch.where(slots < 0, -1, slot_map[slots].long())
     _write(k_cache, slots, k, k_scale)
     _write(v_cache, slots, v, v_scale)
-    return q
+    return _rounded(q, qkv.dtype)
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
