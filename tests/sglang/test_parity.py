@@ -1,0 +1,73 @@
+"""The served model against transformers in float32: lengths around the chunk, prefixes, batches, page sizes, pools, configs, TP."""
+
+import pytest
+from engine import LENGTHS, NEW_TOKENS, ask, ask_at_once, assert_agrees, llama4_server, prompt
+
+CHUNK = 64
+
+
+def check_all(server, oracle):
+    """Alone, again with what the radix cache holds of it, and eight at once."""
+    for length in LENGTHS:
+        assert_agrees(ask(server, prompt(length)), oracle)
+    longest = ask(server, prompt(LENGTHS[-1]), whole=False)
+    assert longest.cached_tokens > 2 * CHUNK
+    assert_agrees(longest, oracle)
+    for answer in ask_at_once(server, [prompt(length, seed=1) for length in (3, 40, CHUNK, 70, 100, 2 * CHUNK, 150, 250)]):
+        assert_agrees(answer, oracle)
+
+
+def test_scout_with_prefill_in_pieces_smaller_than_the_chunk(make, oracle, tmp_path):
+    path = make("scout")
+    with llama4_server(path, "--chunked-prefill-size=24", log=tmp_path / "log") as server:
+        check_all(server, oracle(path))
+
+
+def test_maverick_with_pages_of_16_and_one_pool(make, oracle, tmp_path):
+    path = make("maverick")
+    with llama4_server(path, "--page-size=16", "--disable-hybrid-swa-memory", log=tmp_path / "log") as server:
+        check_all(server, oracle(path))
+
+
+def test_scout_with_pages_of_16_and_mixed_batches(make, oracle, tmp_path):
+    path = make("scout")
+    flags = ("--page-size=16", "--chunked-prefill-size=48", "--enable-mixed-chunk")
+    with llama4_server(path, *flags, log=tmp_path / "log") as server:
+        check_all(server, oracle(path))
+
+
+def test_a_pool_so_small_that_slots_are_used_again(make, oracle, tmp_path):
+    path = make("scout")
+    with llama4_server(path, "--max-total-tokens=400", "--swa-full-tokens-ratio=0.6", log=tmp_path / "log") as server:
+        for seed in range(6):
+            for answer in ask_at_once(server, [prompt(150, seed), prompt(90, seed)], new_tokens=40):
+                assert_agrees(answer, oracle(path))
+
+
+def test_text_only_with_a_config_of_its_own(make, oracle, tmp_path):
+    path = make(
+        text_only=True,
+        num_hidden_layers=5,
+        no_rope_layers=[0, 1, 1, 0, 1],
+        layer_types=["chunked_attention", "full_attention", "chunked_attention", "full_attention", "chunked_attention"],
+        moe_layers=[1, 2, 4],
+        attention_chunk_size=48,
+        use_qk_norm=False,
+    )
+    with llama4_server(path, "--page-size=16", log=tmp_path / "log") as server:
+        assert server.serving() == "Llama4ForCausalLM"
+        check_all(server, oracle(path))
+
+
+def test_no_chunk_and_no_temperature(make, oracle, tmp_path):
+    path = make(attention_chunk_size=None, attn_temperature_tuning=False, interleave_moe_layer_step=3)
+    with llama4_server(path, log=tmp_path / "log") as server:
+        check_all(server, oracle(path))
+
+
+@pytest.mark.parametrize("like", ["scout", "maverick"])
+def test_two_ranks(like, make, oracle, tmp_path):
+    path = make(like)
+    with llama4_server(path, log=tmp_path / "log", tp=2) as server:
+        for length in LENGTHS:
+            assert_agrees(ask(server, prompt(length), NEW_TOKENS), oracle(path))
