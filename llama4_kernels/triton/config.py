@@ -15,11 +15,12 @@ from typing import Any
 import torch
 import triton
 
+from llama4_kernels.triton.tiles import PER_BLOCK
+
 TABLES = Path(__file__).parent / "configs"
 Config = dict[str, int]
 _LAUNCH_OPTIONS = {"programs_per_sm"}
-# A weight stream wants all 132 multiprocessors of Hopper busy, each with two programs.
-_DECODE_PROGRAMS = 264
+
 
 
 def choose(op: str, device: torch.device, dtype: torch.dtype, *, tokens: int, **shape: int) -> Config:
@@ -71,24 +72,12 @@ def _table(name: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _power_of_two_below(number: float) -> int:
-    return 1 << (int(number).bit_length() - 1)
-
-
-def _tokens_per_tile(tokens: int, most: int) -> int:
-    return min(max(triton.next_power_of_2(tokens), 16), most)
-
-
-def _grouped_gemm(dtype: torch.dtype, tokens: int, *, groups: int, n: int, k: int) -> Config:
-    block = _tokens_per_tile(2 * tokens // groups, 128)
-    large = block >= 64
-    return {
-        "BLOCK_T": block,
-        "BLOCK_N": 128 if large else 64,
-        "num_warps": 8 if large else 4,
-        "num_stages": 3 if large else 5,
-        "programs_per_sm": 1 if large else 2,
-    }
+def _grouped_gemm(dtype: torch.dtype, tokens: int, *, groups: int, n: int, k: int, form: int) -> Config:
+    mean = tokens // groups
+    if mean <= 16:
+        return {"BLOCK_T": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 5, "programs_per_sm": 4}
+    large = mean > 64 and form != PER_BLOCK
+    return {"BLOCK_T": 128 if large else 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 4, "programs_per_sm": 1}
 
 
 def _route_top1(dtype: torch.dtype, tokens: int, *, experts: int, hidden: int) -> Config:
@@ -97,30 +86,23 @@ def _route_top1(dtype: torch.dtype, tokens: int, *, experts: int, hidden: int) -
     return {"BLOCK_T": 64, "BLOCK_E": max(triton.next_power_of_2(experts), 16), "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
 
 
-def _moe_gate_up(dtype: torch.dtype, tokens: int, *, experts: int, n: int, k: int) -> Config:
-    distinct = experts * (1 - (1 - 1 / experts) ** tokens)
-    shared = _tokens_per_tile(tokens, 64)
-    routed = _tokens_per_tile(2 * tokens // experts, 64)
-    tiles = (triton.cdiv(tokens, shared) + distinct) * triton.cdiv(n, 128)
-    large = routed >= 64
-    return {
-        "BLOCK_S": shared,
-        "BLOCK_R": routed,
-        "SPLITS": _power_of_two_below(min(max(_DECODE_PROGRAMS / tiles, 1), 8)),
-        "num_warps": 8,
-        "num_stages": 3 if large else 4,
-        "programs_per_sm": 1,
-    }
+def _moe_gate_up(dtype: torch.dtype, tokens: int, *, experts: int, n: int, k: int, form: int) -> Config:
+    if tokens <= 64:
+        # A stream of weights: two programs on each of Hopper's 132 multiprocessors, and K split where the tiles are too few for that
+        distinct = experts * (1 - (1 - 1 / experts) ** tokens)
+        tiles = (triton.cdiv(tokens, 16) + distinct) * triton.cdiv(n, 128)
+        splits = 4 if 4 * tiles <= 2 * 132 else 1
+        return {"BLOCK_S": 16, "BLOCK_R": 16, "SPLITS": splits, "num_warps": 4, "num_stages": 3, "programs_per_sm": 2}
+    block = 32 if form == PER_BLOCK else 64  # two sums and the products of one step fit in registers
+    if tokens // experts <= 16:
+        return {"BLOCK_S": block, "BLOCK_R": 16, "SPLITS": 1, "num_warps": 8, "num_stages": 3, "programs_per_sm": 1}
+    return {"BLOCK_S": block, "BLOCK_R": block, "SPLITS": 1, "num_warps": 8, "num_stages": 4, "programs_per_sm": 1}
 
 
-def _moe_down(dtype: torch.dtype, tokens: int, *, experts: int, n: int, k: int) -> Config:
-    large = tokens > 256
-    return {
-        "BLOCK_T": _tokens_per_tile(tokens, 128 if large else 64),
-        "BLOCK_N": 128 if large else 64,
-        "num_warps": 8 if large else 4,
-        "num_stages": 3 if large else 6,
-    }
+def _moe_down(dtype: torch.dtype, tokens: int, *, experts: int, n: int, k: int, form: int) -> Config:
+    if tokens > 256:
+        return {"BLOCK_T": 128 if dtype != torch.float8_e4m3fn else 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_T": 16 if tokens <= 16 else 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 6}
 
 
 _HEURISTICS = {"grouped_gemm": _grouped_gemm, "route_top1": _route_top1, "moe_gate_up": _moe_gate_up, "moe_down": _moe_down}

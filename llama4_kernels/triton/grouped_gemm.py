@@ -12,16 +12,17 @@ from llama4_kernels.triton import config
 from llama4_kernels.triton.quantization import quantize_for
 from llama4_kernels.triton.tiles import (
     NONE,
+    accumulate,
     accumulates_scaled,
     activation_scale,
     activations,
     block_k,
-    dot,
     find_tile,
     group_bounds,
     groups_width,
     load_columns,
     most_tiles,
+    product,
     tile_pointers,
     weight_scale,
     weights,
@@ -37,7 +38,7 @@ def grouped_gemm(
     groups, n, k = w.values.shape
     tokens = len(x.values) if rows is None else len(rows)
     out = torch.empty(tokens, n, dtype=out_dtype, device=offsets.device)
-    launch = config.choose("grouped_gemm", offsets.device, w.values.dtype, tokens=tokens, groups=groups, n=n, k=k)
+    launch = config.choose("grouped_gemm", offsets.device, w.values.dtype, tokens=tokens, groups=groups, n=n, k=k, form=w.form)
     step = block_k(w.values)
     tiles = most_tiles(tokens, groups, launch["BLOCK_T"]) * triton.cdiv(n, launch["BLOCK_N"])
     if tiles:
@@ -57,8 +58,8 @@ def _grouped_gemm(
 ):  # fmt: skip
     start, end = group_bounds(offsets, groups, GROUPS)
     n_tiles = tl.cdiv(n, BLOCK_N)
-    total = tl.sum(tl.cdiv(end - start, BLOCK_T), 0) * n_tiles
-    for unit in tl.range(tl.program_id(0), total, tl.num_programs(0)):
+    units = tl.sum(tl.cdiv(end - start, BLOCK_T), 0) * n_tiles
+    for unit in tl.range(tl.program_id(0), units, tl.num_programs(0)):
         group, first, group_end = find_tile(unit // n_tiles, start, end, BLOCK_T)
         position = first + tl.arange(0, BLOCK_T)
         row = position
@@ -69,7 +70,7 @@ def _grouped_gemm(
         channel = tl.where(column < n, column, 0)
         a_tile = tile_pointers(a, row, k, BLOCK_K)
         b_tile = tile_pointers(b, group.to(tl.int64) * n + channel, k, BLOCK_K)
-        product = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+        total = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
         for first_k in tl.range(0, k, BLOCK_K):
             w = load_columns(b_tile, first_k, k, BLOCK_K, EVEN_K)
             x = load_columns(a_tile, first_k, k, BLOCK_K, EVEN_K)
@@ -77,12 +78,12 @@ def _grouped_gemm(
                 block = first_k // 128
                 w_scale = weight_scale(b_scale, group, channel, n, block, k_blocks, B_FORM)
                 x_scale = activation_scale(a_scale, row, block, k_blocks, A_FORM)
-                product += dot(w, x, tl.zeros((BLOCK_N, BLOCK_T), tl.float32)) * (w_scale[:, None] * x_scale[None, :])
+                total += product(w, x) * (w_scale[:, None] * x_scale[None, :])
             else:
-                product = dot(w, x, product)
+                total = accumulate(total, w, x)
         if B_FORM != NONE and not SCALED_STEPS:
             w_scale = weight_scale(b_scale, group, channel, n, 0, k_blocks, B_FORM)
             x_scale = activation_scale(a_scale, row, 0, k_blocks, A_FORM)
-            product *= w_scale[:, None] * x_scale[None, :]
+            total *= w_scale[:, None] * x_scale[None, :]
         pointers = out + position.to(tl.int64)[None, :] * n + column[:, None]
-        tl.store(pointers, product.to(out.dtype.element_ty), mask=(position < group_end)[None, :] & (column < n)[:, None])
+        tl.store(pointers, total.to(out.dtype.element_ty), mask=(position < group_end)[None, :] & (column < n)[:, None])

@@ -18,17 +18,17 @@ from llama4_kernels.triton.tiles import (
     NONE,
     PER_BLOCK,
     PER_TENSOR,
-    Operand,
+    accumulate,
     accumulates_scaled,
     activation_scale,
     activations,
     block_k,
-    dot,
     find_tile,
     group_bounds,
     groups_width,
     load_columns,
     most_tiles,
+    product,
     tile_pointers,
     weight_scale,
     weights,
@@ -112,7 +112,7 @@ def _gate_up(inputs: _Inputs, routing: Routing, layer: MoEWeights, dtype: torch.
     h_s, h_r = activations(shared), activations(routed)
     device = x_s.values.device
     experts, width_s, width_r = len(layer.router), h_s.values.shape[1], h_r.values.shape[1]
-    launch = config.choose("moe_gate_up", device, w_r.values.dtype, tokens=tokens, experts=experts, n=width_r, k=k)
+    launch = config.choose("moe_gate_up", device, w_r.values.dtype, tokens=tokens, experts=experts, n=width_r, k=k, form=w_r.form)
     tiles_s, tiles_r = triton.cdiv(width_s, BLOCK_H), triton.cdiv(width_r, BLOCK_H)
     tiles = triton.cdiv(tokens, launch["BLOCK_S"]) * tiles_s + most_tiles(tokens, experts, launch["BLOCK_R"]) * tiles_r
     if tiles == 0:
@@ -144,7 +144,7 @@ def _down(
     tokens, k_s = h_s.values.shape
     experts, n, k_r = w_r.values.shape
     out = torch.empty(tokens, n, dtype=out_dtype, device=device)
-    launch = config.choose("moe_down", device, w_r.values.dtype, tokens=tokens, experts=experts, n=n, k=k_r)
+    launch = config.choose("moe_down", device, w_r.values.dtype, tokens=tokens, experts=experts, n=n, k=k_r, form=w_r.form)
     row_tiles = triton.cdiv(tokens, launch["BLOCK_T"])
     if row_tiles:
         present = torch.empty(row_tiles, 3, experts, dtype=torch.int32, device=device)
@@ -221,11 +221,11 @@ def _gate_up_tile(
             a = activation_scale(x_scale, token, block, k_blocks, X_FORM)[None, :]
             gate_scale = weight_scale(w_scale, group, gate_row, 2 * width, block, k_blocks, W_FORM)[:, None]
             up_scale = weight_scale(w_scale, group, up_row, 2 * width, block, k_blocks, W_FORM)[:, None]
-            gate += dot(w_gate, values, tl.zeros((BLOCK_H, BLOCK_T), tl.float32)) * (gate_scale * a)
-            up += dot(w_up, values, tl.zeros((BLOCK_H, BLOCK_T), tl.float32)) * (up_scale * a)
+            gate += product(w_gate, values) * (gate_scale * a)
+            up += product(w_up, values) * (up_scale * a)
         else:
-            gate = dot(w_gate, values, gate)
-            up = dot(w_up, values, up)
+            gate = accumulate(gate, w_gate, values)
+            up = accumulate(up, w_up, values)
 
     complete = True
     if SPLITS > 1:
@@ -323,9 +323,8 @@ def _scaled_step(
 ):  # fmt: skip
     """total + w · hᵀ, scaled. An fp8 step is at most one block of scales long, so each product is scaled by itself."""
     if W_FORM == NONE:
-        return dot(w, h, total)
+        return accumulate(total, w, h)
     else:
         block, blocks = first_k // 128, tl.cdiv(k, 128)
-        product = dot(w, h, tl.zeros(total.shape, tl.float32))
         scale = weight_scale(w_scale, group, channel, n, block, blocks, W_FORM)[:, None]
-        return total + product * (scale * activation_scale(h_scale, row, block, blocks, H_FORM)[None, :])
+        return total + product(w, h) * (scale * activation_scale(h_scale, row, block, blocks, H_FORM)[None, :])

@@ -11,7 +11,7 @@ from llama4_kernels.ops.types import Quantized, Routing
 from llama4_kernels.triton import config
 from llama4_kernels.triton.quantization import e4m3, e4m3_scale
 from llama4_kernels.triton.tickets import is_last, tickets
-from llama4_kernels.triton.tiles import dot
+from llama4_kernels.triton.tiles import accumulate
 
 ONE_LAUNCH_TOKENS = 64
 _ORDER_BLOCK = 1024
@@ -73,7 +73,7 @@ def _route(
         inside = (first + column < hidden)[None, :]
         values = tl.load(x_tile + first, mask=inside & (token < tokens)[:, None], other=0.0)
         w = tl.load(router_tile + first, mask=inside & (expert < experts)[:, None], other=0.0)
-        logits = dot(w, values, logits)
+        logits = accumulate(logits, w, values)
         if codes is not None:
             largest = tl.maximum(largest, tl.abs(values.to(tl.float32)), propagate_nan=tl.PropagateNan.ALL)
     best, winner = _best(logits, tl.where(expert < experts, expert, -1)[:, None], 0)
@@ -103,14 +103,14 @@ def _route(
             there = (every < tokens)[:, None] & (tl.arange(0, SLICES) < slices)[None, :]
             logit = tl.load(best_logits + parts, mask=there, other=0.0, cache_modifier=".cg")
             ids = tl.load(best_ids + parts, mask=there, other=-1, cache_modifier=".cg")
-            best, winner = _best(logit, ids, 1)
-            tl.store(expert_ids + every, winner, mask=every < tokens)
-            tl.store(scores + every, tl.sigmoid(best), mask=every < tokens)
-            winner = tl.where(every < tokens, winner, 2**31 - 1)
+            top, top_id = _best(logit, ids, 1)
+            tl.store(expert_ids + every, top_id, mask=every < tokens)
+            tl.store(scores + every, tl.sigmoid(top), mask=every < tokens)
+            sorted_by = tl.where(every < tokens, top_id, 2**31 - 1)
             group = tl.arange(0, EXPERTS)
-            tl.store(offsets + group, tl.sum((winner[None, :] < group[:, None]).to(tl.int32), 1), mask=group < experts)
+            tl.store(offsets + group, tl.sum((sorted_by[None, :] < group[:, None]).to(tl.int32), 1), mask=group < experts)
             tl.store(offsets + experts, tokens)
-            ahead = (winner[None, :] < winner[:, None]) | ((winner[None, :] == winner[:, None]) & (every[None, :] < every[:, None]))
+            ahead = (sorted_by[None, :] < sorted_by[:, None]) | ((sorted_by[None, :] == sorted_by[:, None]) & (every[None, :] < every[:, None]))
             tl.store(order + tl.sum(ahead.to(tl.int32), 1), every, mask=every < tokens)
 
 

@@ -99,7 +99,16 @@ def weight_scale(scale, group, column, n, block, blocks, FORM: tl.constexpr):
 
 
 @triton.jit
-def dot(w, x, total):
+def product(w, x):
+    """w [N, K] · x [T, K]ᵀ of one step, in fp32."""
+    if w.dtype != x.dtype:
+        return tl.dot(w.to(tl.float32), tl.trans(x.to(tl.float32)), input_precision="ieee")
+    else:
+        return tl.dot(w, tl.trans(x), input_precision="ieee")
+
+
+@triton.jit
+def accumulate(total, w, x):
     """total [N, T] + w [N, K] · x [T, K]ᵀ. Hopper's fp8 tensor cores keep few bits of a long sum: at most 128 products go into one."""
     if w.dtype != x.dtype:
         return tl.dot(w.to(tl.float32), tl.trans(x.to(tl.float32)), total, input_precision="ieee")

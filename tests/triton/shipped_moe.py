@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from llama4_kernels.ops.types import Linear
+from llama4_kernels.ops.types import Linear, MoEWeights
 from llama4_kernels.triton.grouped_gemm import grouped_gemm
+from llama4_kernels.triton.moe import fused_moe
 
 HIDDEN, INTERMEDIATE = 5120, 8192
 EXPERTS = {"scout": 16, "maverick": 128}
@@ -17,7 +18,7 @@ TENSOR_PARALLEL = (1, 2, 4, 8)
 TOKENS = (1, 16, 64, 256, 1024, 8192)
 FORMS = ("bfloat16", "per tensor", "per channel", "per block")
 
-WGMMA = {"_grouped_gemm"}
+WGMMA = {"_grouped_gemm", "_gate_up_kernel", "_down_kernel"}
 TMA: set[str] = set()
 
 
@@ -34,10 +35,22 @@ def linear(*shape: int, form: str) -> Linear:
     return Linear(empty(*shape, dtype=torch.float8_e4m3fn), empty(*scale), static)
 
 
+def layer(experts: int, intermediate: int, form: str, shared_form: str) -> MoEWeights:
+    return MoEWeights(
+        empty(experts, HIDDEN, dtype=torch.bfloat16),
+        linear(experts, 2 * intermediate, HIDDEN, form=form),
+        linear(experts, HIDDEN, intermediate, form=form),
+        linear(2 * intermediate, HIDDEN, form=shared_form),
+        linear(HIDDEN, intermediate, form=shared_form),
+    )
+
+
 def calls(architecture: str) -> Iterator[Callable[[], object]]:
     forms = FORMS if architecture == "sm_90" else FORMS[:1]
     for experts, ranks, tokens, form in itertools.product(EXPERTS.values(), TENSOR_PARALLEL, TOKENS, forms):
-        offsets = empty(experts + 1, dtype=torch.int32)
         x = empty(tokens, HIDDEN, dtype=torch.bfloat16)
-        w13 = linear(experts, 2 * INTERMEDIATE // ranks, HIDDEN, form=form)
-        yield functools.partial(grouped_gemm, x, w13, offsets, rows=empty(tokens, dtype=torch.int32))
+        offsets, rows = empty(experts + 1, dtype=torch.int32), empty(tokens, dtype=torch.int32)
+        for shared_form in {form, "bfloat16"}:
+            weights = layer(experts, INTERMEDIATE // ranks, form, shared_form)
+            yield functools.partial(fused_moe, x, weights)
+        yield functools.partial(grouped_gemm, x, weights.w13, offsets, rows=rows)

@@ -1,0 +1,136 @@
+"""The MoE kernels against the reference: every pair of weight forms, any routing, odd sizes; launches counted."""
+
+from unittest import mock
+
+import pytest
+import torch
+from cases import PAIRS, expert_lists, few_examples, generator, layer, linear, mapped, relative_error, routing_of, same_bits
+from guards import Guarded
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import llama4_kernels.reference.moe as reference
+from llama4_kernels.ops.types import MoEWeights, Quantized
+from llama4_kernels.reference import quantization
+from llama4_kernels.triton import config, moe
+from llama4_kernels.triton.tickets import tickets
+
+pytestmark = pytest.mark.triton
+
+BOUND = 4e-3
+
+
+def hidden_error(got, expected):
+    """Error of h beyond one e4m3 step: where fp32 sums round differently, single codes may differ by one."""
+    if not isinstance(expected, Quantized):
+        return relative_error(got, expected)
+    differ = got.codes.cpu().float() != expected.codes.float()
+    assert differ.float().mean() <= 0.01 if differ.numel() else True
+    torch.testing.assert_close(got.scale.cpu(), expected.scale, rtol=1e-4, atol=0)
+    return relative_error(Quantized(torch.where(differ, expected.codes.float(), got.codes.cpu().float()), expected.scale), expected)
+
+
+def check_halves(device, x, routing, weights):
+    """moe_gate_up, and moe_down on what the reference makes of x, with guard bytes around everything, each twice."""
+    dtype = x.dtype if isinstance(x, torch.Tensor) else torch.bfloat16
+    hidden = reference.moe_gate_up(x, routing, weights)
+    out = reference.moe_down(*hidden, routing, weights, out_dtype=torch.float32)
+    with Guarded() as guarded:
+        inside = [mapped(lambda tensor: guarded(tensor.to(device)), argument) for argument in (x, routing, weights, *hidden)]
+        got = moe.moe_gate_up(*inside[:3])
+        again = moe.moe_gate_up(*inside[:3])
+        got_out = moe.moe_down(*inside[3:], *inside[1:3], out_dtype=dtype)
+        again_out = moe.moe_down(*inside[3:], *inside[1:3], out_dtype=dtype)
+    for path, path_again, expected in zip(got, again, hidden):
+        assert hidden_error(path, expected) <= BOUND
+        assert same_bits(quantization.dequantize(path), quantization.dequantize(path_again))
+    assert relative_error(got_out, out) <= BOUND
+    assert same_bits(got_out, again_out)
+
+
+@pytest.mark.parametrize("form, shared_form", PAIRS)
+@given(expert_lists(experts=4, most=40), st.sampled_from([64, 136]), st.sampled_from([32, 130]))
+@example(expert_ids=[], hidden=64, width=32)
+@example(expert_ids=[2] * 37, hidden=136, width=130)
+@settings(few_examples, max_examples=4)
+def test_halves(form, shared_form, device, expert_ids, hidden, width):
+    x = torch.randn(len(expert_ids), hidden, generator=generator(hidden)).bfloat16()
+    check_halves(device, x, routing_of(expert_ids, 4), layer(4, hidden, width, form, shared_form))
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4])
+def test_splits_of_k(device, monkeypatch, splits):
+    monkeypatch.setitem(config._INTERPRETER, "moe_gate_up", {"BLOCK_S": 16, "BLOCK_R": 32, "SPLITS": splits})
+    config._choose.cache_clear()
+    x = torch.randn(35, 200, generator=generator(1)).bfloat16()
+    check_halves(device, x, routing_of([3, 0, 1, 1, 3] * 7, 4), layer(4, 200, 130, "bfloat16", "bfloat16"))
+    config._choose.cache_clear()
+    assert not tickets(device, 1).any()
+
+
+def test_128_experts_and_7_tokens(device):
+    x = torch.randn(7, 64, generator=generator(2)).bfloat16()
+    check_halves(device, x, routing_of([127, 0, 3, 64, 3, 126, 0], 128), layer(128, 64, 32, "per channel", "per channel"))
+
+
+@pytest.mark.parametrize("quantize", ["quantize_per_token", "quantize_per_block"])
+def test_quantised_input(device, quantize):
+    x = getattr(quantization, quantize)(torch.randn(5, 200, generator=generator(3)))
+    check_halves(device, x, routing_of([1, 0, 1, 1, 0], 2), layer(2, 200, 64, "per channel", "per block"))
+
+
+def test_experts_of_different_width(device):
+    """The shared expert may be narrower or wider than a routed one."""
+    weights = layer(2, 64, 96, "bfloat16", "bfloat16")
+    wide = MoEWeights(weights.router, weights.w13, weights.w2, linear(2 * 160, 64, form="per channel"), linear(64, 160, form="per channel"))
+    check_halves(device, torch.randn(5, 64, generator=generator(4)), routing_of([1, 0, 1, 1, 0], 2), wide)
+
+
+@pytest.mark.parametrize("form, shared_form", PAIRS)
+def test_fused(form, shared_form, device):
+    weights = layer(4, 136, 130, form, shared_form)
+    x = torch.randn(19, 136, generator=generator(5)).bfloat16()
+    with Guarded() as guarded:
+        inside = mapped(lambda tensor: guarded(tensor.to(device)), weights)
+        got = moe.fused_moe(guarded(x.to(device)), inside)
+    # single codes of h may differ by one e4m3 step, 1/16 of the value, from the reference's: each weighs 1/sqrt(130) of an output
+    assert relative_error(got, reference.fused_moe(x, weights)) <= BOUND
+
+
+def test_a_token_of_nan_stays_alone(device):
+    weights = layer(3, 64, 64, "per channel", "bfloat16")
+    x = torch.randn(20, 64, generator=generator(6)).bfloat16()
+    expected = reference.fused_moe(x, weights)
+    x[4] = torch.nan
+    got = moe.fused_moe(x.to(device), mapped(lambda tensor: tensor.to(device), weights)).cpu()
+    others = torch.arange(20) != 4
+    assert got[4].isnan().all()
+    assert relative_error(got[others], expected[others]) <= BOUND
+
+
+@pytest.mark.parametrize(
+    "form, tokens, launches",
+    [("bfloat16", 1, 3), ("per channel", 64, 3), ("per tensor", 64, 3), ("per channel", 65, 4), ("per block", 8, 4), ("static", 8, 5)],
+)
+def test_launches(form, tokens, launches, device):
+    weights = mapped(lambda tensor: tensor.to(device), layer(2, 64, 32, form, form))
+    kernel = type(moe._down_kernel)
+    with mock.patch.object(kernel, "run", autospec=True, side_effect=kernel.run) as run:
+        moe.fused_moe(torch.randn(tokens, 64, device=device).bfloat16(), weights)
+    assert run.call_count == launches
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 33, 300])
+def test_cuda_graph_replays_with_other_tokens(tokens):
+    weights = mapped(lambda tensor: tensor.cuda(), layer(16, 256, 256, "per channel", "per channel"))
+    x = torch.randn(tokens, 256, device="cuda").bfloat16()
+    moe.fused_moe(x, weights)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = moe.fused_moe(x, weights)
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(out, moe.fused_moe(x, weights))
