@@ -17,7 +17,7 @@ T* pointer(uintptr_t address) {
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Launchers of the CUDA kernels. Tensors are device addresses, streams are CUDA stream handles.";
 
-    py::enum_<Dtype>(module, "Dtype").value("bfloat16", Dtype::bfloat16).value("float32", Dtype::float32);
+    py::enum_<Dtype>(module, "Dtype", py::module_local()).value("bfloat16", Dtype::bfloat16).value("float32", Dtype::float32);
 
     module.def(
         "quantize_per_token",

@@ -2,8 +2,10 @@
 
 triton: runs Triton kernels, on a GPU or, with TRITON_INTERPRET=1, in the interpreter. A test parametrised with backend="triton" is one.
 compile: compiles Triton kernels without a GPU, which a process with TRITON_INTERPRET=1 cannot.
+gpu: needs a Hopper GPU. tests/sglang needs SGLang.
 """
 
+import importlib.metadata
 import os
 
 import pytest
@@ -15,6 +17,8 @@ if INTERPRETING:
     import triton_interpreter
 
     triton_interpreter.install()
+
+collect_ignore = [] if any(importlib.metadata.distributions(name="sglang")) else ["sglang"]
 
 
 def pytest_configure(config):
@@ -29,6 +33,7 @@ def pytest_collection_modifyitems(config, items):
     cannot = {
         "triton": not INTERPRETING and not torch.cuda.is_available(),
         "compile": INTERPRETING,
+        "gpu": not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
     }
     left_out = [item for item in items if any(cannot[name] and item.get_closest_marker(name) for name in cannot)]
     config.hook.pytest_deselected(items=left_out)

@@ -58,13 +58,15 @@ public:
         running_ = this;
         for (Fiber& fiber : fibers_) start(fiber);
         for (size_t alive = fibers_.size(); alive > 0;) {
-            const bool progress = take_turns(random() % fibers_.size(), alive);
-            if (!progress) throw std::runtime_error(std::string("deadlock: all threads wait, one of them at ") + waits_at_);
+            progress_ = false;
+            take_turns(random() % fibers_.size(), alive);
+            if (!progress_) throw std::runtime_error(std::string("deadlock: all threads wait, one of them at ") + waits_at_);
         }
     }
 
     void wait(Barrier& at, const char* name) {
         const uint64_t generation = at.generation;
+        progress_ = true;
         if (++at.arrived == at.count) {
             at.arrived = 0;
             ++at.generation;
@@ -72,9 +74,9 @@ public:
         }
         while (at.generation == generation) {
             waits_at_ = name;
-            progress_ = false;
             swapcontext(&fibers_[threadIdx.x].context, &main_);
         }
+        progress_ = true;
     }
 
     static Block& running() { return *running_; }
@@ -105,22 +107,18 @@ private:
             running_->error_ = std::current_exception();
         }
         running_->fibers_[threadIdx.x].done = true;
+        running_->progress_ = true;
     }
 
-    // One turn for every thread; whether any of them got further than to the barrier where it waited before.
-    bool take_turns(size_t first, size_t& alive) {
-        bool any_progress = false;
+    void take_turns(size_t first, size_t& alive) {
         for (size_t turn = 0; turn < fibers_.size(); ++turn) {
             Fiber& fiber = fibers_[(first + turn) % fibers_.size()];
             if (fiber.done) continue;
             threadIdx = dim3(unsigned((first + turn) % fibers_.size()), 0, 0);
-            progress_ = true;
             swapcontext(&main_, &fiber.context);
             if (error_) std::rethrow_exception(error_);
             alive -= fiber.done;
-            any_progress |= progress_;
         }
-        return any_progress;
     }
 
     static inline Block* running_ = nullptr;
@@ -130,7 +128,7 @@ private:
     ucontext_t main_;
     std::exception_ptr error_;
     const char* waits_at_ = "";
-    bool progress_ = false;
+    bool progress_ = false;  // whether any thread passed or reached a barrier, or ended, in this round of turns
 };
 
 inline void* shared_memory() { return Block::running().shared.get(); }

@@ -1,17 +1,29 @@
 """The ops in CUDA C++ for Hopper (sm_90a), from the extension that csrc/ builds."""
 
 import importlib.util
+from pathlib import Path
 
 import torch
+
+_REASON_FILE = Path(__file__).with_name("not_built.txt")
 
 
 def why_not(device: torch.device) -> str:
     """Why the CUDA kernels cannot run on `device`, or ""."""
-    if importlib.util.find_spec("llama4_kernels.cuda._C") is None:
-        return "the CUDA extension was not built (reinstall with LLAMA4_KERNELS_CUDA=on to see why)"
+    if reason := why_not_built():
+        return f"the CUDA extension was not built: {reason}"
     if device.type != "cuda":
         return f"{device.type} is not a GPU"
     capability = torch.cuda.get_device_capability(device)
     if torch.version.hip or capability != (9, 0):
         return f"{torch.cuda.get_device_name(device)} is not a Hopper GPU (compute capability 9.0)"
     return ""
+
+
+def why_not_built() -> str:
+    """Why this installation has no CUDA extension, as its build recorded it, or ""."""
+    if importlib.util.find_spec("llama4_kernels.cuda._C") is not None:
+        return ""
+    if not _REASON_FILE.exists():
+        return "this Python has not installed llama4_kernels (pip install .)"
+    return f"{_REASON_FILE.read_text().strip()} (reinstall with LLAMA4_KERNELS_CUDA=on to build it)"

@@ -1,0 +1,97 @@
+"""Builds csrc/ for the host: the same sources and bindings as llama4_kernels.cuda._C, run by csrc/emulation."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
+BUILDS = ROOT / "build" / "emulation"
+CUDA_HEADERS = ("cuda_runtime_api.h", "cuda_bf16.h", "cuda_fp8.h")
+
+
+def cuda_include() -> Path | None:
+    """The folder of the CUDA toolkit's headers, or None."""
+    homes = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    if nvcc := shutil.which("nvcc"):
+        homes.append(_toolkit_of(nvcc))
+    return next((home / "include" for home in homes if all((home / "include" / name).exists() for name in CUDA_HEADERS)), None)
+
+
+def why_not() -> str:
+    """Why the emulation cannot be built here, or ""."""
+    if not shutil.which("g++"):
+        return "no g++"
+    if importlib.util.find_spec("pybind11") is None:
+        return "no pybind11"
+    if cuda_include() is None:
+        return f"no CUDA toolkit with {', '.join(CUDA_HEADERS)} (nvcc on PATH, or CUDA_HOME)"
+    return ""
+
+
+def build(*, planted: Mapping[str, tuple[str, str]] | None = None, sanitize: bool = False) -> Path:
+    """Build the host module and give its path; what was built before from the same sources is used again.
+
+    planted: file name in csrc/ -> (text, its replacement), to see that a bug is noticed. sanitize: with AddressSanitizer.
+    """
+    import pybind11
+
+    flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-DLLAMA4_KERNELS_EMULATION"]
+    flags += ["-fsanitize=address", "-fno-omit-frame-pointer"] if sanitize else []
+    folders = [CSRC, pybind11.get_include(), sysconfig.get_path("include")]
+    includes = [*(f"-I{folder}" for folder in folders), "-isystem", str(cuda_include())]
+    headers = "".join(path.read_text() for path in sorted(CSRC.rglob("*.*h")))
+    objects = []
+    for source in [CSRC / "bindings.cpp", *sorted(CSRC.glob("*.cu"))]:
+        text = source.read_text()
+        if source.name in (planted or {}):
+            old, new = planted[source.name]
+            assert old in text, f"{source.name} no longer holds {old!r}, where the test plants its bug"
+            text = text.replace(old, new)
+        objects.append(_make(["-c", "-x", "c++"], text, ".o", flags=[*flags, *includes], depends_on=headers, suffix=source.suffix))
+    library = "".join(map(str, objects))
+    return _make(["-shared", *map(str, objects)], library, sysconfig.get_config_var("EXT_SUFFIX"), flags=flags)
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("_C", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def sanitizer_library() -> str:
+    """AddressSanitizer's library, to preload into a Python that loads a sanitized module."""
+    return subprocess.run(["g++", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _make(command: list[str], text: str, ending: str, *, flags: list[str], depends_on: str = "", suffix: str = "") -> Path:
+    """Run g++ unless its result stands in BUILDS under the hash of all that goes in."""
+    key = hashlib.sha256("\0".join([*command, text, ending, *flags, depends_on]).encode()).hexdigest()[:16]
+    result = BUILDS / key / f"_C{ending}"
+    if result.exists():
+        return result
+    result.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = result.with_suffix(f".{os.getpid()}")
+    if suffix:
+        source = unfinished.with_suffix(suffix)
+        source.write_text(text)
+        command = [*command, str(source)]
+    done = subprocess.run(["g++", *flags, *command, "-o", str(unfinished)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    unfinished.replace(result)
+    return result
+
+
+def _toolkit_of(nvcc: str) -> Path:
+    shown = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True).stderr
+    top = next(line.removeprefix("#$ TOP=") for line in shown.splitlines() if line.startswith("#$ TOP="))
+    return Path(top).resolve()
