@@ -62,7 +62,8 @@ def build(*, planted: Mapping[str, tuple[str, str]] | None = None, sanitize: boo
 
 
 def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("_C", path)
+    """Import a built module under a name of its own: pybind11 gives the same module again for the same name."""
+    spec = importlib.util.spec_from_file_location(f"emulation_{path.parent.name}._C", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -6,6 +6,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstdlib>
@@ -13,6 +14,7 @@
 #include <exception>
 #include <functional>
 #include <memory>
+#include <new>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -49,7 +51,7 @@ struct Warp {
 class Block {
 public:
     Block(unsigned threads, size_t shared_bytes, std::function<void()> kernel)
-        : barrier{threads}, warps(threads / WARP), shared(std::aligned_alloc(16, (shared_bytes + 15) / 16 * 16), &std::free),
+        : barrier{threads}, warps(threads / WARP), shared(allocate(shared_bytes), &std::free),
           kernel_(std::move(kernel)), fibers_(threads), main_{} {
         std::memset(shared.get(), 0xff, shared_bytes);
     }
@@ -91,6 +93,12 @@ private:
         std::unique_ptr<char[]> stack = std::make_unique<char[]>(STACK_BYTES);
         bool done = false;
     };
+
+    static void* allocate(size_t bytes) {
+        void* memory = nullptr;
+        if (posix_memalign(&memory, 1024, bytes) != 0) throw std::bad_alloc();
+        return memory;
+    }
 
     void start(Fiber& fiber) {
         getcontext(&fiber.context);
