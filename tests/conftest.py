@@ -10,6 +10,13 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
+
+import backends
+from llama4_kernels.ops.backend import OPS
+
+settings.register_profile("ops", deadline=None, derandomize=True, max_examples=6 if os.environ.get("TRITON_INTERPRET") == "1" else 25)
+settings.load_profile("ops")
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -26,6 +33,17 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "compile: compiles Triton kernels without a GPU: not with TRITON_INTERPRET=1")
 
 
+def pytest_generate_tests(metafunc):
+    """In test_<stem>.py, `backend` is each backend that computes the ops of that stem here, `gpu_backend` each that a CUDA graph captures."""
+    stem = metafunc.module.__name__.removeprefix("test_")
+    if stem not in OPS.values():
+        return
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", backends.available(stem))
+    if "gpu_backend" in metafunc.fixturenames:
+        metafunc.parametrize("gpu_backend", [backend for backend in backends.available(stem) if backends.device_of(backend).type == "cuda"])
+
+
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if "backend" in getattr(getattr(item, "callspec", None), "params", ()) and item.callspec.params["backend"] == "triton":
@@ -38,6 +56,10 @@ def pytest_collection_modifyitems(config, items):
     left_out = [item for item in items if any(cannot[name] and item.get_closest_marker(name) for name in cannot)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_runtest_setup():
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,94 @@
+"""Runs an op on each backend that this process can run, and compares numbers of one backend with an oracle's."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import torch
+from torch import Tensor
+
+from llama4_kernels import available_backends, ops, use_backend
+from llama4_kernels.ops.backend import BACKENDS, OPS
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+GPU = torch.cuda.is_available() and not INTERPRETING
+WITHOUT_SCHEMA = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")  # torch's test_schema compares no fp8
+
+
+def available(stem: str) -> list[str]:
+    """Backends that can compute every op of a stem: the reference on the CPU, the others on a GPU; Triton alone in its interpreter."""
+    candidates = ["triton"] if INTERPRETING else BACKENDS
+    of_stem = [op for op in OPS if OPS[op] == stem]
+    return [backend for backend in candidates if not any(available_backends(op, device_of(backend))[backend] for op in of_stem)]
+
+
+def device_of(backend: str) -> torch.device:
+    return torch.device("cuda" if GPU and backend != "reference" else "cpu")
+
+
+def compute(backend: str, op: str, *args, **kwargs):
+    """The op's result, on the CPU like its arguments; caches that it writes are written in place."""
+    device = device_of(backend)
+    moved = to(kwargs, device)
+    with use_backend(backend):
+        result = getattr(ops, op)(*to(args, device), **moved)
+    for name in ("k_cache", "v_cache"):
+        if kwargs.get(name) is not None:
+            kwargs[name].copy_(moved[name])
+    return to(result, torch.device("cpu"))
+
+
+def to(value, device: torch.device):
+    """A tensor, or a structure of tensors and other values, on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if dataclasses.is_dataclass(value):
+        return type(value)(*(to(getattr(value, field.name), device) for field in dataclasses.fields(value)))
+    if isinstance(value, (list, tuple)):
+        return type(value)(to(item, device) for item in value)
+    return {name: to(item, device) for name, item in value.items()} if isinstance(value, dict) else value
+
+
+def assert_replays(backend: str, op: str, *args, **kwargs) -> None:
+    """The op, captured in a CUDA graph, gives the bits of a plain call, twice."""
+    args, kwargs = to(args, torch.device("cuda")), to(kwargs, torch.device("cuda"))
+    with use_backend(backend):
+        plain = getattr(ops, op)(*args, **kwargs)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = getattr(ops, op)(*args, **kwargs)
+    for _ in range(2):
+        for tensor in tensors(captured):
+            tensor.view(torch.uint8).fill_(0xA5)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same_bits(captured, plain)
+
+
+def assert_same_bits(got, want) -> None:
+    for a, b in zip(tensors(got), tensors(want), strict=True):
+        assert a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def tensors(value) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value if value.dim() else value[None]]
+    if dataclasses.is_dataclass(value):
+        value = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return [] if value is None else [tensor for item in value for tensor in tensors(item)]
+
+
+def assert_within(got: Tensor, want: Tensor, bound: Tensor) -> None:
+    """|got − want| ≤ bound for every element, where want is float64 and `bound` allows for accumulation in fp32; got's own rounding
+    to its dtype is allowed for here."""
+    rounding = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-23}[got.dtype]
+    excess = (got.double() - want).abs() - bound - rounding * want.abs() - 1e-30
+    assert got.shape == want.shape
+    assert not (excess > 0).any() and got.isfinite().all(), f"off by up to {(got.double() - want).abs().max()}"
+
+
+def assert_product(got: Tensor, a: Tensor, b: Tensor) -> None:
+    """got = a · bᵀ accumulated in fp32, for a and b in float64."""
+    assert_within(got, a @ b.mT, 2.0**-18 * (a.abs() @ b.abs().mT))

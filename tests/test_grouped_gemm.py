@@ -1,0 +1,154 @@
+"""grouped_gemm against float64 products of the dequantised numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.library import opcheck
+
+from backends import WITHOUT_SCHEMA, assert_product, assert_replays, assert_same_bits, compute
+from llama4_kernels import ops
+from llama4_kernels.ops import Linear, Quantized
+from weights import FORMS, FP8, activation_value, linear, quantized_value, value
+
+SIZES = st.lists(st.sampled_from([0, 0, 1, 2, 7, 33]), min_size=1, max_size=5)
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def offsets_of(sizes: list[int]) -> Tensor:
+    return torch.tensor([0, *sizes]).cumsum(0).int()
+
+
+def assert_groups(got: Tensor, a: Tensor, b: Linear, offsets: Tensor) -> None:
+    """got's rows of each group are a · bᵀ of it; `a` in float64."""
+    weights = value(b)
+    for group, (start, end) in enumerate(zip(offsets.tolist(), offsets[1:].tolist())):
+        assert_product(got[start:end], a[start:end], weights[group])
+
+
+@given(
+    sizes=SIZES,
+    shape=st.sampled_from([(1, 1), (17, 40), (128, 128), (130, 200)]),
+    form=st.sampled_from(FORMS),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+    out_dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+)
+def test_every_form_of_weight(backend, sizes, shape, form, dtype, out_dtype):
+    b, offsets = linear(form, len(sizes), *shape), offsets_of(sizes)
+    a = torch.randn(sum(sizes), shape[1]).to(dtype)
+    got = compute(backend, "grouped_gemm", a, b, offsets, out_dtype=out_dtype)
+    assert got.dtype == out_dtype and got.shape == (sum(sizes), shape[0])
+    assert_groups(got, quantized_value(a, form, b.input_scale), b, offsets)
+
+
+@given(
+    sizes=SIZES,
+    shape=st.sampled_from([(17, 40), (130, 200), (64, 384)]),
+    form=st.sampled_from(["tensor", "tensor static", "channel", "block"]),
+    per=st.sampled_from(["tensor", "row", "block"]),
+)
+def test_quantized_activations_with_every_scale(backend, sizes, shape, form, per):
+    b, offsets = linear(form, len(sizes), *shape), offsets_of(sizes)
+    rows, columns = sum(sizes), shape[1]
+    scale = 0.01 + torch.rand({"tensor": (), "row": (rows,), "block": (rows, -(-columns // 128))}[per])
+    a = Quantized((100 * torch.randn(rows, columns)).clamp(-448, 448).to(FP8), scale)
+    got = compute(backend, "grouped_gemm", a, b, offsets, out_dtype=torch.float32)
+    assert_groups(got, activation_value(a), b, offsets)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_are_gathered(backend, form):
+    offsets, rows = int32(0, 2, 2, 7), int32(3, 3, 0, 4, 1, 2, 0)
+    b, a = linear(form, 3, 24, 136), torch.randn(5, 136)
+    got = compute(backend, "grouped_gemm", a, b, offsets, rows=rows, out_dtype=torch.float32)
+    assert_groups(got, quantized_value(a, form, b.input_scale)[rows.long()], b, offsets)
+
+
+@pytest.mark.parametrize("form", ["fp32", "channel"])
+def test_what_stands_past_the_last_group_does_not_matter(backend, form):
+    offsets = int32(0, 3, 5)
+    b, a = linear(form, 2, 24, 136), torch.randn(9, 136)
+    a[5:] = float("nan")
+    got = compute(backend, "grouped_gemm", a, b, offsets, out_dtype=torch.float32)
+    assert got.shape == (9, 24)
+    assert_groups(got[:5], quantized_value(a[:5], form), b, offsets)
+    gathered = compute(backend, "grouped_gemm", a, b, offsets, rows=int32(0, 1, 2, 3, 4, 10**6, -1), out_dtype=torch.float32)
+    assert_same_bits(gathered[:5], got[:5])
+
+
+def test_a_row_of_nan_touches_no_other_row(backend):
+    a, b, offsets = torch.randn(6, 136), linear("channel", 2, 24, 136), int32(0, 4, 6)
+    clean = compute(backend, "grouped_gemm", a, b, offsets)
+    a[2] = float("nan")
+    spoilt = compute(backend, "grouped_gemm", a, b, offsets)
+    others = [0, 1, 3, 4, 5]
+    assert spoilt[2].isnan().all()
+    assert_same_bits(spoilt[others], clean[others])
+
+
+def test_gives_the_same_bits_twice(backend):
+    a, b, offsets = torch.randn(70, 300), linear("channel", 3, 130, 300), int32(0, 1, 40, 70)
+    assert_same_bits(*(compute(backend, "grouped_gemm", a, b, offsets) for _ in range(2)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+def test_replays_in_a_cuda_graph(gpu_backend, form):
+    dtype = torch.float32 if form == "fp32" else torch.bfloat16
+    assert_replays(gpu_backend, "grouped_gemm", torch.randn(70, 512).to(dtype), linear(form, 3, 256, 512), int32(0, 1, 40, 70))
+
+
+@pytest.mark.parametrize("rows", [None, int32(0, 0, 1)])
+def test_opcheck(rows):
+    op = torch.ops.llama4_kernels.grouped_gemm.default
+    a, b, offsets = torch.randn(3, 40), linear("fp32", 2, 24, 40), int32(0, 1, 3)
+    opcheck(op, (a, None, b.weight, None, None, offsets, rows, torch.bfloat16))
+    b = linear("tensor static", 2, 24, 40)
+    opcheck(op, (a, None, b.weight, b.scale, b.input_scale, offsets, rows, torch.bfloat16), test_utils=WITHOUT_SCHEMA)
+
+
+F8 = torch.ones(2, 4, 8).to(FP8)
+A, B, OFFSETS = torch.ones(3, 8), Linear(torch.ones(2, 4, 8)), int32(0, 1, 3)
+CODES = torch.ones(3, 8).to(FP8)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "offsets", "more", "error", "message"),
+    [
+        (A.half(), B, OFFSETS, {}, TypeError, "a has dtype float16, needs bfloat16 or float32"),
+        (A[0], B, OFFSETS, {}, ValueError, r"a has shape \[8\], needs \[M, K\]"),
+        (torch.ones(8, 3).t(), B, OFFSETS, {}, ValueError, "a has strides"),
+        (Quantized(A, torch.ones(3)), B, OFFSETS, {}, TypeError, "a.codes has dtype float32, needs float8_e4m3fn"),
+        (Quantized(CODES, torch.ones(4)), B, OFFSETS, {}, ValueError, r"a.scale has shape \[4\], needs \[\] per tensor, \[3\] per row, \[3, 1\]"),
+        (Quantized(CODES, None), B, OFFSETS, {}, TypeError, "a.scale is NoneType, needs a float32 Tensor"),
+        (Quantized(CODES, torch.ones(3).double()), B, OFFSETS, {}, TypeError, "a.scale has dtype float64, needs float32"),
+        (Quantized(CODES, torch.ones(3)), B, OFFSETS, {}, TypeError, "a is Quantized, needs a bfloat16 or float32 Tensor, because b.weight"),
+        (A, B.weight, OFFSETS, {}, TypeError, "b is Tensor, needs a Linear"),
+        (A, Linear(torch.ones(2, 4, 9)), OFFSETS, {}, ValueError, r"b.weight has shape \[2, 4, 9\], needs \[E, N, 8\]"),
+        (A, Linear(torch.ones(2, 8, 4).mT), OFFSETS, {}, ValueError, "b.weight has strides .* needs to be contiguous"),
+        (A, Linear(B.weight, torch.ones(2)), OFFSETS, {}, ValueError, "b.scale is given with a float32 weight, needs to be None"),
+        (A, Linear(B.weight, None, torch.ones(())), OFFSETS, {}, ValueError, "b.input_scale is given with a float32 weight"),
+        (A, Linear(F8), OFFSETS, {}, TypeError, "b.scale is NoneType, needs a float32 Tensor"),
+        (A, Linear(F8, torch.ones(3)), OFFSETS, {}, ValueError, r"b.scale has shape \[3\], needs \[2\] per tensor, \[2, 4\] per channel, \[2, 1, 1\]"),
+        (A, Linear(F8, torch.ones(2), torch.ones(2)), OFFSETS, {}, ValueError, r"b.input_scale has shape \[2\], needs \[\]"),
+        (A, B, int32(0, 3), {}, ValueError, r"offsets has shape \[2\], needs \[3\]"),
+        (A, B, OFFSETS.long(), {}, TypeError, "offsets has dtype int64, needs int32"),
+        (A, B, OFFSETS.to("meta"), {}, ValueError, "offsets is on meta, needs cpu"),
+        (A, B, int32(0, 1, 4), {}, ValueError, r"offsets is \[0, 1, 4\], needs to start at 0, never fall, and end at most at 3"),
+        (A, B, int32(0, 2, 1), {}, ValueError, r"offsets is \[0, 2, 1\], needs"),
+        (A, B, int32(1, 2, 3), {}, ValueError, r"offsets is \[1, 2, 3\], needs"),
+        (A, B, OFFSETS, {"rows": int32(0, 1, 3)}, ValueError, "rows holds values from 0 to 3, needs 0 to 2, the 3 rows of a"),
+        (A, B, OFFSETS, {"rows": int32(0, -1, 0)}, ValueError, "rows holds values from -1 to 0, needs 0 to 2"),
+        (A, B, OFFSETS, {"rows": torch.tensor([0, 1, 2])}, TypeError, "rows has dtype int64, needs int32"),
+        (A, B, OFFSETS, {"out_dtype": torch.float16}, TypeError, "out_dtype is torch.float16, needs torch.bfloat16 or torch.float32"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(a, b, offsets, more, error, message):
+    with pytest.raises(error, match=f"^grouped_gemm: {message}"):
+        ops.grouped_gemm(a, b, offsets, **more)
