@@ -1,0 +1,108 @@
+#!/usr/bin/env bash
+# Builds the extension, runs every test marked gpu and every benchmark, and looks for memory errors and races, on a Hopper host without
+# network and without SGLang. Results go to OUT_DIR: a log per step, JUnit XML of tests, JSON of benchmarks, and summary.json.
+#
+# usage: scripts/gpu_check.sh OUT_DIR
+# PYTHON: the interpreter (python3). STEP_SECONDS: the most that a step may take (600).
+#
+# A step that fails does not stop the next; the exit code is 1 if any failed. What this host cannot run is skipped, and the table says why.
+# A new op slots in by its markers: gpu runs on the GPU; gpu and small also under compute-sanitizer; bench/bench_*.py with gpu are timed.
+set -uo pipefail
+
+if [ $# -ne 1 ]; then
+    sed -n '5,6s/^# //p' "$0" >&2
+    exit 2
+fi
+mkdir -p "$1"
+out=$(cd "$1" && pwd)
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-python3}
+step_seconds=${STEP_SECONDS:-600}
+installed=$out/site-packages
+export PYTHONPATH=$installed${PYTHONPATH:+:$PYTHONPATH}
+: > "$out/steps.tsv"
+
+record() { # name, status, seconds, note
+    printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$4" | tee -a "$out/steps.tsv"
+}
+
+skip() { # name, reason
+    record "$1" skipped 0 "$2"
+}
+
+step() { # name, command...
+    local name=$1 log=$out/$1.log started=$SECONDS code status note
+    shift
+    echo "== $name: $*"
+    timeout --kill-after=10 "$step_seconds" "$@" > "$log" 2>&1
+    code=$?
+    note=$(grep -v '^[[:space:]]*$' "$log" | tail -n 1 | tr '\t' ' ' | cut -c1-100)
+    case $code in
+        0) status=ok ;;
+        5) status=skipped note="pytest found no test for it" ;;
+        124 | 137) status=failed note="not done after $step_seconds s" ;;
+        *) status=failed ;;
+    esac
+    if [ "$status" = failed ]; then tail -n 40 "$log"; fi
+    record "$name" "$status" "$((SECONDS - started))" "$note"
+}
+
+pytest=(env PYTHONSAFEPATH=1 "$python" -m pytest -p no:cacheprovider -o addopts=--strict-markers)
+
+no_gpu=$("$python" -c '
+import torch
+if not torch.cuda.is_available():
+    print("torch sees no GPU")
+elif torch.cuda.get_device_capability() != (9, 0):
+    print(torch.cuda.get_device_name(), "is not a Hopper GPU")
+' 2>&1 | tail -n 1)
+
+no_nvcc=$("$python" -c '
+import os, setup
+print("; ".join(setup.missing_tools(os.environ)))
+' 2>&1 | tail -n 1)
+
+rm -rf "$installed"
+if [ -n "$no_nvcc" ] && [ -n "$no_gpu" ]; then
+    step install env LLAMA4_KERNELS_CUDA=off "$python" -m pip install -v --no-build-isolation --no-deps --no-index --target "$installed" .
+    skip build "missing: $no_nvcc"
+else
+    step build env LLAMA4_KERNELS_CUDA=on "$python" -m pip install -v --no-build-isolation --no-deps --no-index --target "$installed" .
+fi
+step package "${pytest[@]}" --junitxml "$out/package.xml" tests/test_package.py
+
+if [ -n "$no_gpu" ]; then
+    for name in tests memcheck racecheck benchmarks; do skip "$name" "$no_gpu"; done
+else
+    step tests "${pytest[@]}" -m gpu --junitxml "$out/tests.xml" tests
+    sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2> /dev/null || true)
+    for tool in memcheck racecheck; do
+        if [ -n "$sanitizer" ]; then
+            step "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 --target-processes all \
+                "${pytest[@]}" -m "gpu and small" --junitxml "$out/$tool.xml" tests
+        else
+            skip "$tool" "no compute-sanitizer on PATH or in /usr/local/cuda/bin"
+        fi
+    done
+    if compgen -G "bench/bench_*.py" > /dev/null; then
+        step benchmarks "${pytest[@]}" -m gpu --benchmark-json "$out/benchmarks.json" bench/bench_*.py
+    else
+        skip benchmarks "bench/ holds no bench_*.py"
+    fi
+fi
+
+echo
+"$python" - "$out" << 'END'
+import json
+import sys
+from pathlib import Path
+
+out = Path(sys.argv[1])
+fields = ("step", "status", "seconds", "note")
+steps = [dict(zip(fields, line.split("\t"))) for line in (out / "steps.tsv").read_text().splitlines()]
+(out / "summary.json").write_text(json.dumps(steps, indent=1) + "\n")
+for row in [dict(zip(fields, fields)), *steps]:
+    print(f"{row['step']:<12} {row['status']:<8} {row['seconds']:>7}  {row['note']}")
+sys.exit(any(row["status"] == "failed" for row in steps))
+END

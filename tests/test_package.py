@@ -1,0 +1,153 @@
+"""The build's decisions, what an import pulls in, and what the built extension links and compiles to."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llama4_kernels
+from llama4_kernels import cuda
+
+ROOT = Path(__file__).parents[1]
+NOT_BUILT = cuda.why_not_built()
+built = pytest.mark.skipif(bool(NOT_BUILT), reason=NOT_BUILT or "-")
+needs_source = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="no setup.py")
+
+
+@pytest.fixture(scope="module")
+def setup():
+    spec = importlib.util.spec_from_file_location("llama4_kernels_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tools(tmp_path, monkeypatch):
+    """A PATH with cmake, ninja and nvcc, all of them empty programs."""
+    for name in ("cmake", "ninja", "nvcc"):
+        (tmp_path / name).touch(mode=0o755)
+    return tmp_path
+
+
+def test_off_leaves_the_extension_out_even_with_nvcc(setup, tools):
+    assert setup.why_not_built({"LLAMA4_KERNELS_CUDA": "off", "PATH": str(tools)}) == "it was installed with LLAMA4_KERNELS_CUDA=off"
+
+
+@pytest.mark.parametrize("mode", [{}, {"LLAMA4_KERNELS_CUDA": "auto"}, {"LLAMA4_KERNELS_CUDA": "on"}])
+def test_the_extension_is_built_where_all_tools_are(setup, tools, mode):
+    assert setup.why_not_built(mode | {"PATH": str(tools)}) == ""
+
+
+def test_auto_without_nvcc_leaves_the_extension_out_and_says_why(setup, tools):
+    (tools / "nvcc").unlink()
+    assert "missing at installation: nvcc" in setup.why_not_built({"PATH": str(tools)})
+
+
+def test_on_without_tools_is_an_error_that_names_them(setup, tools):
+    (tools / "nvcc").unlink()
+    (tools / "ninja").unlink()
+    with pytest.raises(SystemExit, match=r"LLAMA4_KERNELS_CUDA=on, but these are missing: nvcc .*, ninja"):
+        setup.why_not_built({"LLAMA4_KERNELS_CUDA": "on", "PATH": str(tools)})
+
+
+def test_another_mode_is_an_error_that_names_the_modes(setup):
+    with pytest.raises(SystemExit, match="LLAMA4_KERNELS_CUDA is 'yes', needs one of auto, on, off"):
+        setup.why_not_built({"LLAMA4_KERNELS_CUDA": "yes"})
+
+
+def test_nvcc_of_cuda_home_comes_before_that_on_path(setup, tools, tmp_path):
+    home = tmp_path / "cuda"
+    (home / "bin").mkdir(parents=True)
+    (home / "bin" / "nvcc").touch(mode=0o755)
+    assert setup.find_nvcc({"CUDA_HOME": str(home), "PATH": str(tools)}) == str(home / "bin" / "nvcc")
+    assert setup.find_nvcc({"CUDACXX": str(tools / "nvcc"), "CUDA_HOME": str(home), "PATH": ""}) == str(tools / "nvcc")
+
+
+def test_why_not_gives_the_reason_that_the_build_recorded(tmp_path, monkeypatch):
+    (tmp_path / "not_built.txt").write_text("no compiler that day\n")
+    monkeypatch.setattr(cuda, "_REASON_FILE", tmp_path / "not_built.txt")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "no compiler that day" in llama4_kernels.cuda.why_not_built()
+
+
+def in_subprocess(code: str) -> dict:
+    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return json.loads(subprocess.run([sys.executable, "-c", code], env=environ, check=True, capture_output=True, text=True).stdout)
+
+
+def test_import_needs_neither_sglang_nor_triton_nor_the_extension():
+    code = """
+import json, sys, torch
+before = set(sys.modules)
+import llama4_kernels
+tops = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(json.dumps(dict(tops=sorted(tops), cuda="llama4_kernels.cuda._C" in sys.modules, initialized=torch.cuda.is_initialized())))
+"""
+    seen = in_subprocess(code)
+    assert not {"sglang", "triton", "transformers", "typer", "rich"} & set(seen["tops"])
+    assert not seen["cuda"] and not seen["initialized"]
+
+
+def test_import_costs_about_what_torch_costs():
+    code = """
+import json, time
+start = time.process_time()
+import torch
+middle = time.process_time()
+import llama4_kernels
+print(json.dumps(dict(torch=middle - start, ours=time.process_time() - middle)))
+"""
+    seen = in_subprocess(code)
+    assert seen["ours"] < 0.25 * seen["torch"], seen
+
+
+def extension() -> Path:
+    return Path(importlib.util.find_spec("llama4_kernels.cuda._C").origin)
+
+
+@built
+def test_extension_imports_without_torch_and_without_a_driver():
+    code = f"""
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("llama4_kernels.cuda._C", {str(extension())!r})
+spec.loader.exec_module(importlib.util.module_from_spec(spec))
+print(json.dumps(dict(torch="torch" in sys.modules, libcuda="libcuda.so" in open("/proc/self/maps").read())))
+"""
+    assert in_subprocess(code) == {"torch": False, "libcuda": False}
+
+
+@built
+@pytest.mark.skipif(not shutil.which("readelf"), reason="no readelf")
+def test_extension_links_neither_torch_nor_cuda_libraries():
+    dynamic = subprocess.run(["readelf", "-d", extension()], check=True, capture_output=True, text=True).stdout
+    needed = [line.split("[")[1].rstrip("]") for line in dynamic.splitlines() if "(NEEDED)" in line]
+    assert any(name.startswith("libc.") for name in needed)
+    assert not [name for name in needed if name.startswith(("libtorch", "libc10", "libcuda", "libcudart", "libpython"))]
+
+
+def cuobjdump() -> str | None:
+    if found := shutil.which("cuobjdump"):
+        return found
+    triton = importlib.machinery.PathFinder.find_spec("triton")
+    bundled = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton and triton.origin else None
+    return str(bundled) if bundled and bundled.exists() else None
+
+
+@built
+@pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump, neither on PATH nor in triton")
+def test_kernels_are_sm_90a_and_use_no_local_memory():
+    def dump(*options: str) -> str:
+        return subprocess.run([cuobjdump(), *options, extension()], check=True, capture_output=True, text=True).stdout
+
+    usage = [line.split() for line in dump("--dump-resource-usage").splitlines() if "STACK:" in line]
+    assert usage and all({"STACK:0", "LOCAL:0"} <= set(fields) for fields in usage)
+    assert {line.split(".")[-2] for line in dump("--list-elf").splitlines() if line.startswith("ELF file")} == {"sm_90a"}
