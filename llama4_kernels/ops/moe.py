@@ -83,7 +83,7 @@ def moe_down(
     """
     op = "moe_down"
     device = checks.activations(op, "shared", shared, shape=("T", "I_shared")).device
-    _check_weights(op, weights, weights.router.shape[1], device)
+    _check_weights(op, weights, "H", device)
     tokens = len(_values(shared))
     checks.activations(op, "shared", shared, shape=(tokens, weights.shared_w2.weight.shape[1]))
     checks.activations(op, "routed", routed, shape=(tokens, weights.w2.weight.shape[2]), device=device)
@@ -187,11 +187,11 @@ def _(x: Tensor, weights: list[Tensor | None]) -> Tensor:
     return torch.empty_like(x)
 
 
-def _check_weights(op: str, weights: MoEWeights, hidden: int, device: torch.device) -> None:
+def _check_weights(op: str, weights: MoEWeights, hidden: int | str, device: torch.device) -> None:
     if not isinstance(weights, MoEWeights):
         raise TypeError(f"{op}: weights is {type(weights).__name__}, needs MoEWeights")
     router = checks.tensor(op, "weights.router", weights.router, dtype=checks.FLOATS, shape=("E", hidden), device=device)
-    experts = len(router)
+    experts, hidden = router.shape
     for prefix, stack in (("", (experts,)), ("shared_", ())):
         w13, w2 = getattr(weights, f"{prefix}w13"), getattr(weights, f"{prefix}w2")
         checks.linear(op, f"weights.{prefix}w2", w2, shape=(*stack, hidden, "I"), device=device)
