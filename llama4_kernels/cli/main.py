@@ -52,3 +52,20 @@ def doctor(
     from llama4_kernels.cli import doctor
 
     raise typer.Exit(doctor.run(as_json=json))
+
+
+@app.command()
+def tune(
+    op: Annotated[Optional[list[str]], typer.Option(help="Op to tune; may be given several times. All tunable ones if not given.")] = None,
+    workload: Annotated[list[str], typer.Option(help="Model, ranks and weights of a layer; may be given several times.")] = [
+        "scout-tp8-fp8",
+        "maverick-tp8-fp8",
+        "scout-tp8-bf16",
+    ],
+    tokens: Annotated[Optional[list[int]], typer.Option(min=1, help="Tokens in the batch; may be given several times.")] = None,
+    out: Annotated[Optional[Path], typer.Option(dir_okay=False, help="Table to write; the installed one of this GPU if not given.")] = None,
+) -> None:
+    """Time launch configurations of the Triton kernels on this GPU and keep the fastest for each shape."""
+    from llama4_kernels.triton import tune
+
+    raise typer.Exit(tune.run(op, workload, tokens, out))

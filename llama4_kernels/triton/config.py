@@ -6,9 +6,12 @@ The entry with the fewest tokens that covers the call is taken; `llama4-kernels 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +23,38 @@ from llama4_kernels.triton.tiles import PER_BLOCK
 TABLES = Path(__file__).parent / "configs"
 Config = dict[str, int]
 _LAUNCH_OPTIONS = {"programs_per_sm"}
+_HOPPER_KIB = 227
 
+
+@dataclass
+class Trial:
+    """A configuration under test, and the table entry that the last launch with it would have read."""
+
+    config: Config
+    shape: str = ""
+    tokens: int = 0
+
+
+_trials: dict[str, Trial] = {}
+
+
+@contextlib.contextmanager
+def trial(op: str, config: Config) -> Iterator[Trial]:
+    """Launch the kernels of `op` with `config`, whatever the shape."""
+    _trials[op] = Trial(config)
+    try:
+        yield _trials[op]
+    finally:
+        del _trials[op]
 
 
 def choose(op: str, device: torch.device, dtype: torch.dtype, *, tokens: int, **shape: int) -> Config:
     """The configuration of one launch. Token counts are rounded up to a power of two first, so that few kernels are compiled."""
-    return dict(_choose(op, device_name(device), dtype, triton.next_power_of_2(max(tokens, 1)), tuple(sorted(shape.items()))))
+    tokens = triton.next_power_of_2(max(tokens, 1))
+    if op in _trials:
+        _trials[op].shape, _trials[op].tokens = shape_key(dtype, shape), tokens
+        return _trials[op].config
+    return _choose(op, device_name(device), dtype, tokens, tuple(sorted(shape.items())))
 
 
 def options(config: Config) -> Config:
@@ -46,6 +75,18 @@ def device_name(device: torch.device) -> str:
 @functools.lru_cache(maxsize=None)
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@functools.lru_cache(maxsize=None)
+def shared_kib(device: torch.device) -> int:
+    """Shared memory that one program may use."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024 if device.type == "cuda" else 227
+
+
+def clear() -> None:
+    """Forget what was read from the tables, because they have changed."""
+    _choose.cache_clear()
+    _table.cache_clear()
 
 
 def table_path(name: str) -> Path:
@@ -72,12 +113,17 @@ def _table(name: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _grouped_gemm(dtype: torch.dtype, tokens: int, *, groups: int, n: int, k: int, form: int) -> Config:
+def _stages(most: int, rows: int, shared_kib: int) -> int:
+    """Stages of a pipeline whose every stage holds 128 bytes of `rows` rows: as many as fit beside the routines' own scratch, 2 at least."""
+    return max(min(most, (shared_kib - 4) * 8 // rows), 2)
+
+
+def _grouped_gemm(dtype: torch.dtype, tokens: int, *, groups: int, n: int, k: int, form: int, shared_kib: int) -> Config:
     mean = tokens // groups
     if mean <= 16:
         return {"BLOCK_T": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 5, "programs_per_sm": 4}
-    large = mean > 64 and form != PER_BLOCK
-    return {"BLOCK_T": 128 if large else 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 4, "programs_per_sm": 1}
+    block = 128 if mean > 64 and form != PER_BLOCK else 64
+    return {"BLOCK_T": block, "BLOCK_N": 128, "num_warps": 8, "num_stages": _stages(4, block + 128, shared_kib), "programs_per_sm": 1}
 
 
 def _route_top1(dtype: torch.dtype, tokens: int, *, experts: int, hidden: int) -> Config:
@@ -86,30 +132,59 @@ def _route_top1(dtype: torch.dtype, tokens: int, *, experts: int, hidden: int) -
     return {"BLOCK_T": 64, "BLOCK_E": max(triton.next_power_of_2(experts), 16), "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
 
 
-def _moe_gate_up(dtype: torch.dtype, tokens: int, *, experts: int, n: int, k: int, form: int) -> Config:
+def _moe_gate_up(dtype: torch.dtype, tokens: int, *, experts: int, n: int, k: int, form: int, shared_kib: int) -> Config:
     if tokens <= 64:
         # A stream of weights: two programs on each of Hopper's 132 multiprocessors, and K split where the tiles are too few for that
         distinct = experts * (1 - (1 - 1 / experts) ** tokens)
         tiles = (triton.cdiv(tokens, 16) + distinct) * triton.cdiv(n, 128)
         splits = 4 if 4 * tiles <= 2 * 132 else 1
-        return {"BLOCK_S": 16, "BLOCK_R": 16, "SPLITS": splits, "num_warps": 4, "num_stages": 3, "programs_per_sm": 2}
+        stages = _stages(3, 256 + 16, shared_kib)
+        return {"BLOCK_S": 16, "BLOCK_R": 16, "SPLITS": splits, "num_warps": 4, "num_stages": stages, "programs_per_sm": 2}
     block = 32 if form == PER_BLOCK else 64  # two sums and the products of one step fit in registers
-    if tokens // experts <= 16:
-        return {"BLOCK_S": block, "BLOCK_R": 16, "SPLITS": 1, "num_warps": 8, "num_stages": 3, "programs_per_sm": 1}
-    return {"BLOCK_S": block, "BLOCK_R": block, "SPLITS": 1, "num_warps": 8, "num_stages": 4, "programs_per_sm": 1}
+    few = tokens // experts <= 16
+    stages = _stages(3 if few else 4, 256 + block, shared_kib)
+    return {"BLOCK_S": block, "BLOCK_R": 16 if few else block, "SPLITS": 1, "num_warps": 8, "num_stages": stages, "programs_per_sm": 1}
 
 
-def _moe_down(dtype: torch.dtype, tokens: int, *, experts: int, n: int, k: int, form: int) -> Config:
+def _moe_down(dtype: torch.dtype, tokens: int, *, experts: int, n: int, k: int, form: int, shared_kib: int) -> Config:
     if tokens > 256:
-        return {"BLOCK_T": 128 if dtype != torch.float8_e4m3fn else 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
-    return {"BLOCK_T": 16 if tokens <= 16 else 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 6}
+        block = 128 if dtype != torch.float8_e4m3fn else 64
+        return {"BLOCK_T": block, "BLOCK_N": 128, "num_warps": 8, "num_stages": _stages(3, block + 128, shared_kib)}
+    block = 16 if tokens <= 16 else 64
+    return {"BLOCK_T": block, "BLOCK_N": 64, "num_warps": 4, "num_stages": _stages(6, block + 64, shared_kib)}
 
 
-_HEURISTICS = {"grouped_gemm": _grouped_gemm, "route_top1": _route_top1, "moe_gate_up": _moe_gate_up, "moe_down": _moe_down}
+def _attention_prefill(dtype: torch.dtype, tokens: int, *, head_dim: int, shared_kib: int) -> Config:
+    if dtype == torch.float32:
+        return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+    if shared_kib < _HOPPER_KIB:
+        return {"BLOCK_M": 64, "BLOCK_N": 64 if head_dim <= 64 else 32, "num_warps": 4, "num_stages": 2}
+    wide = dtype == torch.bfloat16 and head_dim <= 128  # fp8 keys pass through registers on their way to bf16
+    return {"BLOCK_M": 128, "BLOCK_N": 128 if wide else 64, "num_warps": 8, "num_stages": 3}
+
+
+def _attention_split(dtype: torch.dtype, tokens: int, *, head_dim: int, rows: int, shared_kib: int) -> Config:
+    hopper = shared_kib >= _HOPPER_KIB
+    block = min(max(triton.next_power_of_2(rows), 16), 64 if dtype == torch.bfloat16 and hopper else 32)
+    if dtype == torch.float32:
+        return {"SPLIT_KEYS": 256, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2, "programs_per_sm": 2}
+    return {"SPLIT_KEYS": 256, "BLOCK_M": block, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3, "programs_per_sm": 2}
+
+
+_HEURISTICS = {
+    "grouped_gemm": _grouped_gemm,
+    "route_top1": _route_top1,
+    "moe_gate_up": _moe_gate_up,
+    "moe_down": _moe_down,
+    "attention_prefill": _attention_prefill,
+    "attention_split": _attention_split,
+}
 
 # Small tiles, so that a small test has several of them.
 _INTERPRETER: dict[str, Config] = {
     "grouped_gemm": {"BLOCK_T": 16, "BLOCK_N": 64, "programs_per_sm": 1},
     "moe_gate_up": {"BLOCK_S": 32, "BLOCK_R": 16, "SPLITS": 2},
     "moe_down": {"BLOCK_T": 16, "BLOCK_N": 64},
+    "attention_prefill": {"BLOCK_M": 32, "BLOCK_N": 16},
+    "attention_split": {"BLOCK_N": 16, "SPLIT_KEYS": 32},
 }

@@ -38,7 +38,8 @@ def grouped_gemm(
     groups, n, k = w.values.shape
     tokens = len(x.values) if rows is None else len(rows)
     out = torch.empty(tokens, n, dtype=out_dtype, device=offsets.device)
-    launch = config.choose("grouped_gemm", offsets.device, w.values.dtype, tokens=tokens, groups=groups, n=n, k=k, form=w.form)
+    shape = dict(groups=groups, n=n, k=k, form=w.form, shared_kib=config.shared_kib(offsets.device))
+    launch = config.choose("grouped_gemm", offsets.device, w.values.dtype, tokens=tokens, **shape)
     step = block_k(w.values)
     tiles = most_tiles(tokens, groups, launch["BLOCK_T"]) * triton.cdiv(n, launch["BLOCK_N"])
     if tiles:

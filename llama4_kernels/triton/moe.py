@@ -112,7 +112,8 @@ def _gate_up(inputs: _Inputs, routing: Routing, layer: MoEWeights, dtype: torch.
     h_s, h_r = activations(shared), activations(routed)
     device = x_s.values.device
     experts, width_s, width_r = len(layer.router), h_s.values.shape[1], h_r.values.shape[1]
-    launch = config.choose("moe_gate_up", device, w_r.values.dtype, tokens=tokens, experts=experts, n=width_r, k=k, form=w_r.form)
+    shape = dict(experts=experts, n=width_r, k=k, form=w_r.form, shared_kib=config.shared_kib(device))
+    launch = config.choose("moe_gate_up", device, w_r.values.dtype, tokens=tokens, **shape)
     tiles_s, tiles_r = triton.cdiv(width_s, BLOCK_H), triton.cdiv(width_r, BLOCK_H)
     tiles = triton.cdiv(tokens, launch["BLOCK_S"]) * tiles_s + most_tiles(tokens, experts, launch["BLOCK_R"]) * tiles_r
     if tiles == 0:
@@ -144,7 +145,8 @@ def _down(
     tokens, k_s = h_s.values.shape
     experts, n, k_r = w_r.values.shape
     out = torch.empty(tokens, n, dtype=out_dtype, device=device)
-    launch = config.choose("moe_down", device, w_r.values.dtype, tokens=tokens, experts=experts, n=n, k=k_r, form=w_r.form)
+    shape = dict(experts=experts, n=n, k=k_r, form=w_r.form, shared_kib=config.shared_kib(device))
+    launch = config.choose("moe_down", device, w_r.values.dtype, tokens=tokens, **shape)
     row_tiles = triton.cdiv(tokens, launch["BLOCK_T"])
     if row_tiles:
         present = torch.empty(row_tiles, 3, experts, dtype=torch.int32, device=device)

@@ -26,9 +26,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from llama4_kernels.triton import config
+
 HERE = Path(__file__).parent
 BASELINE = HERE / "baseline.json"
 ARCHITECTURES = {"sm_90": 90, "sm_80": 80}
+SHARED_KIB = {"sm_90": 227, "sm_80": 163}
 INSTRUCTIONS = {"wgmma": r"[HQ]GMMA", "mma": r"[HQ]MMA", "tma_load": r"UTMALDG", "async_copy": r"LDGSTS", "local_load": r"LDL", "local_store": r"STL"}
 _BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -61,6 +64,7 @@ def shipped(architecture: str) -> dict[str, tuple]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "_do_compile", record))
+        stack.enter_context(mock.patch.object(config, "shared_kib", lambda device: SHARED_KIB[architecture]))
         triton.runtime.driver.set_active(_Driver(ARCHITECTURES[architecture]))
         try:
             for module in _lists():

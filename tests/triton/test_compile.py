@@ -30,7 +30,7 @@ def test_no_kernel_spills(kernels):
 
 
 def test_shared_memory_fits(architecture, kernels):
-    limit = {"sm_90": 227 * 1024, "sm_80": 163 * 1024}[architecture]
+    limit = offline.SHARED_KIB[architecture] * 1024
     assert {name: kernel["shared_bytes"] for name, kernel in kernels.items() if kernel["shared_bytes"] > limit} == {}
 
 

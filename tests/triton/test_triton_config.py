@@ -7,18 +7,16 @@ import torch
 
 from llama4_kernels.triton import config
 
-SHAPE = {"experts": 16, "n": 1024, "k": 5120, "form": 2}
+SHAPE = {"experts": 16, "n": 1024, "k": 5120, "form": 2, "shared_kib": 227}
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "TABLES", tmp_path)
-    for function in (config._choose, config._table):
-        function.cache_clear()
+    config.clear()
     yield lambda op, shape, entries: config.table_path("cpu").write_text(json.dumps({op: {shape: entries}}))
-    for function in (config._choose, config._table):
-        function.cache_clear()
+    config.clear()
 
 
 def test_the_tightest_tuned_entry_is_taken(table):
@@ -41,3 +39,11 @@ def test_tables_in_the_package_name_known_ops():
 
 def test_device_names_become_file_names():
     assert config.table_path("NVIDIA H200 (1/2)").name == "NVIDIA_H200_1_2_.json"
+
+
+@pytest.mark.parametrize("shared_kib, stages", [(227, 4), (163, 3), (99, 2)])
+def test_fewer_stages_where_shared_memory_is_small(shared_kib, stages):
+    shape = SHAPE | {"n": 8192, "shared_kib": shared_kib}
+    chosen = config.choose("moe_gate_up", torch.device("meta"), torch.bfloat16, tokens=4096, **shape)
+    assert chosen["num_stages"] == stages
+    assert stages * 128 * (256 + chosen["BLOCK_R"]) <= shared_kib * 1024

@@ -1,0 +1,67 @@
+"""Tuning, with a stand-in for the clock: what is fastest is written, later launches take it, and a failing candidate is passed over."""
+
+import json
+
+import pytest
+import torch
+from triton.runtime.errors import OutOfResources
+
+from llama4_kernels.triton import config, tune
+
+TINY = tune.Workload(experts=2, intermediate=64, fp8=True, hidden=64)
+
+
+@pytest.fixture(autouse=True)
+def tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "TABLES", tmp_path)
+    config.clear()
+    yield
+    config.clear()
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("op, block", [("grouped_gemm", "BLOCK_N"), ("route_top1", "BLOCK_K"), ("moe_gate_up", "SPLITS"), ("moe_down", "BLOCK_T")])
+def test_the_fastest_is_written_and_taken(op, block, monkeypatch, device):
+    slow, fast, broken = (tune.CANDIDATES[op][0] | {block: size} for size in (64, 32, 128))
+    monkeypatch.setitem(tune.CANDIDATES, op, [slow, fast, broken])
+    launched = []
+
+    def timer(call):
+        candidate = config._trials[op].config
+        launched.append(candidate)
+        if candidate == broken:
+            raise OutOfResources(1, 0, "shared memory")
+        return 2.0 if candidate == slow else 1.0
+
+    path = config.table_path(config.device_name(device))
+    table = tune.tune([op], [TINY], path, tokens=[3], device=device, timer=timer)
+    assert {tuple(candidate.items()) for candidate in launched} == {tuple(candidate.items()) for candidate in (slow, fast, broken)}
+    (entries,) = table[op].values()
+    assert entries == {"4": fast} and json.loads(path.read_text()) == table
+    taken = []
+    options = config.options
+    monkeypatch.setattr(config, "options", lambda chosen: taken.append(chosen) or options(chosen))
+    tune._call(op, tune._layer(TINY, device), torch.ones(4, 64, device=device).bfloat16())()
+    assert fast in taken
+
+
+def test_what_was_tuned_before_is_kept(tmp_path, monkeypatch):
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"moe_down": {"other": {"1": {"BLOCK_T": 16}}}}))
+    monkeypatch.setitem(tune.CANDIDATES, "moe_down", [])
+    assert tune.tune(["moe_down"], [], path, device=torch.device("cpu"))["moe_down"]["other"] == {"1": {"BLOCK_T": 16}}
+
+
+@pytest.mark.parametrize(
+    "arguments, error",
+    [((["moe"], [], None, None), "op is 'moe', needs one of grouped_gemm"), ((None, ["scout"], None, None), "workload is 'scout', needs one of scout-tp1-fp8")],
+)
+def test_bad_arguments(arguments, error, capsys):
+    assert tune.run(*arguments) == 1
+    assert error in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_said(capsys):
+    assert tune.run(None, ["scout-tp8-fp8"], None, None) == 1
+    assert capsys.readouterr().err == "tune: needs an NVIDIA GPU, and torch finds none here\n"
