@@ -245,6 +245,14 @@ class Llama4ForConditionalGeneration(mllama4.Llama4ForConditionalGeneration):
     def has_kv_scales(self) -> bool:
         return any(layer.self_attn.attn.k_scale is not None for layer in self.language_model.model.layers)
 
+    def permute_qk_weight_for_rotary(self, name: str, loaded_weight: Tensor) -> tuple[str, Tensor]:
+        """SGLang's permutation of the rows of q and k, from RoPE's interleaved to its half-split form, for scales per row too."""
+        config = self.language_model.config
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        if heads is None or not name.endswith(".weight_scale") or loaded_weight.shape[:1] != (heads * config.head_dim,):
+            return super().permute_qk_weight_for_rotary(name, loaded_weight)
+        return name, loaded_weight.view(heads, config.head_dim // 2, 2, -1).transpose(1, 2).reshape(loaded_weight.shape)
+
     def _handle_scale_remapping(self, name: str, params_dict: dict) -> bool:
         """Names are remapped by CheckedWeights; SGLang's own remapping drops the scale that it has remapped."""
         return False

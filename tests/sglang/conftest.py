@@ -20,19 +20,18 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def make(tmp_path_factory):
-    """checkpoint.make, remembering what it has made."""
+    """checkpoint.make into a folder of its own, remembering what it has made."""
+    made = {}
 
-    @functools.cache
-    def make_in(like: str = "scout", **options):
-        return checkpoint.make(tmp_path_factory.mktemp("checkpoints") / "checkpoint", like, **options)
+    def make_once(like="scout", **options):
+        key = repr((like, options))
+        if key not in made:
+            made[key] = checkpoint.make(tmp_path_factory.mktemp("checkpoints") / "checkpoint", like, **options)
+        return made[key]
 
-    return lambda like="scout", **options: make_in(like, **{name: _hashable(value) for name, value in options.items()})
+    return make_once
 
 
 @pytest.fixture(scope="session")
 def oracle():
     return functools.cache(Oracle)
-
-
-def _hashable(value):
-    return tuple(value) if isinstance(value, list) else value

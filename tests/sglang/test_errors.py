@@ -1,0 +1,94 @@
+"""What cannot be served stops with one clear line, and what should not be asked is refused while the server lives on."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import requests
+from engine import ask, assert_agrees, llama4_server, prompt
+from safetensors.torch import load_file, save_file
+
+from llama4_kernels.cli.server import ServerError
+
+
+def test_bad_requests_are_refused(make, oracle, tmp_path):
+    path = make("scout")
+    with llama4_server(path, log=tmp_path / "log") as server:
+        for body in (
+            {"input_ids": prompt(2000)},
+            {"text": 7},
+            {"input_ids": prompt(4), "sampling_params": {"temperature": -1}},
+            {},
+        ):
+            assert 400 <= requests.post(f"{server.url}/generate", json=body, timeout=60).status_code < 500
+        question = {"model": "tiny", "messages": [{"role": "user", "content": "a" * 3000}]}
+        assert 400 <= requests.post(f"{server.url}/v1/chat/completions", json=question, timeout=60).status_code < 500
+        assert_agrees(ask(server, prompt(70)), oracle(path))
+
+
+def start_error(path, tmp_path) -> str:
+    log = tmp_path / "log"
+    with pytest.raises(ServerError, match="ended with exit code"), llama4_server(path, log=log):
+        pass
+    return log.read_text(errors="replace")
+
+
+def test_a_model_that_is_not_llama_4(make, tmp_path):
+    path = shutil.copytree(make("scout"), tmp_path / "checkpoint")
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "num_attention_heads": 2, "vocab_size": 320}
+    (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1, "intermediate_size": 64, "num_key_value_heads": 2}))
+    lines = [line for line in start_error(path, tmp_path).splitlines() if line.startswith("ValueError: --model-impl llama4_kernels")]
+    assert lines and "Llama 4" in lines[0] and "LlamaForCausalLM" in lines[0]
+
+
+def rewritten(source, folder, change):
+    """A copy of a checkpoint whose tensors `change` has edited."""
+    path = shutil.copytree(source, folder / "checkpoint")
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+WRONG = "language_model.model.layers.2.feed_forward.shared_expert.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda tensors: tensors.update({WRONG: tensors[WRONG][:-1].contiguous()}), f"checkpoint tensor {WRONG} has shape [255, 256]"),
+        (lambda tensors: tensors.pop(WRONG), "checkpoint lacks 1 tensors that config.json implies: layers.2.feed_forward.shared_expert.up_proj"),
+        (lambda tensors: tensors.update({f"{WRONG}_2": tensors[WRONG].clone()}), f"checkpoint tensor {WRONG}_2 has shape"),
+    ],
+    ids=["wrong shape", "missing", "unknown"],
+)
+def test_a_checkpoint_that_does_not_match(change, message, make, tmp_path):
+    assert message in start_error(rewritten(make("scout"), tmp_path, change), tmp_path)
+
+
+def test_a_truncated_checkpoint(make, tmp_path):
+    path = shutil.copytree(make("scout"), tmp_path / "checkpoint")
+    file = path / "model.safetensors"
+    with file.open("r+b") as stream:
+        stream.truncate(file.stat().st_size // 2)
+    assert "model.safetensors ends within tensor language_model.model.layers." in start_error(path, tmp_path)
+
+
+@pytest.mark.parametrize("environment, ours", [({}, True), ({"SGLANG_PLUGINS": "another"}, False)])
+def test_which_class_is_built(environment, ours, make):
+    """With the flag and the plugin ours; with --model-impl auto, or with the plugin blocked, SGLang's."""
+    code = f"""
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.model_loader.utils import get_model_architecture
+for impl in ("llama4_kernels", "auto"):
+    config = ModelConfig({str(make("scout"))!r}, model_impl=impl)
+    print("built", impl, get_model_architecture(config)[0].__module__)
+"""
+    out = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=True).stdout
+    built = dict(line.split()[1:] for line in out.splitlines() if line.startswith("built"))
+    assert built == {"llama4_kernels": "llama4_kernels.sglang.model" if ours else "sglang.srt.models.mllama4", "auto": "sglang.srt.models.mllama4"}

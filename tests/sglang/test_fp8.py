@@ -1,0 +1,48 @@
+"""Every FP8 form against transformers on codes * scale, with activations rounded as the ops define it.
+
+The bound is `oracle.rounding_bound`: half of what the smallest mistake in one place of quantisation would cost. It is one of means,
+because float32 noise moves a code now and then; see there.
+"""
+
+import pytest
+import torch
+from engine import LENGTHS, ask, difference, llama4_server, prompt
+
+from llama4_kernels.cli import checkpoint
+from llama4_kernels.cli.oracle import Oracle, rounding_bound
+
+
+def check(server, full, fp8):
+    rounded, unrounded = Oracle(full, quantise_activations=fp8), Oracle(full)
+    errors, costs = [], []
+    for length in LENGTHS:
+        answer = ask(server, prompt(length))
+        ids = answer.prompt + answer.generated
+        errors.append(difference(answer, rounded))
+        costs.append((rounded.logprobs(ids)[0] - unrounded.logprobs(ids)[0]).abs())
+    error, cost = float(torch.cat(errors).mean()), float(torch.cat(costs).mean())
+    assert error <= rounding_bound(cost, rounded.rounding_sites())
+
+
+@pytest.mark.parametrize(
+    "like, form, attention, tp",
+    [
+        ("maverick", "compressed-tensors-experts", False, 2),
+        ("scout", "compressed-tensors", False, 1),
+        ("maverick", "redhat", True, 1),
+        ("scout", "modelopt", False, 1),
+    ],
+)
+def test_checkpoint(like, form, attention, tp, make, tmp_path):
+    path = make(like, fp8=form, fp8_attention=attention, intermediate_size=256)
+    full = checkpoint.dequantised(path, tmp_path / "full")
+    with llama4_server(path, log=tmp_path / "log", tp=tp) as server:
+        check(server, full, path)
+
+
+def test_quantised_at_load(make, tmp_path):
+    """A checkpoint whose weights are codes * scale already is quantised to those codes and scales again, so that the oracle is known."""
+    fp8 = make("maverick", fp8="compressed-tensors", fp8_attention=True)
+    full = checkpoint.dequantised(fp8, tmp_path / "full")
+    with llama4_server(full, "--quantization=fp8", log=tmp_path / "log") as server:
+        check(server, full, fp8)
