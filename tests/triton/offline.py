@@ -3,7 +3,7 @@
 A shipped_*.py beside this file lists calls of the ops at the shapes of the real models, on meta tensors. Running such a call against a
 stand-in driver runs the real launch code and records each kernel it would launch, with the exact specialisation; equal ones are compiled once.
 
-    python tests/triton/offline.py     rewrites baseline.json
+    python tests/triton/offline.py [list ...]     rewrites baseline_<list>.json, by default of every shipped_<list>.py
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -29,7 +28,7 @@ from triton.runtime.jit import JITFunction
 from llama4_kernels.triton import config
 
 HERE = Path(__file__).parent
-BASELINE = HERE / "baseline.json"
+LISTS = sorted(path.stem.removeprefix("shipped_") for path in HERE.glob("shipped_*.py"))
 ARCHITECTURES = {"sm_90": 90, "sm_80": 80}
 SHARED_KIB = {"sm_90": 227, "sm_80": 163}
 INSTRUCTIONS = {"wgmma": r"[HQ]GMMA", "mma": r"[HQ]MMA", "tma_load": r"UTMALDG", "async_copy": r"LDGSTS", "local_load": r"LDL", "local_store": r"STL"}
@@ -52,8 +51,18 @@ class _Driver:
         return 0
 
 
-def shipped(architecture: str) -> dict[str, tuple]:
-    """Name -> what to compile, for every distinct kernel that the shipped calls launch on `architecture`."""
+def module(shipped_list: str):
+    """shipped_<list>.py: calls(architecture), and the names of kernels that use WGMMA and TMA on sm_90."""
+    sys.path.insert(0, str(HERE))
+    return importlib.import_module(f"shipped_{shipped_list}")
+
+
+def baseline(shipped_list: str) -> Path:
+    return HERE / f"baseline_{shipped_list}.json"
+
+
+def shipped(architecture: str, shipped_list: str) -> dict[str, tuple]:
+    """Name -> what to compile, for every distinct kernel that the listed calls launch on `architecture`."""
     recorded: dict[str, tuple] = {}
 
     def record(self, key, signature, device, constexprs, options, attrs, warmup):
@@ -67,30 +76,19 @@ def shipped(architecture: str) -> dict[str, tuple]:
         stack.enter_context(mock.patch.object(config, "shared_kib", lambda device: SHARED_KIB[architecture]))
         triton.runtime.driver.set_active(_Driver(ARCHITECTURES[architecture]))
         try:
-            for module in _lists():
-                for call in module.calls(architecture):
-                    call()
+            for call in module(shipped_list).calls(architecture):
+                call()
         finally:
             triton.runtime.driver._active = None
     return dict(sorted(recorded.items()))
 
 
-def measure(architecture: str, workers: int = 2) -> dict[str, dict[str, int]]:
-    """Name -> registers, spills, shared memory and instruction counts of every shipped kernel."""
+def measure(architecture: str, shipped_list: str, workers: int = 2) -> dict[str, dict[str, int]]:
+    """Name -> registers, spills, shared memory and instruction counts of every kernel of a list."""
     global _work
-    _work = shipped(architecture)
+    _work = shipped(architecture, shipped_list)
     with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
         return dict(zip(_work, pool.map(_measure, _work, [architecture] * len(_work))))
-
-
-def requirements(instruction: str) -> set[str]:
-    """Names of the kernel functions that a shipped_*.py says use `instruction` on sm_90 ("WGMMA" or "TMA")."""
-    return {name for module in _lists() for name in getattr(module, instruction)}
-
-
-def _lists() -> Iterator:
-    sys.path.insert(0, str(HERE))
-    return [importlib.import_module(path.stem) for path in sorted(HERE.glob("shipped_*.py"))]
 
 
 def _plain(value) -> str:
@@ -121,6 +119,7 @@ def _run(binary: str, *args: str) -> str:
 
 
 if __name__ == "__main__":
-    measured = {"triton": triton.__version__} | {architecture: measure(architecture) for architecture in ARCHITECTURES}
-    BASELINE.write_text(json.dumps(measured, indent=1) + "\n")
-    print(f"{sum(len(measured[a]) for a in ARCHITECTURES)} kernels written to {BASELINE}")
+    for name in sys.argv[1:] or LISTS:
+        measured = {"triton": triton.__version__} | {architecture: measure(architecture, name) for architecture in ARCHITECTURES}
+        baseline(name).write_text(json.dumps(measured, indent=1) + "\n")
+        print(f"{sum(len(measured[a]) for a in ARCHITECTURES)} kernels written to {baseline(name)}")

@@ -1,7 +1,7 @@
-"""Offline compilation of every shipped kernel, against the committed baseline.json.
+"""Offline compilation of every shipped kernel, against the committed baseline_<list>.json.
 
 Margins: registers and instructions may grow by a tenth, shared memory not at all; spills are never allowed. On purpose worse, or better:
-`python tests/triton/offline.py` rewrites the baseline. Another Triton version than the baseline's is held to the absolute rules only.
+`python tests/triton/offline.py` rewrites the baselines. Another Triton version than the baseline's is held to the absolute rules only.
 """
 
 import json
@@ -20,9 +20,14 @@ def architecture(request):
     return request.param
 
 
+@pytest.fixture(scope="module", params=offline.LISTS)
+def shipped_list(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def kernels(architecture):
-    return offline.measure(architecture)
+def kernels(architecture, shipped_list):
+    return offline.measure(architecture, shipped_list)
 
 
 def test_no_kernel_spills(kernels):
@@ -35,17 +40,17 @@ def test_shared_memory_fits(architecture, kernels):
 
 
 @pytest.mark.parametrize("claim, instruction", [("WGMMA", "wgmma"), ("TMA", "tma_load")])
-def test_hopper_instructions(architecture, kernels, claim, instruction):
+def test_hopper_instructions(architecture, shipped_list, kernels, claim, instruction):
     if architecture != "sm_90":
         pytest.skip("Hopper only")
-    claimed = offline.requirements(claim)
+    claimed = getattr(offline.module(shipped_list), claim)
     lacking = [name for name, kernel in kernels.items() if name.split("[")[0] in claimed and not kernel[instruction]]
     assert lacking == []
     assert claimed <= {name.split("[")[0] for name in kernels}
 
 
-def test_no_worse_than_the_baseline(architecture, kernels):
-    baseline = json.loads(offline.BASELINE.read_text())
+def test_no_worse_than_the_baseline(architecture, shipped_list, kernels):
+    baseline = json.loads(offline.baseline(shipped_list).read_text())
     if baseline["triton"] != triton.__version__:
         pytest.skip(f"the baseline is from Triton {baseline['triton']}")
     expected = baseline[architecture]
