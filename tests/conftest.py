@@ -2,7 +2,7 @@
 
 triton: runs Triton kernels, on a GPU or, with TRITON_INTERPRET=1, in the interpreter. A test parametrised with backend="triton" is one.
 compile: compiles Triton kernels without a GPU, which a process with TRITON_INTERPRET=1 cannot.
-gpu: needs a Hopper GPU. tests/sglang needs SGLang.
+gpu: needs a Hopper GPU. There, a test parametrised with a backend that runs on it is one. tests/sglang needs SGLang.
 """
 
 import importlib.metadata
@@ -13,7 +13,7 @@ import torch
 from hypothesis import settings
 
 import backends
-from llama4_kernels.ops.backend import OPS
+from llama4_kernels.ops.backend import BACKENDS, OPS
 
 settings.register_profile("ops", deadline=None, derandomize=True, max_examples=6 if os.environ.get("TRITON_INTERPRET") == "1" else 25)
 settings.load_profile("ops")
@@ -34,7 +34,7 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    """In test_<stem>.py, `backend` is each backend that computes the ops of that stem here, `gpu_backend` each that a CUDA graph captures."""
+    """In test_<stem>.py, `backend` is each backend that computes that stem's ops here, `gpu_backend` each that a CUDA graph captures."""
     stem = metafunc.module.__name__.removeprefix("test_")
     if stem not in OPS.values():
         return
@@ -44,14 +44,20 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("gpu_backend", [backend for backend in backends.available(stem) if backends.device_of(backend).type == "cuda"])
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+    on_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
     for item in items:
-        if "backend" in getattr(getattr(item, "callspec", None), "params", ()) and item.callspec.params["backend"] == "triton":
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        backend = parameters.get("backend", parameters.get("gpu_backend"))
+        if parameters.get("backend") == "triton":
             item.add_marker("triton")
+        if backend in BACKENDS and backends.device_of(backend).type == "cuda" and on_hopper:
+            item.add_marker("gpu")
     cannot = {
         "triton": not INTERPRETING and not torch.cuda.is_available(),
         "compile": INTERPRETING,
-        "gpu": not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+        "gpu": not on_hopper,
     }
     left_out = [item for item in items if any(cannot[name] and item.get_closest_marker(name) for name in cannot)]
     config.hook.pytest_deselected(items=left_out)
