@@ -121,7 +121,7 @@ def _demo(console: Console, folder: Path, like: str, fp8: bool, vision: bool, tp
         comparisons = [_chat(console, server, reference, path)]
         comparisons += [_generate(server, reference, length) for length in PROMPT_LENGTHS]
         if vision:
-            comparisons.append(_image(server, reference, path))
+            comparisons.append(ask_about_image(server, reference, path))
         table = server.backends()
     _print_backends(console, table)
     return _judge(console, comparisons, reference)
@@ -160,7 +160,7 @@ def _generate(server: Server, reference: Reference, length: int) -> Comparison:
     return reference.compare("tokens", ids, answer["output_ids"], logprobs)
 
 
-def _image(server: Server, reference: Reference, path: Path) -> Comparison:
+def ask_about_image(server: Server, reference: Reference, path: Path) -> Comparison:
     """A question about an image. Tokens of the prompt are not compared: SGLang replaces the image's by a hash."""
     from PIL import Image
     from transformers import AutoProcessor

@@ -44,37 +44,13 @@ def test_a_model_that_is_not_llama_4(make, tmp_path):
     assert lines and "Llama 4" in lines[0] and "LlamaForCausalLM" in lines[0]
 
 
-def rewritten(source, folder, change):
-    """A copy of a checkpoint whose tensors `change` has edited."""
-    path = shutil.copytree(source, folder / "checkpoint")
-    tensors = load_file(path / "model.safetensors")
-    change(tensors)
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    return path
-
-
-WRONG = "language_model.model.layers.2.feed_forward.shared_expert.up_proj.weight"
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda tensors: tensors.update({WRONG: tensors[WRONG][:-1].contiguous()}), f"checkpoint tensor {WRONG} has shape [255, 256]"),
-        (lambda tensors: tensors.pop(WRONG), "checkpoint lacks 1 tensors that config.json implies: layers.2.feed_forward.shared_expert.up_proj"),
-        (lambda tensors: tensors.update({f"{WRONG}_2": tensors[WRONG].clone()}), f"checkpoint tensor {WRONG}_2 has shape"),
-    ],
-    ids=["wrong shape", "missing", "unknown"],
-)
-def test_a_checkpoint_that_does_not_match(change, message, make, tmp_path):
-    assert message in start_error(rewritten(make("scout"), tmp_path, change), tmp_path)
-
-
-def test_a_truncated_checkpoint(make, tmp_path):
+def test_a_checkpoint_that_lacks_a_tensor(make, tmp_path):
     path = shutil.copytree(make("scout"), tmp_path / "checkpoint")
-    file = path / "model.safetensors"
-    with file.open("r+b") as stream:
-        stream.truncate(file.stat().st_size // 2)
-    assert "model.safetensors ends within tensor language_model.model.layers." in start_error(path, tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    del tensors["language_model.model.layers.2.feed_forward.shared_expert.up_proj.weight"]
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    message = "checkpoint lacks 1 tensors that config.json implies: layers.2.feed_forward.shared_expert.up_proj.weight"
+    assert message in start_error(path, tmp_path)
 
 
 @pytest.mark.parametrize("environment, ours", [({}, True), ({"SGLANG_PLUGINS": "another"}, False)])
