@@ -30,7 +30,9 @@ def random_routing(tokens: int, experts: int, on_one: bool = False) -> Routing:
     return Routing(ids.int(), 0.1 + 0.9 * torch.rand(tokens), ids.argsort(stable=True).int(), offsets.int())
 
 
-def gate_up_oracle(x: Tensor | Quantized, routing: Routing, weights: MoEWeights, routed_form: str, shared_form: str) -> tuple[Tensor, Tensor]:
+def gate_up_oracle(
+    x: Tensor | Quantized, routing: Routing, weights: MoEWeights, routed_form: str, shared_form: str
+) -> tuple[Tensor, Tensor]:
     """(shared, routed) in float64, token by token."""
     order = routing.order.long()
     scores = routing.scores[:, None].double()
@@ -123,8 +125,7 @@ def test_codes_of_route_top1_give_what_unquantised_x_gives(backend):
     weights = moe_weights("channel", "channel", experts=4, hidden=200, inner=24)
     x = torch.randn(9, 200)
     routing, quantized = compute(backend, "route_top1", x, weights.router, quantize=True)
-    for got, want in zip(compute(backend, "moe_gate_up", quantized, routing, weights), compute(backend, "moe_gate_up", x, routing, weights)):
-        assert_same_bits(got, want)
+    assert_same_bits(compute(backend, "moe_gate_up", quantized, routing, weights), compute(backend, "moe_gate_up", x, routing, weights))
 
 
 @given(
@@ -258,7 +259,8 @@ def replaced(record, **fields):
         (X, replaced(PLAIN, w13=torch.ones(2, 8, 8)), TypeError, "weights.w13 is Tensor, needs a Linear"),
         (X, replaced(PLAIN, w13=Linear(torch.ones(3, 8, 8))), ValueError, r"weights.w13.weight has shape \[3, 8, 8\], needs \[2, 8, 8\]"),
         (X, replaced(PLAIN, w2=Linear(torch.ones(2, 9, 4))), ValueError, r"weights.w2.weight has shape \[2, 9, 4\], needs \[2, 8, I\]"),
-        (X, replaced(PLAIN, shared_w13=Linear(torch.ones(6, 8))), ValueError, r"weights.shared_w13.weight has shape \[6, 8\], needs \[8, 8\]"),
+        (X, replaced(PLAIN, shared_w13=Linear(torch.ones(6, 8))), ValueError,
+         r"weights.shared_w13.weight has shape \[6, 8\], needs \[8, 8\]"),
         (X, replaced(PLAIN, shared_w2=Linear(torch.ones(4, 8).t())), ValueError, "weights.shared_w2.weight has strides"),
         (X, replaced(FP8_WEIGHTS, w13=replaced(FP8_WEIGHTS.w13, scale=torch.ones(2, 4))), ValueError,
          r"weights.w13.scale has shape \[2, 4\], needs \[2\] per tensor, \[2, 8\] per channel, \[2, 1, 1\] per block"),
@@ -279,11 +281,13 @@ def test_bad_input_to_the_layer_is_named(x, weights, error, message):
         (X, replaced(ROUTING, offsets=ROUTING.offsets[:2]), PLAIN, ValueError, r"routing.offsets has shape \[2\], needs \[3\]"),
         (X, replaced(ROUTING, expert_ids=torch.tensor([1, 0, 2]).int()), PLAIN, ValueError,
          "routing.expert_ids holds values from 0 to 2, needs 0 to 1, the 2 experts"),
-        (X, replaced(ROUTING, order=torch.tensor([1, 0, 3]).int()), PLAIN, ValueError, "routing.order holds values from 0 to 3, needs 0 to 2"),
+        (X, replaced(ROUTING, order=torch.tensor([1, 0, 3]).int()), PLAIN, ValueError,
+         "routing.order holds values from 0 to 3, needs 0 to 2"),
         (X, replaced(ROUTING, order=torch.tensor([1, 0, 0]).int()), PLAIN, ValueError, "routing.order names a token twice"),
         (X, replaced(ROUTING, order=torch.tensor([0, 1, 2]).int()), PLAIN, ValueError, "routing.order does not sort routing.expert_ids"),
         (X, replaced(ROUTING, offsets=torch.tensor([0, 1, 2]).int()), PLAIN, ValueError, "routing.offsets ends at 2, needs 3"),
-        (X, replaced(ROUTING, offsets=torch.tensor([0, 4, 3]).int()), PLAIN, ValueError, r"routing.offsets is \[0, 4, 3\], needs to start at 0"),
+        (X, replaced(ROUTING, offsets=torch.tensor([0, 4, 3]).int()), PLAIN, ValueError,
+         r"routing.offsets is \[0, 4, 3\], needs to start at 0"),
         (QUANTIZED, ROUTING, PLAIN, TypeError, "x is Quantized, needs the unquantised Tensor, because weights.w13 is not fp8"),
         (QUANTIZED, ROUTING, MIXED, TypeError, "x is Quantized, needs the unquantised Tensor, because weights.shared_w13 is not fp8"),
         (QUANTIZED, ROUTING, STATIC, ValueError, "x is Quantized, needs the unquantised Tensor, because weights.w13 has an input_scale"),
@@ -302,11 +306,13 @@ H_QUANTIZED = Quantized(H.to(FP8), torch.ones(3, 1))
 @pytest.mark.parametrize(
     ("shared", "routed", "weights", "more", "error", "message"),
     [
-        (H, H, FP8_WEIGHTS, {}, TypeError, "shared is a Tensor, needs Quantized as moe_gate_up returns it, because weights.shared_w2 is fp8"),
+        (H, H, FP8_WEIGHTS, {}, TypeError,
+         "shared is a Tensor, needs Quantized as moe_gate_up returns it, because weights.shared_w2 is fp8"),
         (H, H_QUANTIZED, PLAIN, {}, TypeError, "routed is Quantized, needs a Tensor, because weights.w2 is not fp8"),
         (H_QUANTIZED, replaced(H_QUANTIZED, scale=torch.ones(3)), FP8_WEIGHTS, {}, ValueError,
          r"routed.scale has shape \[3\], needs one scale per 128 columns"),
-        (H_QUANTIZED, H_QUANTIZED, STATIC, {}, ValueError, r"shared.scale has shape \[3, 1\], needs \[\], that of weights.shared_w2.input_scale"),
+        (H_QUANTIZED, H_QUANTIZED, STATIC, {}, ValueError,
+         r"shared.scale has shape \[3, 1\], needs \[\], that of weights.shared_w2.input_scale"),
         (torch.ones(3, 5), H, PLAIN, {}, ValueError, r"shared has shape \[3, 5\], needs \[3, 4\]"),
         (H, torch.ones(2, 4), PLAIN, {}, ValueError, r"routed has shape \[2, 4\], needs \[3, 4\]"),
         (H, H.bfloat16(), PLAIN, {}, TypeError, "routed has dtype torch.bfloat16, needs that of shared, torch.float32, unless out_dtype"),

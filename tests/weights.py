@@ -11,7 +11,7 @@ FP8 = torch.float8_e4m3fn
 FORMS = ("bf16", "fp32", "tensor", "tensor static", "channel", "block")
 
 
-def linear(form: str, *shape: int, input_scale: float = 0.02) -> Linear:
+def linear(form: str, *shape: int) -> Linear:
     """A random weight [.., N, K] of about unit variance over sqrt(K)."""
     *stack, n, k = shape
     weight = torch.randn(shape) / k**0.5
@@ -20,17 +20,17 @@ def linear(form: str, *shape: int, input_scale: float = 0.02) -> Linear:
     scale_shape = {"channel": (*stack, n), "block": (*stack, -(-n // 128), -(-k // 128))}.get(form, stack)
     scale = 0.005 * (0.5 + torch.rand(scale_shape))
     codes = (weight / spread(scale, *shape)).clamp(-448, 448).to(FP8)
-    return Linear(codes, scale, torch.tensor(input_scale) if form == "tensor static" else None)
+    return Linear(codes, scale, torch.tensor(0.02) if form == "tensor static" else None)
 
 
-def moe_weights(routed: str, shared: str, *, experts: int, hidden: int, inner: int, shared_inner: int | None = None, **scales) -> MoEWeights:
+def moe_weights(routed: str, shared: str, *, experts: int, hidden: int, inner: int, shared_inner: int | None = None) -> MoEWeights:
     other = inner if shared_inner is None else shared_inner
     return MoEWeights(
         torch.randn(experts, hidden),
-        linear(routed, experts, 2 * inner, hidden, **scales),
-        linear(routed, experts, hidden, inner, **scales),
-        linear(shared, 2 * other, hidden, **scales),
-        linear(shared, hidden, other, **scales),
+        linear(routed, experts, 2 * inner, hidden),
+        linear(routed, experts, hidden, inner),
+        linear(shared, 2 * other, hidden),
+        linear(shared, hidden, other),
     )
 
 

@@ -1,0 +1,260 @@
+"""chunked_attention against a softmax in float64, one query at a time, and against transformers' chunked mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.library import opcheck
+from transformers.masking_utils import chunked_causal_mask_function
+
+from backends import WITHOUT_SCHEMA, assert_replays, assert_same_bits, assert_within, compute
+from llama4_kernels import ops
+from llama4_kernels.reference import attention as reference
+from weights import FP8
+
+GARBAGE = 2**30
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def batch(lengths: list[tuple[int, int]], *, chunk_size: int | None, page_size: int = 1, holds: str = "pages", heads=(4, 2, 16),
+          dtype=torch.float32, cache_dtype=None, padding=0, rows=False, slot_map=False) -> tuple[tuple, dict]:  # fmt: skip
+    """Arguments for requests of (keys, queries), whose caches hold NaN and page tables garbage wherever nothing may be read."""
+    num_heads, num_kv_heads, head_dim = heads
+    most = max([1, *(keys for keys, _ in lengths)])
+    pages_each = -(-most // page_size)
+    pages = len(lengths) * pages_each + 2
+    cache_dtype = cache_dtype or dtype
+    shape = (pages, page_size, num_kv_heads, head_dim)
+    caches = [torch.full(shape, float("nan")).to(cache_dtype) for _ in range(2)]
+    order = torch.randperm(pages)
+    requests = [order[i * pages_each : (i + 1) * pages_each] for i in range(len(lengths))]
+    translation = torch.randperm(pages * page_size + 3) if slot_map else None
+    columns = pages_each if holds == "pages" else pages_each * page_size
+    table = torch.full((len(lengths) + 2, columns + 1), GARBAGE, dtype=torch.int32)
+    table_rows = torch.randperm(len(lengths) + 2)[: len(lengths)] if rows else torch.arange(len(lengths))
+    for row, own_pages, (keys, queries) in zip(table_rows.tolist(), requests, lengths):
+        low = 0 if chunk_size is None else (keys - queries) // chunk_size * chunk_size
+        slots = (own_pages[:, None] * page_size + torch.arange(page_size)).flatten()[:keys]
+        if queries == 0:
+            continue
+        for cache in caches:
+            cache.flatten(0, 1)[slots[low:]] = torch.randn(keys - low, num_kv_heads, head_dim).to(cache_dtype)
+        if holds == "pages":
+            table[row, low // page_size : -(-keys // page_size)] = own_pages[low // page_size : -(-keys // page_size)].int()
+        else:
+            table[row, low:keys] = (slots if translation is None else translation.argsort()[slots])[low:].int()
+    counts = [queries for _, queries in lengths]
+    q = torch.randn(sum(counts) + padding, num_heads, head_dim).to(dtype)
+    if padding:
+        q[-padding:] = float("nan")
+    options = dict(
+        page_table=table,
+        seq_lens=torch.tensor([keys for keys, _ in lengths], dtype=torch.int32),
+        query_start_loc=torch.tensor([0, *counts]).cumsum(0).int(),
+        chunk_size=chunk_size,
+        page_table_holds=holds,
+        page_table_rows=table_rows if rows else None,
+        slot_map=translation,
+    )
+    if cache_dtype == FP8:
+        options |= dict(k_scale=torch.tensor(0.5), v_scale=torch.tensor([2.0]))
+    return (q, *caches), options
+
+
+def oracle(q: Tensor, k_cache: Tensor, v_cache: Tensor, *, page_table, seq_lens, query_start_loc, chunk_size, page_table_holds="pages",
+           page_table_rows=None, slot_map=None, scale=None, k_scale=None, v_scale=None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The output in float64, and a bound on what fp32 may lose; one query and key at a time."""
+    out, bound = torch.zeros(q.shape, dtype=torch.float64), torch.zeros(q.shape, dtype=torch.float64)
+    k_all = k_cache.double() * (1 if k_scale is None else k_scale.double())
+    v_all = v_cache.double() * (1 if v_scale is None else v_scale.double())
+    page_size, group = k_cache.shape[1], q.shape[1] // k_cache.shape[2]
+    starts = query_start_loc.tolist()
+    for request, (start, end, keys) in enumerate(zip(starts, starts[1:], seq_lens.tolist())):
+        row = page_table[request if page_table_rows is None else int(page_table_rows[request])].tolist()
+        for i in range(start, end):
+            position = keys - (end - start) + i - start
+            seen = [j for j in range(position + 1) if chunk_size is None or j // chunk_size == position // chunk_size]
+            if page_table_holds == "pages":
+                slots = [row[j // page_size] * page_size + j % page_size for j in seen]
+            else:
+                slots = [row[j] if slot_map is None else int(slot_map[row[j]]) for j in seen]
+            k = k_all.flatten(0, 1)[slots].repeat_interleave(group, 1)
+            v = v_all.flatten(0, 1)[slots].repeat_interleave(group, 1)
+            scores = torch.einsum("hd,khd->hk", q[i].double(), k) * (q.shape[2] ** -0.5 if scale is None else scale)
+            weights = scores.softmax(-1)
+            out[i] = torch.einsum("hk,khd->hd", weights, v)
+            bound[i] = 2.0**-16 * (1 + scores.abs().amax(-1))[:, None] * torch.einsum("hk,khd->hd", weights, v.abs())
+    return out, bound
+
+
+def assert_attention(backend: str, arguments: tuple, options: dict) -> None:
+    got = compute(backend, "chunked_attention", *arguments, **options)
+    want, bound = oracle(*arguments, **options)
+    rounded_weights = 2.0**-7 * want.abs().amax() if got.dtype == torch.bfloat16 and want.numel() else 0
+    assert got.dtype == arguments[0].dtype
+    assert_within(got, want, bound + rounded_weights)
+
+
+@st.composite
+def request(draw) -> tuple[int, int]:
+    queries = draw(st.sampled_from([0, 1, 1, 2, 5, 17]))
+    return queries + draw(st.sampled_from([0, 1, 7, 8, 15, 16, 31, 40])), queries
+
+
+@given(
+    lengths=st.lists(request(), min_size=0, max_size=4),
+    chunk_size=st.sampled_from([None, 1, 8, 12, 16, 64]),
+    page_size=st.sampled_from([1, 4, 16, 7]),
+    table=st.sampled_from(["pages", "slots", "mapped slots"]),
+    heads=st.sampled_from([(1, 1, 2), (5, 1, 64), (4, 2, 16), (6, 6, 20)]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+    fp8=st.booleans(),
+    padding=st.sampled_from([0, 3]),
+    rows=st.booleans(),
+)
+def test_mixed_batches(backend, lengths, chunk_size, page_size, table, heads, dtype, fp8, padding, rows):
+    holds, slot_map = ("pages", False) if table == "pages" else ("slots", table == "mapped slots")
+    arguments, options = batch(lengths, chunk_size=chunk_size, page_size=page_size, holds=holds, heads=heads, dtype=dtype,
+                               cache_dtype=FP8 if fp8 else None, padding=padding, rows=rows, slot_map=slot_map)  # fmt: skip
+    assert_attention(backend, arguments, options)
+
+
+@pytest.mark.parametrize("keys", [1, 15, 16, 17, 55])
+@pytest.mark.parametrize("chunk_size", [16, None])
+def test_prefill_and_decode_about_the_chunk(backend, keys, chunk_size):
+    assert_attention(backend, *batch([(keys, keys), (keys, 1), (keys + 3, 3)], chunk_size=chunk_size, page_size=4))
+
+
+def test_many_keys(backend):
+    arguments, options = batch([(700, 1), (300, 150)], chunk_size=512, page_size=16, heads=(5, 1, 128), dtype=torch.bfloat16)
+    assert_attention(backend, arguments, options)
+
+
+def test_a_scale_is_taken(backend):
+    arguments, options = batch([(20, 4)], chunk_size=None)
+    assert_attention(backend, arguments, options | {"scale": 0.7})
+
+
+def test_keys_of_an_earlier_chunk_do_not_matter_within_one_prefill(backend):
+    """NaN in keys and values of the first chunk reaches that chunk's queries, and not those of the next."""
+    (q, k_cache, v_cache), options = batch([(16, 16)], chunk_size=8)
+    clean = compute(backend, "chunked_attention", q, k_cache, v_cache, **options)
+    slot = int(options["page_table"][0, 3])
+    v_cache[slot] = k_cache[slot] = float("nan")
+    spoilt = compute(backend, "chunked_attention", q, k_cache, v_cache, **options)
+    assert spoilt[3:8].isnan().all()
+    others = [0, 1, 2, *range(8, 16)]
+    torch.testing.assert_close(spoilt[others], clean[others], rtol=1e-6, atol=1e-6)
+
+
+def test_padding_and_requests_without_queries(backend):
+    arguments, options = batch([(9, 0), (5, 2), (0, 0)], chunk_size=4, padding=3)
+    out = compute(backend, "chunked_attention", *arguments, **options)
+    assert (out[2:] == 0).all() and (out[:2] != 0).all()
+    assert_attention(backend, arguments, options)
+
+
+def test_the_page_table_may_be_a_window_of_a_wider_one(backend):
+    arguments, options = batch([(9, 2), (5, 2)], chunk_size=4)
+    wide = torch.full((options["page_table"].shape[0], 40), GARBAGE, dtype=torch.int32)
+    window = wide[:, : options["page_table"].shape[1]]
+    window.copy_(options["page_table"])
+    assert not window.is_contiguous()
+    assert_attention(backend, arguments, options | {"page_table": window})
+
+
+def test_follows_the_mask_of_transformers(backend):
+    chunk_size, length = 8, 30
+    (q, k_cache, v_cache), options = batch([(length, length)], chunk_size=chunk_size)
+    mask_function = chunked_causal_mask_function(chunk_size, torch.zeros(1, dtype=torch.long))
+    positions = torch.arange(length)
+    mask = torch.stack([mask_function(0, 0, positions.new_full((), i), positions) for i in positions])
+    slots = options["page_table"][0, :length].long()
+    k, v = (cache.flatten(0, 1)[slots].transpose(0, 1)[None] for cache in (k_cache, v_cache))
+    want = torch.nn.functional.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, attn_mask=mask, enable_gqa=True)
+    got = compute(backend, "chunked_attention", q, k_cache, v_cache, **options)
+    torch.testing.assert_close(got, want[0].transpose(0, 1), rtol=1e-5, atol=1e-6)
+
+
+def test_the_reference_splits_long_prefills_into_blocks_of_queries(monkeypatch):
+    arguments, options = batch([(40, 33), (30, 30)], chunk_size=16)
+    whole = compute("reference", "chunked_attention", *arguments, **options)
+    monkeypatch.setattr(reference, "MAX_SCORES", 4 * 40 * 3)  # three queries at a time
+    torch.testing.assert_close(compute("reference", "chunked_attention", *arguments, **options), whole, rtol=1e-6, atol=1e-6)
+
+
+def test_gives_the_same_bits_twice(backend):
+    arguments, options = batch([(70, 1), (40, 33)], chunk_size=64)
+    assert_same_bits(*(compute(backend, "chunked_attention", *arguments, **options) for _ in range(2)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache_dtype", [None, FP8])
+@pytest.mark.parametrize("lengths", [[(700, 1), (30, 1)], [(700, 100), (9, 1)]])
+def test_replays_in_a_cuda_graph(gpu_backend, lengths, cache_dtype):
+    arguments, options = batch(lengths, chunk_size=512, page_size=16, heads=(5, 1, 128), dtype=torch.bfloat16, cache_dtype=cache_dtype,
+                               padding=2)  # fmt: skip
+    assert_replays(gpu_backend, "chunked_attention", *arguments, **options)
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float32, FP8])
+@pytest.mark.parametrize("holds", ["pages", "slots"])
+def test_opcheck(holds, cache_dtype):
+    (q, k_cache, v_cache), options = batch([(20, 3)], chunk_size=8, holds=holds, cache_dtype=cache_dtype)
+    k_cache, v_cache = (cache.float().nan_to_num().to(cache_dtype) for cache in (k_cache, v_cache))
+    arguments = (
+        q, k_cache, v_cache, options["page_table"], options["seq_lens"], options["query_start_loc"], 8, 0.3, None, holds, None,
+        options.get("k_scale"), options.get("v_scale"),
+    )  # fmt: skip
+    utils = {"test_utils": WITHOUT_SCHEMA} if cache_dtype == FP8 else {}
+    opcheck(torch.ops.llama4_kernels.chunked_attention.default, arguments, **utils)
+
+
+CACHE = torch.ones(4, 2, 2, 8)
+SLOTS = {"page_table_holds": "slots", "page_table": torch.arange(6).int()[None]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"q": torch.ones(3, 4, 8).half()}, TypeError, "q has dtype float16, needs bfloat16 or float32"),
+        ({"q": torch.ones(3, 32)}, ValueError, r"q has shape \[3, 32\], needs \[Tq, Hq, D\]"),
+        ({"q": torch.ones(4, 3, 8).transpose(0, 1)}, ValueError, "q has strides"),
+        ({"q": torch.ones(3, 5, 8)}, ValueError, "q has 5 heads, needs a multiple of the caches' 2"),
+        ({"k_cache": torch.ones(4, 2, 2, 9)}, ValueError, r"k_cache has shape \[4, 2, 2, 9\], needs \[pages, page_size, Hkv, 8\]"),
+        ({"k_cache": torch.ones(2, 4, 2, 8).transpose(0, 1)}, ValueError, "k_cache has strides"),
+        ({"v_cache": CACHE[:3]}, ValueError, r"v_cache has shape \[3, 2, 2, 8\], needs \[4, 2, 2, 8\]"),
+        ({"k_scale": torch.ones(())}, ValueError, "k_scale is given with a float32 cache, needs to be None"),
+        ({"seq_lens": torch.tensor([6])}, TypeError, "seq_lens has dtype int64, needs int32"),
+        ({"query_start_loc": int32(0, 1, 3)}, ValueError, r"query_start_loc has shape \[3\], needs \[2\]"),
+        ({"query_start_loc": int32(0, 3).to("meta")}, ValueError, "query_start_loc is on meta, needs cpu"),
+        ({"page_table": int32(0, 1, 2)}, ValueError, r"page_table has shape \[3\], needs \[R, L\]"),
+        ({"page_table": torch.ones(3, 3, dtype=torch.int32).t()}, ValueError, r"page_table has strides \[1, 3\], needs a last stride of 1"),
+        ({"page_table": torch.ones(0, 3, dtype=torch.int32)}, ValueError, "page_table has 0 rows, needs one for each of the 1"),
+        ({"page_table_rows": torch.ones(1)}, TypeError, "page_table_rows has dtype float32, needs int32 or int64"),
+        ({"page_table_holds": "blocks"}, ValueError, "page_table_holds is 'blocks', needs 'pages' or 'slots'"),
+        ({"slot_map": torch.arange(8)}, ValueError, "slot_map is given with page_table_holds='pages', needs 'slots'"),
+        ({"chunk_size": 0}, ValueError, "chunk_size is 0, needs at least 1, or None"),
+        ({"query_start_loc": int32(0, 4)}, ValueError, r"query_start_loc is \[0, 4\], needs .* end at most at 3"),
+        ({"query_start_loc": int32(1, 3)}, ValueError, r"query_start_loc is \[1, 3\], needs to start at 0"),
+        ({"seq_lens": int32(2)}, ValueError, r"seq_lens is \[2\], needs at least each request's number of queries, \[3\]"),
+        ({"seq_lens": int32(7)}, ValueError, "page_table has 3 columns, needs 4 for seq_lens up to 7"),
+        ({"page_table_rows": torch.tensor([1])}, ValueError, "page_table_rows holds values from 1 to 1, needs 0 to 0, the 1 rows"),
+        ({"page_table": int32(0, 4, 2)[None]}, ValueError, "page_table holds values from 0 to 4, needs 0 to 3, the 4 pages of the caches"),
+        ({"page_table": int32(0, -1, 2)[None]}, ValueError, "page_table holds values from -1 to 2, needs 0 to 3"),
+        (SLOTS | {"page_table": int32(0, 1, 2, 3, 4, 8)[None]}, ValueError, "page_table holds values from 0 to 8, needs 0 to 7"),
+        (SLOTS | {"slot_map": torch.arange(5)}, ValueError, "page_table holds values from 0 to 5, needs 0 to 4, the 5 slots of slot_map"),
+        (SLOTS | {"slot_map": torch.arange(6) + 4}, ValueError, "slot_map holds values from 4 to 9, needs 0 to 7, the 8 slots"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(changes, error, message):
+    arguments = dict(q=torch.ones(3, 4, 8), k_cache=CACHE, v_cache=CACHE, page_table=int32(0, 1, 2)[None], seq_lens=int32(6),
+                     query_start_loc=int32(0, 3), chunk_size=None)  # fmt: skip
+    with pytest.raises(error, match=f"^chunked_attention: {message}"):
+        ops.chunked_attention(**(arguments | changes))

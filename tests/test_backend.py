@@ -1,0 +1,152 @@
+"""The choice of backend: by use_backend, by environment variable, by what can run."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+
+import llama4_kernels
+from llama4_kernels import available_backends, ops, use_backend
+from llama4_kernels.ops import backend
+
+CPU = torch.device("cpu")
+CACHED = (backend._choose, backend._parse, backend._why_not, backend._find)
+
+
+@pytest.fixture(autouse=True)
+def no_request(monkeypatch):
+    monkeypatch.delenv(backend.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    forget()
+    yield
+    forget()
+
+
+def forget():
+    for cached in CACHED:
+        cached.cache_clear()
+
+
+@pytest.fixture
+def triton_on_cpu(monkeypatch):
+    """A machine where Triton computes everything, with the reference's functions in its place."""
+    import llama4_kernels.triton as triton
+
+    monkeypatch.setattr(triton, "why_not", lambda device: "")
+    find = backend._find
+    monkeypatch.setattr(backend, "_find", lambda name, op: find("reference" if name == "triton" else name, op))
+
+
+def chosen(op: str) -> str:
+    return {choice.op: choice.backend for choice in backend.choices("cpu")}[op]
+
+
+def test_the_reference_computes_on_a_cpu_and_the_others_say_why_they_do_not():
+    for choice in backend.choices("cpu"):
+        assert choice.backend == "reference"
+        assert "cuda: " in choice.why and "triton: cpu is not an NVIDIA GPU" in choice.why
+    assert [choice.op for choice in backend.choices("cpu")] == list(backend.OPS)
+
+
+def test_the_first_backend_that_can_run_is_taken(triton_on_cpu):
+    assert chosen("fused_moe") == "triton"
+
+
+def test_every_public_op_has_a_reference():
+    assert set(backend.OPS) == {name for name in ops.__all__ if isinstance(getattr(ops, name), types.FunctionType)}
+    for op in backend.OPS:
+        assert available_backends(op, "cpu")["reference"] == ""
+        assert list(available_backends(op, "cpu")) == ["cuda", "triton", "reference"]
+
+
+@pytest.mark.parametrize("request_it", ["environment", "context"])
+@pytest.mark.parametrize(
+    ("spec", "routing", "attention", "fused_moe"),
+    [
+        ("reference", "reference", "reference", "reference"),
+        ("reference,attention=triton", "reference", "triton", "reference"),
+        ("attention=reference", "triton", "reference", "triton"),
+        ("moe=reference,fused_moe=triton", "triton", "triton", "triton"),
+        ("fused_moe=reference, moe=triton", "triton", "triton", "reference"),
+    ],
+)
+def test_requests(triton_on_cpu, monkeypatch, request_it, spec, routing, attention, fused_moe):
+    default, per_op = None, {}
+    for part in spec.replace(" ", "").split(","):
+        name, _, value = part.rpartition("=")
+        per_op |= {name: value} if name else {}
+        default = default if name else value
+    if request_it == "environment":
+        monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, spec)
+        per_op, default = {}, None
+    with use_backend(default, **per_op):
+        assert (chosen("route_top1"), chosen("chunked_attention"), chosen("fused_moe")) == (routing, attention, fused_moe)
+
+
+def test_the_context_beats_the_environment_and_the_inner_context_the_outer(triton_on_cpu, monkeypatch):
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "triton")
+    with use_backend("reference"):
+        assert chosen("route_top1") == "reference"
+        with use_backend(routing="triton"):
+            assert (chosen("route_top1"), chosen("fused_moe")) == ("triton", "reference")
+        assert chosen("route_top1") == "reference"
+    assert chosen("route_top1") == "triton"
+
+
+def test_a_request_decides_which_function_runs(triton_on_cpu, monkeypatch):
+    import llama4_kernels.reference.quantization as reference
+
+    calls = []
+    real = reference.quantize_per_token
+    monkeypatch.setattr(reference, "quantize_per_token", lambda x: calls.append(x) or real(x))
+    forget()
+    with use_backend(quantize_per_token="reference"):
+        ops.quantize_per_token(torch.ones(1, 2))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("op", list(backend.OPS))
+def test_a_forced_backend_that_cannot_run_is_an_error_with_the_reason(monkeypatch, op):
+    why = "but cpu is not an NVIDIA GPU"
+    with use_backend("triton"), pytest.raises(RuntimeError, match=f"^use_backend asks for triton to compute {op} on cpu, {why}"):
+        backend.implementation(op, CPU)
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, f"{op}=triton")
+    with pytest.raises(RuntimeError, match=f"^LLAMA4_KERNELS_BACKEND asks for triton to compute {op} on cpu, {why}"):
+        backend.implementation(op, CPU)
+
+
+def test_a_forced_backend_without_the_op_is_an_error(monkeypatch):
+    import llama4_kernels.cuda as cuda
+
+    monkeypatch.setattr(cuda, "why_not", lambda device: "")
+    find = backend._find
+    monkeypatch.setattr(backend, "_find", lambda name, op: None if name == "cuda" else find(name, op))
+    with use_backend("cuda"), pytest.raises(RuntimeError, match="but llama4_kernels has no cuda kernel for it yet"):
+        ops.quantize_per_token(torch.ones(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("cutlass", "names the backend 'cutlass', needs one of cuda, triton, reference"),
+        ("attention=", "names the backend '', needs one of cuda, triton, reference"),
+        ("softmax=triton", "names the op 'softmax', needs one of quantization, routing, .*, chunked_attention"),
+    ],
+)
+def test_unknown_names(monkeypatch, spec, message):
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, spec)
+    with pytest.raises(ValueError, match=f"^LLAMA4_KERNELS_BACKEND {message}"):
+        ops.quantize_per_token(torch.ones(1, 2))
+
+
+def test_unknown_names_in_the_context_stop_before_the_block():
+    with pytest.raises(ValueError, match="^use_backend names the backend 'cutlass'"):
+        with use_backend("cutlass"):
+            pytest.fail("the block ran")
+    with pytest.raises(ValueError, match="^use_backend names the op 'softmax'"):
+        with use_backend(softmax="triton"):
+            pytest.fail("the block ran")
+    with pytest.raises(ValueError, match="^op is 'softmax', needs one of quantize_per_token"):
+        llama4_kernels.available_backends("softmax")
