@@ -1,0 +1,15 @@
+# Sourced by the other scripts: puts the official SGLang install and this package first on PATH, in a virtual environment that is made
+# when it is missing, and brought up to date when what is installed or built has changed.
+#   LLAMA4_KERNELS_VENV: its folder (.venv)
+set -eu
+cd "$(dirname "$0")/.."
+venv="${LLAMA4_KERNELS_VENV:-.venv}"
+wanted=$(cat pyproject.toml setup.py CMakeLists.txt $(find csrc -type f | sort) | sha256sum)
+if [ "$(cat "$venv/llama4_kernels.sha256" 2>/dev/null || true)" != "$wanted" ]; then
+    echo "installing SGLang and llama4_kernels into $venv: a download of some 10 GB the first time, about 5 minutes"
+    [ -d "$venv" ] || python3 -m venv "$venv"
+    "$venv/bin/python" -m pip install --disable-pip-version-check -q --progress-bar on -e ".[sglang,test]"
+    echo "$wanted" > "$venv/llama4_kernels.sha256"
+fi
+PATH="$(cd "$venv/bin" && pwd):$PATH"
+export PATH
