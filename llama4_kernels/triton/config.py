@@ -163,11 +163,10 @@ def _attention_prefill(dtype: torch.dtype, tokens: int, *, head_dim: int, shared
     return {"BLOCK_M": 128, "BLOCK_N": 128 if wide else 64, "num_warps": 8, "num_stages": 3}
 
 
-def _attention_split(dtype: torch.dtype, tokens: int, *, head_dim: int, rows: int, shared_kib: int) -> Config:
-    hopper = shared_kib >= _HOPPER_KIB
-    block = min(max(triton.next_power_of_2(rows), 16), 64 if dtype == torch.bfloat16 and hopper else 32)
+def _attention_split(dtype: torch.dtype, tokens: int, *, head_dim: int, rows: int) -> Config:
     if dtype == torch.float32:
         return {"SPLIT_KEYS": 256, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2, "programs_per_sm": 2}
+    block = min(max(triton.next_power_of_2(rows), 16), 32)
     return {"SPLIT_KEYS": 256, "BLOCK_M": block, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3, "programs_per_sm": 2}
 
 
