@@ -10,7 +10,7 @@ Keys stand on the M side of the matrix products, where Hopper's wgmma needs 64 r
 import triton
 import triton.language as tl
 
-from llama4_kernels.triton.attention_paging import keys_seen, load_keys, table_row
+from llama4_kernels.triton.attention_paging import keys_seen, load_keys, table_row, without_nonfinite
 
 _SPLITS_AT_ONCE = tl.constexpr(16)
 
@@ -27,6 +27,37 @@ def _keys_of_block(block, before, num_queries, chunk_size, GROUP: tl.constexpr, 
     first = before + block * BLOCK_M // GROUP
     last = before + tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, num_queries - 1)
     return keys_seen(first, last, chunk_size)
+
+
+@triton.jit
+def _attend(
+    maximum, total, acc, q, positions, chunk_starts, begin, end, k_cache, v_cache, row, slot_map, scale, kv_head, num_kv_heads,
+    MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, HOLDS_SLOTS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the keys from begin to end, for q [dims, rows]. Not MASKED: every row sees each of them."""
+    for start in tl.range(begin, end, BLOCK_N, num_stages=1 if MASKED else None):
+        keys = start + tl.arange(0, BLOCK_N)
+        exists = keys < end
+        k, v = load_keys(k_cache, v_cache, row, slot_map, keys, exists, kv_head, num_kv_heads, HEAD_DIM, PAGE_SIZE, HOLDS_SLOTS, BLOCK_D)
+        scores = tl.dot(k.to(q.dtype), q, input_precision="ieee") * scale
+        v = v.to(q.dtype)
+        if MASKED:
+            seen = exists[:, None] & (keys[:, None] <= positions[None, :]) & (keys[:, None] >= chunk_starts[None, :])
+            scores = tl.where(seen, scores, float("-inf"))
+            v, nonfinite = without_nonfinite(v)
+            total += tl.where(tl.max((seen & nonfinite[:, None]).to(tl.int32), 0) == 1, float("nan"), 0.0)
+        new_maximum = tl.maximum(maximum, tl.max(scores, 0))
+        if MASKED:
+            reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        else:
+            reference = new_maximum
+        p = tl.exp2(scores - reference[None, :])
+        correction = tl.exp2(maximum - reference)
+        total = total * correction + tl.sum(p, 0)
+        acc = tl.dot(tl.trans(v), p.to(q.dtype), acc * correction[None, :], input_precision="ieee")
+        maximum = new_maximum
+    return maximum, total, acc
 
 
 @triton.jit(do_not_specialize=["num_requests", "num_kv_heads", "row_stride", "max_splits"])
@@ -71,8 +102,12 @@ def split_kernel(
         before = tl.load(seq_lens + request) - num_queries
         begin, end = _keys_of_block(block, before, num_queries, chunk_size, GROUP, BLOCK_M)
         size = _split_size(end - begin, max_splits, SPLIT_KEYS, BLOCK_N)
+        last_chunk = (end - 1) // chunk_size * chunk_size
+        first_position = before + block * BLOCK_M // GROUP
+        seen_by_all = tl.where(last_chunk == begin, first_position + 1, begin)
         begin += split * size
         end = tl.minimum(begin + size, end)
+        seen_by_all = begin + tl.maximum(tl.minimum(seen_by_all, end) - begin, 0) // BLOCK_N * BLOCK_N
         if begin < end:
             rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
             queries = tl.minimum(rows // GROUP, num_queries - 1)
@@ -87,20 +122,14 @@ def split_kernel(
             maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
             total = tl.zeros((BLOCK_M,), tl.float32)
             acc = tl.zeros((BLOCK_D, BLOCK_M), tl.float32)
-            for start in range(begin, end, BLOCK_N):
-                keys = start + tl.arange(0, BLOCK_N)
-                exists = keys < end
-                k, v = load_keys(k_cache, v_cache, row, slot_map, keys, exists, kv_head, num_kv_heads, HEAD_DIM, PAGE_SIZE, HOLDS_SLOTS, BLOCK_D)
-                scores = tl.dot(k.to(q_tile.dtype), q_tile, input_precision="ieee") * scale
-                seen = exists[:, None] & (keys[:, None] <= positions[None, :]) & (keys[:, None] >= chunk_starts[None, :])
-                scores = tl.where(seen, scores, float("-inf"))
-                new_maximum = tl.maximum(maximum, tl.max(scores, 0))
-                reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-                p = tl.exp2(scores - reference[None, :])
-                correction = tl.exp2(maximum - reference)
-                total = total * correction + tl.sum(p, 0)
-                acc = tl.dot(tl.trans(v.to(q_tile.dtype)), p.to(q_tile.dtype), acc * correction[None, :], input_precision="ieee")
-                maximum = new_maximum
+            maximum, total, acc = _attend(
+                maximum, total, acc, q_tile, positions, chunk_starts, begin, seen_by_all, k_cache, v_cache, row, slot_map, scale, kv_head,
+                num_kv_heads, False, HEAD_DIM, PAGE_SIZE, HOLDS_SLOTS, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+            maximum, total, acc = _attend(
+                maximum, total, acc, q_tile, positions, chunk_starts, seen_by_all, end, k_cache, v_cache, row, slot_map, scale, kv_head,
+                num_kv_heads, True, HEAD_DIM, PAGE_SIZE, HOLDS_SLOTS, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
 
             inverse = tl.where(total == 0.0, 0.0, 1.0 / total)
             if v_scale is not None:

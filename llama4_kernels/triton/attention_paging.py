@@ -39,3 +39,10 @@ def load_keys(
     else:
         mask = exists[:, None] & (dims < HEAD_DIM)[None, :]
     return tl.load(k_cache + elements, mask=mask, other=0.0), tl.load(v_cache + elements, mask=mask, other=0.0)
+
+
+@triton.jit
+def without_nonfinite(v):
+    """v [keys, dims] with zeros for NaN and infinity, which times a weight of 0 would be NaN, and which keys had one."""
+    finite = v - v == 0.0
+    return tl.where(finite, v, tl.zeros(v.shape, v.dtype)), tl.min(finite.to(tl.int32), 1) == 0

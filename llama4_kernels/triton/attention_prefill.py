@@ -7,7 +7,7 @@ are computed from, and in which order, does not depend on the other requests.
 import triton
 import triton.language as tl
 
-from llama4_kernels.triton.attention_paging import keys_seen, load_keys, table_row
+from llama4_kernels.triton.attention_paging import keys_seen, load_keys, table_row, without_nonfinite
 
 _REQUESTS_AT_ONCE = tl.constexpr(128)
 
@@ -46,9 +46,12 @@ def _attend(
         keys = start + tl.arange(0, BLOCK_N)
         k, v = load_keys(k_cache, v_cache, row, slot_map, keys, keys < end, kv_head, num_kv_heads, HEAD_DIM, PAGE_SIZE, HOLDS_SLOTS, BLOCK_D)
         scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
+        v = v.to(q.dtype)
         if MASKED:
             seen = (keys[None, :] <= positions[:, None]) & (keys[None, :] >= chunk_starts[:, None])
             scores = tl.where(seen, scores, float("-inf"))
+            v, nonfinite = without_nonfinite(v)
+            total += tl.where(tl.max((seen & nonfinite[None, :]).to(tl.int32), 1) == 1, float("nan"), 0.0)
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))
         if MASKED:
             reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
@@ -57,7 +60,7 @@ def _attend(
         p = tl.exp2(scores - reference[:, None])
         correction = tl.exp2(maximum - reference)
         total = total * correction + tl.sum(p, 1)
-        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * correction[:, None], input_precision="ieee")
+        acc = tl.dot(p.to(q.dtype), v, acc * correction[:, None], input_precision="ieee")
         maximum = new_maximum
     return maximum, total, acc
 

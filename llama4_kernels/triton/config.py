@@ -158,7 +158,7 @@ def _attention_prefill(dtype: torch.dtype, tokens: int, *, head_dim: int, shared
     if dtype == torch.float32:
         return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
     if shared_kib < _HOPPER_KIB:
-        return {"BLOCK_M": 64, "BLOCK_N": 64 if head_dim <= 64 else 32, "num_warps": 4, "num_stages": 2}
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
     wide = dtype == torch.bfloat16 and head_dim <= 128  # fp8 keys pass through registers on their way to bf16
     return {"BLOCK_M": 128, "BLOCK_N": 128 if wide else 64, "num_warps": 8, "num_stages": 3}
 
@@ -167,7 +167,8 @@ def _attention_split(dtype: torch.dtype, tokens: int, *, head_dim: int, rows: in
     if dtype == torch.float32:
         return {"SPLIT_KEYS": 256, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2, "programs_per_sm": 2}
     block = min(max(triton.next_power_of_2(rows), 16), 32)
-    return {"SPLIT_KEYS": 256, "BLOCK_M": block, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3, "programs_per_sm": 2}
+    warps, programs = (4, 2) if block == 16 else (8, 1)  # 4 warps have too few registers for 32 rows
+    return {"SPLIT_KEYS": 256, "BLOCK_M": block, "BLOCK_N": 64, "num_warps": warps, "num_stages": 3, "programs_per_sm": programs}
 
 
 _HEURISTICS = {

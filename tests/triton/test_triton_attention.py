@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,6 +140,11 @@ def test_empty_requests_and_padding(device, requests, padding):
     check(Case(requests, padding=padding), device)
 
 
+def test_long_request_where_most_are_short(device):
+    """8 queries per request or fewer on average: the split kernel computes the long request too."""
+    check(Case(((60, 32), (5, 1), (99, 1), (9, 1), (40, 2))), device)
+
+
 def test_no_queries(device):
     assert run(Case(((5, 0),)).arguments(device)).shape == (0, 5, 16)
 
@@ -181,6 +187,21 @@ def test_unwritten_partial_results_are_not_read(device, case):
     assert run(case.arguments(device)).isfinite().all()
 
 
+@pytest.mark.parametrize("special", [torch.nan, torch.inf])
+@pytest.mark.parametrize("queries", [4, 50])
+@pytest.mark.parametrize("position", [38, 39, 40, 56, 59])
+def test_nonfinite_values_reach_only_queries_that_see_them(device, position, queries, special):
+    arguments = Case(((60, queries),)).arguments(device)
+    clean = run(arguments)
+    slot = arguments["page_table"][0, position]
+    arguments["v_cache"][slot] = special
+    spoilt = run(arguments)
+    seen = torch.arange(60 - queries, 60)
+    seen = (seen >= position) & (seen // 40 == position // 40)
+    assert not spoilt[seen].isfinite().any()
+    assert same_bits(spoilt[~seen], clean[~seen])
+
+
 @pytest.mark.parametrize("position", [1_000_000, 2_500_000, 10_000_000])
 @pytest.mark.parametrize("queries", [1, 20])
 def test_extreme_positions(device, position, queries):
@@ -202,11 +223,26 @@ def test_extreme_positions(device, position, queries):
     assert (out.float() - expected).norm() <= BOUNDS[torch.bfloat16] * expected.norm()
 
 
-def test_rows_of_the_page_table_beyond_32_bits(device):
-    """Row 10,000 of a page table whose rows are 2.5M apart is 2.5e10 entries away; a stride of 0 gives such a row in little memory."""
-    case = Case(((40, 2),), holds="slots")
+def sparse(path: Path, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of `size` elements; on the CPU those that are never touched take no memory."""
+    if device.type == "cuda":
+        return torch.empty(size, dtype=dtype, device=device)
+    return torch.from_file(str(path), shared=True, size=size, dtype=dtype)
+
+
+@pytest.mark.parametrize("queries", [1, 20])
+def test_slots_and_page_table_rows_beyond_32_bits(device, tmp_path, queries):
+    """The same keys in a cache and a page table whose last elements are more than 2³¹ away."""
+    case = Case(((40, queries),), holds="slots", head_dim=128)
     arguments = case.arguments(device)
     expected = run(arguments)
-    row = arguments["page_table"].expand(20_000, -1)
-    rows = torch.tensor([19_999], device=device)
-    assert same_bits(attention.chunked_attention(**arguments | dict(page_table=row, page_table_rows=rows)), expected)
+    near = arguments["k_cache"]
+    last = 2**24 + 2 * len(near)
+    cache = sparse(tmp_path / "cache", last * 128, torch.bfloat16, device).view(-1, 1, 1, 128)
+    far = cache[-2 * len(near) :].view(2, *near.shape)
+    far[0], far[1] = near, arguments["v_cache"]
+    table = sparse(tmp_path / "table", 2**31 + 40, torch.int32, device).as_strided((3, 40), (2**30, 1))
+    table[2] = arguments["page_table"][0] + last - 2 * len(near)
+    v_cache = cache[len(near) :]
+    given = arguments | dict(k_cache=cache, v_cache=v_cache, page_table=table, page_table_rows=torch.tensor([2], dtype=torch.int32, device=device))
+    assert same_bits(attention.chunked_attention(**given), expected)
