@@ -99,6 +99,16 @@ def test_chunk_sizes(device, chunk_size, queries):
     check(Case(((70, queries),), chunk_size), device)
 
 
+@pytest.mark.parametrize("keys", range(15, 20))
+def test_around_tile_boundaries(device, keys):
+    check(Case(((keys, 3), (keys + 16, 3)), None), device)
+
+
+def test_block_with_more_keys_than_a_chunk(device):
+    """Queries on both sides of a chunk's border see one chunk and more between them, which takes one split more."""
+    check(Case(((66, 4),), chunk_size=32), device)
+
+
 @pytest.mark.parametrize("page_size", [1, 4, 16, 64])
 @pytest.mark.parametrize("holds, mapped", [("pages", False), ("slots", False), ("slots", True)])
 @pytest.mark.parametrize("queries", [2, 20])
@@ -143,6 +153,11 @@ def test_empty_requests_and_padding(device, requests, padding):
 def test_long_request_where_most_are_short(device):
     """8 queries per request or fewer on average: the split kernel computes the long request too."""
     check(Case(((60, 32), (5, 1), (99, 1), (9, 1), (40, 2))), device)
+
+
+def test_long_and_short_requests(device):
+    """The prefill kernel takes those of 9 queries and more, the split kernel the others."""
+    check(Case(((60, 9), (60, 8), (90, 40), (33, 1))), device)
 
 
 def test_no_queries(device):
