@@ -23,7 +23,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
 from sglang.srt.models import llama4, mllama4
 from sglang.srt.models.llama import LlamaMLP
-from sglang.srt.runtime_context import get_mm, get_model, get_parallel
+from sglang.srt.runtime_context import get_mm, get_model, get_parallel, get_spec
 from sglang.srt.utils import add_prefix, make_layers
 from torch import Tensor, nn
 from transformers import Llama4Config, Llama4TextConfig
@@ -60,8 +60,6 @@ class Llama4MoE(nn.Module):
             routing_method_type=RoutingMethodType.Llama4,
             prefix=add_prefix("experts", prefix),
         )
-        if self.experts.moe_ep_size > 1:
-            raise ValueError(f"llama4_kernels serves Llama 4 without expert parallelism, got --ep-size {self.experts.moe_ep_size}")
         self.shared_expert = LlamaMLP(
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
@@ -212,6 +210,7 @@ class Llama4ForConditionalGeneration(mllama4.Llama4ForConditionalGeneration):
 
     def __init__(self, config: Llama4Config | Llama4TextConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""):
         nn.Module.__init__(self)
+        _check_server()
         self.config = config
         self.quant_config = quant_config
         text_config = config.get_text_config()
@@ -266,3 +265,15 @@ class Llama4ForConditionalGeneration(mllama4.Llama4ForConditionalGeneration):
 
 class Llama4ForCausalLM(Llama4ForConditionalGeneration):
     """A text-only checkpoint: the same, with a text config and no vision tower."""
+
+
+def _check_server() -> None:
+    """ValueError where the server is asked for a mode that this model does not have."""
+    parallel = get_parallel()
+    for asked, flag in (
+        (parallel.moe_ep_size > 1, f"--ep-size {parallel.moe_ep_size}"),
+        (parallel.pp_size > 1, f"--pp-size {parallel.pp_size}"),
+        (get_spec().speculative_algorithm is not None, f"--speculative-algorithm {get_spec().speculative_algorithm}"),
+    ):
+        if asked:
+            raise ValueError(f"--model-impl llama4_kernels does not serve Llama 4 with {flag}")
