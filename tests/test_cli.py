@@ -98,13 +98,18 @@ def test_help_names_the_commands_and_loads_no_engine():
 )
 def test_demo_names_a_wrong_option(arguments, names):
     result = invoke("demo", *arguments)
-    assert result.exit_code == 2 and names in result.output
+    assert result.exit_code == 2 and names in unboxed(result.output)
+
+
+def unboxed(output: str) -> str:
+    """The words of an error without the frame around it, whose line breaks depend on the length of a path."""
+    return " ".join(output.replace("│", " ").split())
 
 
 def test_demo_keeps_nothing_in_a_folder_that_is_in_use(tmp_path):
     (tmp_path / "model.safetensors").touch()
     result = invoke("demo", "--keep", str(tmp_path))
-    assert result.exit_code == 2 and "is not empty" in result.output
+    assert result.exit_code == 2 and "is not empty" in unboxed(result.output)
 
 
 def test_demo_without_sglang_says_how_to_install_it(monkeypatch):
