@@ -17,7 +17,11 @@ RESULTS = Path(__file__).parent / "results" / "fp8_hidden.json"
 TOKENS, WIDTH, HIDDEN, SEEDS = 256, 1024, 1024, 4
 
 # Share of h's columns that are outliers, and how many times larger these are
-DATA = {"no outliers": (0.0, 1.0), "1 column in 256 is 30 times larger": (1 / 256, 30.0), "1 column in 256 is 1000 times larger": (1 / 256, 1000.0)}
+DATA = {
+    "no outliers": (0.0, 1.0),
+    "1 column in 256 is 30 times larger": (1 / 256, 30.0),
+    "1 column in 256 is 1000 times larger": (1 / 256, 1000.0),
+}
 
 
 def quantised(h: Tensor) -> dict[str, Tensor]:

@@ -56,7 +56,9 @@ def _is_bfloat16(value) -> bool:
 
 
 def _widened(handle):
-    return TensorHandle(_convert(handle.data, tl.bfloat16, tl.float32, None).view(np.float32), tl.float32) if _is_bfloat16(handle) else handle
+    if not _is_bfloat16(handle):
+        return handle
+    return TensorHandle(_convert(handle.data, tl.bfloat16, tl.float32, None).view(np.float32), tl.float32)
 
 
 def _rounded(handle):

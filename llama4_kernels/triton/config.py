@@ -1,6 +1,7 @@
 """Launch configurations of the kernels: tuned ones from configs/<device>.json where the shape is listed, else a heuristic.
 
-A table maps op -> shape -> most tokens -> configuration: {"grouped_gemm": {"float8_e4m3fn groups=16 k=5120 n=2048": {"64": {"BLOCK_T": 16, ..}}}}.
+A table maps op -> shape -> most tokens -> configuration:
+    {"grouped_gemm": {"float8_e4m3fn form=2 groups=16 k=5120 n=2048 shared_kib=227": {"64": {"BLOCK_T": 16, ..}}}}
 The entry with the fewest tokens that covers the call is taken; `llama4-kernels tune` writes the file.
 """
 
@@ -114,7 +115,7 @@ def _table(name: str) -> dict[str, Any]:
 
 
 def _stages(most: int, rows: int, shared_kib: int) -> int:
-    """Stages of a pipeline whose every stage holds 128 bytes of `rows` rows: as many as fit beside the routines' own scratch, 2 at least."""
+    """Stages of a pipeline that holds 128 bytes of `rows` rows in each: as many as fit beside the kernel's scratch, 2 at least."""
     return max(min(most, (shared_kib - 4) * 8 // rows), 2)
 
 

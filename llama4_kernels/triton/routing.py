@@ -110,7 +110,8 @@ def _route(
             group = tl.arange(0, EXPERTS)
             tl.store(offsets + group, tl.sum((sorted_by[None, :] < group[:, None]).to(tl.int32), 1), mask=group < experts)
             tl.store(offsets + experts, tokens)
-            ahead = (sorted_by[None, :] < sorted_by[:, None]) | ((sorted_by[None, :] == sorted_by[:, None]) & (every[None, :] < every[:, None]))
+            earlier = (sorted_by[None, :] == sorted_by[:, None]) & (every[None, :] < every[:, None])
+            ahead = (sorted_by[None, :] < sorted_by[:, None]) | earlier
             tl.store(order + tl.sum(ahead.to(tl.int32), 1), every, mask=every < tokens)
 
 

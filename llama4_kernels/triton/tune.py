@@ -56,7 +56,11 @@ CANDIDATES: dict[str, list[config.Config]] = {
         candidate
         for warps, rows in _LANES.items()
         for candidate in _grid(
-            BLOCK_T=(16, 32, 64, 128), BLOCK_N=rows, num_warps=(warps,), num_stages=(3, 4, 5), programs_per_sm=(1, 2) if warps == 8 else (2, 4)
+            BLOCK_T=(16, 32, 64, 128),
+            BLOCK_N=rows,
+            num_warps=(warps,),
+            num_stages=(3, 4, 5),
+            programs_per_sm=(1, 2) if warps == 8 else (2, 4),
         )
     ],
     "route_top1": _grid(BLOCK_T=(8, 16, 64), BLOCK_E=(16, 128), BLOCK_K=(64, 256), num_warps=(4, 8), num_stages=(3, 4)),

@@ -48,7 +48,8 @@ class Guarded(TorchFunctionMode):
         for buffer in self._buffers:
             for side, guard in (("before", buffer[:_GUARD_BYTES]), ("after", buffer[-_GUARD_BYTES:])):
                 touched = (guard != 0xFF).nonzero().flatten().tolist()
-                assert not touched, f"bytes {touched[0]} to {touched[-1]} of the guard {side} a tensor of {buffer.numel() - 2 * _GUARD_BYTES} bytes were written"
+                size = buffer.numel() - 2 * _GUARD_BYTES
+                assert not touched, f"bytes {touched[0]} to {touched[-1]} of the guard {side} a tensor of {size} bytes were written"
 
     def _allocate(self, like: Tensor) -> Tensor:
         size = like.numel() * like.element_size()

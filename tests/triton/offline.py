@@ -1,7 +1,7 @@
 """Every Triton kernel that ships, compiled without a GPU or driver, and what its machine code needs.
 
 A shipped_*.py beside this file lists calls of the ops at the shapes of the real models, on meta tensors. Running such a call against a
-stand-in driver runs the real launch code and records each kernel it would launch, with the exact specialisation; equal ones are compiled once.
+stand-in driver runs the real launch code and records each kernel it would launch, as specialised; equal ones are compiled once.
 
     python tests/triton/offline.py [list ...]     rewrites baseline_<list>.json, by default of every shipped_<list>.py
 """
@@ -20,7 +20,6 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -31,7 +30,14 @@ HERE = Path(__file__).parent
 LISTS = sorted(path.stem.removeprefix("shipped_") for path in HERE.glob("shipped_*.py"))
 ARCHITECTURES = {"sm_90": 90, "sm_80": 80}
 SHARED_KIB = {"sm_90": 227, "sm_80": 163}
-INSTRUCTIONS = {"wgmma": r"[HQ]GMMA", "mma": r"[HQ]MMA", "tma_load": r"UTMALDG", "async_copy": r"LDGSTS", "local_load": r"LDL", "local_store": r"STL"}
+INSTRUCTIONS = {
+    "wgmma": r"[HQ]GMMA",
+    "mma": r"[HQ]MMA",
+    "tma_load": r"UTMALDG",
+    "async_copy": r"LDGSTS",
+    "local_load": r"LDL",
+    "local_store": r"STL",
+}
 _BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -67,7 +73,8 @@ def shipped(architecture: str, shipped_list: str) -> dict[str, tuple]:
 
     def record(self, key, signature, device, constexprs, options, attrs, warmup):
         constants = ",".join(f"{self.arg_names[path[0]]}={_plain(value)}" for path, value in constexprs.items())
-        dtypes = ",".join(dict.fromkeys(re.sub(r"[*]|tensordesc", "", kind) for kind in signature.values() if "*" in kind or "desc" in kind))
+        pointers = [kind for kind in signature.values() if "*" in kind or "desc" in kind]
+        dtypes = ",".join(dict.fromkeys(re.sub(r"[*]|tensordesc", "", kind) for kind in pointers))
         name = f"{self.fn.__name__}[{dtypes}|{constants}|warps={options.num_warps},stages={options.num_stages}]"
         recorded[name] = (self, signature, constexprs, attrs, options)
 

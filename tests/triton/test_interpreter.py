@@ -79,7 +79,8 @@ def test_dot(dtype, device):
     x, y = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(2)).to(device, dtype)
     out = torch.empty(32, 32, device=device)
     _dot[(1,)](x, y, out, SIZE=32)
-    torch.testing.assert_close(out, x.float() @ y.float().T, rtol=0, atol=0.02 if dtype == torch.float32 and device.type == "cuda" else 1e-5)
+    tf32 = dtype == torch.float32 and device.type == "cuda"
+    torch.testing.assert_close(out, x.float() @ y.float().T, rtol=0, atol=0.02 if tf32 else 1e-5)
 
 
 def test_overflow_to_e4m3_is_noticed(device):

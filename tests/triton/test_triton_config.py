@@ -26,7 +26,9 @@ def test_the_tightest_tuned_entry_is_taken(table):
     assert taken == [1, 1, 64, 64, 128, 128]
 
 
-@pytest.mark.parametrize("tokens, dtype, n", [(10000, torch.float8_e4m3fn, 1024), (64, torch.bfloat16, 1024), (64, torch.float8_e4m3fn, 2048)])
+@pytest.mark.parametrize(
+    "tokens, dtype, n", [(10000, torch.float8_e4m3fn, 1024), (64, torch.bfloat16, 1024), (64, torch.float8_e4m3fn, 2048)]
+)
 def test_an_uncovered_call_takes_the_heuristic(table, tokens, dtype, n):
     table("moe_down", config.shape_key(torch.float8_e4m3fn, SHAPE), {"8192": {"BLOCK_T": 1}})
     assert config.choose("moe_down", CPU, dtype, tokens=tokens, **(SHAPE | {"n": n}))["BLOCK_T"] > 1

@@ -20,7 +20,9 @@ def tables(tmp_path, monkeypatch):
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("op, block", [("grouped_gemm", "BLOCK_N"), ("route_top1", "BLOCK_K"), ("moe_gate_up", "SPLITS"), ("moe_down", "BLOCK_T")])
+@pytest.mark.parametrize(
+    "op, block", [("grouped_gemm", "BLOCK_N"), ("route_top1", "BLOCK_K"), ("moe_gate_up", "SPLITS"), ("moe_down", "BLOCK_T")]
+)
 def test_the_fastest_is_written_and_taken(op, block, monkeypatch, device):
     slow, fast, broken = (tune.CANDIDATES[op][0] | {block: size} for size in (64, 32, 128))
     monkeypatch.setitem(tune.CANDIDATES, op, [slow, fast, broken])
@@ -54,7 +56,10 @@ def test_what_was_tuned_before_is_kept(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "arguments, error",
-    [((["moe"], [], None, None), "op is 'moe', needs one of grouped_gemm"), ((None, ["scout"], None, None), "workload is 'scout', needs one of scout-tp1-fp8")],
+    [
+        ((["moe"], [], None, None), "op is 'moe', needs one of grouped_gemm"),
+        ((None, ["scout"], None, None), "workload is 'scout', needs one of scout-tp1-fp8"),
+    ],
 )
 def test_bad_arguments(arguments, error, capsys):
     assert tune.run(*arguments) == 1
