@@ -73,8 +73,8 @@ def chunked_attention(
         lse = torch.empty(rows, num_heads, max_splits, dtype=torch.float32, device=device)
         splitting = dict(WIDTH=0 if only_short else SHORT, BLOCK_B=max(triton.next_power_of_2(num_requests), 128))
         split_kernel[(config.programs(device, launch),)](
-            q, k_cache, v_cache, partial, lse, *keys, num_requests, num_kv_heads, page_table.stride(0), chunk_size, scale_in_bits, max_splits,
-            **heads, **paging, **splitting, **config.options(launch),
+            q, k_cache, v_cache, partial, lse, *keys, num_requests, num_kv_heads, page_table.stride(0), chunk_size, scale_in_bits,
+            max_splits, **heads, **paging, **splitting, **config.options(launch),
         )  # fmt: skip
         combine_kernel[rows, num_heads](
             partial, lse, out, seq_lens, query_start_loc, num_requests, chunk_size, max_splits, **heads, **splitting,
