@@ -1,0 +1,107 @@
+"""Names of workloads, and the least bytes and flops of each."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llama4_kernels.bench import workloads
+from llama4_kernels.ops.backend import OPS
+
+
+def test_every_op_has_workloads():
+    assert set(OPS) < set(workloads.OPS)
+    assert {workload.op for workload in workloads.named()} == set(workloads.OPS)
+    assert {workload.op for workload in workloads.default("cpu")} == set(workloads.OPS)
+
+
+@pytest.mark.parametrize("where", ["grid", "cpu", "cuda"])
+def test_a_name_is_its_workload_and_no_other(where):
+    found = workloads.named() if where == "grid" else workloads.default(where)
+    assert [workloads.parse(workload.name) for workload in found] == found
+    assert len({workload.name for workload in found}) == len(found)
+
+
+# These stand in committed results and in links: a change of one loses a history
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fused_moe/fp8/scout/tp8/t64",
+        "quantize_per_token/fp8/maverick/tp1/t1",
+        "route_top1/bf16/maverick/tp4/t8192",
+        "rope_qk_norm/bf16/scout/tp8/full/t64",
+        "chunked_attention/fp8/scout/tp2/local/b64/q1/c65536/p64",
+        "attention_part/bf16/scout/tp8/full/b1/q8192/c16384/p64",
+        "decoder_layer/fp8/maverick/tp8/local/b1/q1024/c1024/p64",
+    ],
+)
+def test_published_names_stay(name):
+    assert name in {workload.name for workload in workloads.named()}
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("fused_moe", "needs a name such as"),
+        ("fused_moe/fp8/scout/tp8/t0", "needs a name such as"),
+        ("fused_moe/fp8/scout/tp3/t1", "needs tp of 1, 2, 4, 8"),
+        ("fused_moe/fp8/scout/tp8/local/t1", "needs no layer"),
+        ("rope_qk_norm/fp8/scout/tp8/t1", "needs a layer"),
+        ("chunked_attention/bf16/scout/tp8/local/t1", "needs b, q, c and p"),
+        ("fused_moe/fp8/scout/tp8/b1/q1/c1/p1", "needs t alone"),
+        ("chunked_attention/bf16/scout/tp8/local/b1/q2/c1/p1", "no more queries than"),
+        ("quantize_per_token/bf16/scout/tp8/t1", "needs fp8"),
+    ],
+)
+def test_a_wrong_name_says_what_it_needs(name, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        workloads.parse(name)
+
+
+def test_select_takes_names_patterns_and_ops():
+    decode = workloads.select(["fused_moe/fp8/scout/tp8/t?", "grouped_gemm/fp8/scout/tp8/t3"], None, "cpu")
+    assert [workload.tokens for workload in decode] == [1, 2, 4, 8, 3]
+    assert {workload.op for workload in workloads.select(None, ["moe_down"], "cpu")} == {"moe_down"}
+    with pytest.raises(ValueError, match="no workload of the grid matches"):
+        workloads.select(["nothing/*"], None, "cpu")
+    with pytest.raises(ValueError, match="op is 'moe', needs one of"):
+        workloads.select(None, ["moe"], "cpu")
+
+
+def mask(workload: workloads.Workload) -> torch.Tensor:
+    """Which key each query of one request sees, from the definition."""
+    query = torch.arange(workload.context - workload.queries, workload.context)[:, None]
+    key = torch.arange(workload.context)
+    chunk = workload.chunk_size or workload.context
+    return (key <= query) & (key // chunk == query // chunk)
+
+
+@pytest.mark.parametrize("layer", workloads.LAYERS)
+@pytest.mark.parametrize(("queries", "context"), [(1, 1), (1, 64), (1, 65), (64, 64), (65, 65), (200, 200), (3, 130), (70, 200)])
+def test_attention_work_counts_the_mask(layer, queries, context):
+    workload = workloads.parse(f"chunked_attention/bf16/tiny/tp1/{layer}/b3/q{queries}/c{context}/p16")
+    seen = mask(workload)
+    work = workloads.work(workload)
+    assert work.flops == {"bf16": 3 * int(seen.sum()) * 8 * 4 * 64}
+    keys, query_rows = 3 * int(seen.any(0).sum()), 3 * queries
+    assert work.bytes == keys * 2 * 2 * 64 * 2 + 2 * query_rows * 8 * 64 * 2
+
+
+@pytest.mark.parametrize("model", ["scout", "maverick"])
+@pytest.mark.parametrize("tokens", [1, 64, 8192])
+def test_moe_work_is_dominated_by_its_weights_and_products(model, tokens):
+    """15.73 MB of fp8 weights an expert at TP 8; 2 · 2 · 3 · I · H flops a token."""
+    workload = workloads.parse(f"fused_moe/fp8/{model}/tp8/t{tokens}")
+    distinct = workloads.expected_experts(workload.experts, tokens)
+    work = workloads.work(workload)
+    weights, activations = (1 + distinct) * 15_728_640, 2 * 2 * tokens * 5120
+    assert weights + activations < work.bytes < 1.01 * weights + activations + 128 * 5120 * 2
+    assert work.flops["fp8"] == 2 * 2 * tokens * 3 * 1024 * 5120
+
+
+def test_a_layer_needs_no_less_than_its_parts_need_alone():
+    layer = workloads.work(workloads.parse("decoder_layer/fp8/scout/tp8/local/b64/q1/c8192/p64"))
+    part = workloads.work(workloads.parse("attention_part/bf16/scout/tp8/local/b64/q1/c8192/p64"))
+    moe = workloads.work(workloads.parse("fused_moe/fp8/scout/tp8/t64"))
+    assert layer.total_flops == part.total_flops + moe.total_flops
+    assert 0.98 * (part.bytes + moe.bytes) < layer.bytes < part.bytes + moe.bytes
