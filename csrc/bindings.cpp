@@ -1,6 +1,8 @@
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "quantization.h"
+#include "rope.h"
 
 namespace py = pybind11;
 using namespace llama4_kernels;
@@ -17,7 +19,12 @@ T* pointer(uintptr_t address) {
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Launchers of the CUDA kernels. Tensors are device addresses, streams are CUDA stream handles.";
 
-    py::enum_<Dtype>(module, "Dtype", py::module_local()).value("bfloat16", Dtype::bfloat16).value("float32", Dtype::float32);
+    py::enum_<Dtype>(module, "Dtype", py::module_local())
+        .value("bfloat16", Dtype::bfloat16)
+        .value("float32", Dtype::float32)
+        .value("float8_e4m3fn", Dtype::float8_e4m3fn);
+    py::class_<Indices>(module, "Indices", py::module_local())
+        .def(py::init([](uintptr_t values, bool is_int64) { return Indices{pointer<void>(values), is_int64}; }), py::arg("values"), py::arg("is_int64"));
 
     module.def(
         "quantize_per_token",
@@ -25,4 +32,21 @@ PYBIND11_MODULE(_C, module) {
             quantize_per_token(pointer<void>(x), dtype, rows, columns, pointer<uint8_t>(codes), pointer<float>(scale), pointer<CUstream_st>(stream));
         },
         py::kw_only(), py::arg("x"), py::arg("dtype"), py::arg("rows"), py::arg("columns"), py::arg("codes"), py::arg("scale"), py::arg("stream"));
+
+    module.attr("MAX_ROPE_HEAD_DIM") = MAX_ROPE_HEAD_DIM;
+    module.def(
+        "rope_qk_norm",
+        [](uintptr_t qkv, Dtype dtype, uintptr_t q, uintptr_t k, uintptr_t v, Dtype kv_dtype, int tokens, int num_heads, int num_kv_heads, int head_dim,
+           Indices positions, uintptr_t cos_sin, bool interleaved, std::optional<float> qk_norm_eps, float attn_scale, int64_t floor_scale,
+           uintptr_t slots, Indices slot_map, uintptr_t k_scale, uintptr_t v_scale, uintptr_t stream) {
+            const RopeArguments arguments{
+                pointer<void>(qkv), dtype, pointer<void>(q), pointer<void>(k), pointer<void>(v), kv_dtype, tokens, num_heads, num_kv_heads, head_dim,
+                positions, pointer<float>(cos_sin), interleaved, qk_norm_eps.has_value(), qk_norm_eps.value_or(0.0f), attn_scale, floor_scale,
+                pointer<int64_t>(slots), slot_map, pointer<float>(k_scale), pointer<float>(v_scale)};
+            rope_qk_norm(arguments, pointer<CUstream_st>(stream));
+        },
+        py::kw_only(), py::arg("qkv"), py::arg("dtype"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("kv_dtype"), py::arg("tokens"),
+        py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("positions"), py::arg("cos_sin"), py::arg("interleaved"),
+        py::arg("qk_norm_eps"), py::arg("attn_scale"), py::arg("floor_scale"), py::arg("slots"), py::arg("slot_map"), py::arg("k_scale"),
+        py::arg("v_scale"), py::arg("stream"));
 }

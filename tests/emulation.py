@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib
 import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
@@ -66,6 +70,21 @@ def load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"emulation_{path.parent.name}._C", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def op_module(stem: str, kernels: ModuleType) -> ModuleType:
+    """llama4_kernels/cuda/<stem>.py on CPU tensors: itself, with `kernels` for llama4_kernels.cuda._C."""
+    package = importlib.import_module("llama4_kernels.cuda")
+    loaded = {f"{package.__name__}._C": kernels}
+    for name in ("launch", stem):
+        spec = importlib.util.spec_from_file_location(f"{package.__name__}.{name}", Path(package.__file__).with_name(f"{name}.py"))
+        module = loaded[spec.name] = importlib.util.module_from_spec(spec)
+        attributes = {name.rpartition(".")[2]: value for name, value in loaded.items()}
+        with mock.patch.dict(sys.modules, loaded), mock.patch.multiple(package, create=True, **attributes):
+            spec.loader.exec_module(module)
+        if name == "launch":
+            module.on = lambda device: contextlib.nullcontext(0)
     return module
 
 

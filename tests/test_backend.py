@@ -12,7 +12,7 @@ from llama4_kernels import available_backends, ops, use_backend
 from llama4_kernels.ops import backend
 
 CPU = torch.device("cpu")
-CACHED = (backend._choose, backend._parse, backend._why_not, backend._find)
+CACHED = (backend._choose, backend._parse, backend._why_not, backend._find, backend._refusal, backend._log_refusal)
 
 
 @pytest.fixture(autouse=True)
@@ -150,3 +150,31 @@ def test_unknown_names_in_the_context_stop_before_the_block():
             pytest.fail("the block ran")
     with pytest.raises(ValueError, match="^op is 'softmax', needs one of quantize_per_token"):
         llama4_kernels.available_backends("softmax")
+
+
+@pytest.fixture
+def triton_refuses_long_rows(triton_on_cpu, monkeypatch):
+    def why_not(x):
+        return "x has more than 4 columns" if x.shape[1] > 4 else ""
+
+    monkeypatch.setattr(backend, "_refusal", lambda name, op: why_not if name == "triton" else None)
+    computed = []
+    find = backend._find
+    monkeypatch.setattr(backend, "_find", lambda name, op: lambda x: computed.append(name) or find(name, op)(x))
+    return computed
+
+
+def test_arguments_that_a_backend_refuses_go_to_the_next_and_the_log_says_so_once(triton_refuses_long_rows, caplog):
+    for columns in (4, 5, 5):
+        backend.call("quantize_per_token", CPU, torch.ones(1, columns))
+    assert triton_refuses_long_rows == ["triton", "reference", "reference"]
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == ["llama4_kernels: quantize_per_token is not computed by triton where x has more than 4 columns"]
+
+
+def test_arguments_that_the_requested_backend_refuses_are_an_error(triton_refuses_long_rows):
+    with use_backend("triton"):
+        backend.call("quantize_per_token", CPU, torch.ones(1, 4))
+        with pytest.raises(RuntimeError, match="use_backend asks for triton to compute quantize_per_token on cpu, but x has more than 4 columns"):
+            backend.call("quantize_per_token", CPU, torch.ones(1, 5))
+    assert triton_refuses_long_rows == ["triton"]

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -189,3 +190,10 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
     const auto values = emulation::gather_lanes(mask, value, "__reduce_max_sync");
     return *std::max_element(values.begin(), values.end());
 }
+
+inline float __shfl_xor_sync(unsigned mask, float value, int distance) {
+    const auto values = emulation::gather_lanes(mask, emulation::bits<uint32_t>(value), "__shfl_xor_sync");
+    return emulation::bits<float>(values[(threadIdx.x % emulation::WARP) ^ unsigned(distance)]);
+}
+
+inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }

@@ -108,7 +108,9 @@ def _chunked_attention(
 ) -> Tensor:
     if checks.values_wanted(q.device):
         _check_values(q, k_cache, page_table, seq_lens, query_start_loc, chunk_size, page_table_rows, page_table_holds, slot_map)
-    return backend.implementation("chunked_attention", q.device)(
+    return backend.call(
+        "chunked_attention",
+        q.device,
         q,
         k_cache,
         v_cache,

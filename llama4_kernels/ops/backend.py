@@ -6,11 +6,14 @@ import contextlib
 import contextvars
 import functools
 import importlib
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+
+logger = logging.getLogger("llama4_kernels")
 
 ENVIRONMENT_VARIABLE = "LLAMA4_KERNELS_BACKEND"
 
@@ -31,11 +34,12 @@ OPS = {
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend taken for an op, and why."""
+    """The backend taken for an op, and why. asked_by: use_backend or the environment variable, where one of them asks for it, else ""."""
 
     op: str
     backend: str
     why: str
+    asked_by: str = ""
 
 
 _in_context: contextvars.ContextVar[str] = contextvars.ContextVar("llama4_kernels_backend", default="")
@@ -88,6 +92,32 @@ def implementation(op: str, device: torch.device) -> Callable:
     return _find(chosen.backend, op)
 
 
+def call(op: str, device: torch.device, *args, **kwargs):
+    """Compute `op` for tensors on `device`.
+
+    A backend that does not take every argument of an op has a function why_not_<op> beside it, of the same arguments, that returns "" or
+    why it does not take these. RuntimeError where that backend was asked for; else the next backend that takes them computes the op, and
+    the log says so, once per reason.
+    """
+    chosen = _choose(op, device, os.environ.get(ENVIRONMENT_VARIABLE, ""), _in_context.get())
+    for backend in BACKENDS[BACKENDS.index(chosen.backend) :]:
+        if backend != chosen.backend and _why_not(backend, op, device):
+            continue
+        refusal = _refusal(backend, op)
+        reason = refusal(*args, **kwargs) if refusal else ""
+        if not reason:
+            return _find(backend, op)(*args, **kwargs)
+        if chosen.asked_by:
+            raise RuntimeError(f"{chosen.asked_by} asks for {backend} to compute {op} on {device}, but {reason}")
+        _log_refusal(op, backend, reason)
+    raise RuntimeError(f"no backend computes {op} on {device} for these arguments")
+
+
+@functools.lru_cache(maxsize=None)
+def _log_refusal(op: str, backend: str, reason: str) -> None:
+    logger.warning("llama4_kernels: %s is not computed by %s where %s", op, backend, reason)
+
+
 @functools.lru_cache(maxsize=None)
 def _choose(op: str, device: torch.device, environment: str, context: str) -> Choice:
     for source, spec in (("use_backend", context), (ENVIRONMENT_VARIABLE, environment)):
@@ -97,7 +127,7 @@ def _choose(op: str, device: torch.device, environment: str, context: str) -> Ch
         reason = _why_not(backend, op, device)
         if reason:
             raise RuntimeError(f"{source} asks for {backend} to compute {op} on {device}, but {reason}")
-        return Choice(op, backend, f"asked for by {source}")
+        return Choice(op, backend, f"asked for by {source}", source)
     reasons = []
     for backend in BACKENDS:
         reason = _why_not(backend, op, device)
@@ -139,10 +169,19 @@ def _why_not(backend: str, op: str, device: torch.device) -> str:
 
 @functools.lru_cache(maxsize=None)
 def _find(backend: str, op: str) -> Callable | None:
+    return _in_module(backend, op, op)
+
+
+@functools.lru_cache(maxsize=None)
+def _refusal(backend: str, op: str) -> Callable | None:
+    return _in_module(backend, op, f"why_not_{op}")
+
+
+def _in_module(backend: str, op: str, name: str) -> Callable | None:
     module = f"llama4_kernels.{backend}.{OPS[op]}"
     if importlib.util.find_spec(module) is None:
         return None
-    return getattr(importlib.import_module(module), op, None)
+    return getattr(importlib.import_module(module), name, None)
 
 
 def _default_device() -> torch.device:

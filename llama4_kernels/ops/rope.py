@@ -137,7 +137,9 @@ def _rope_qk_norm(
             else:
                 checks.in_range("rope_qk_norm", "slots", slots, -1, len(slot_map), f"−1 or one of the {len(slot_map)} slots of slot_map")
                 checks.in_range("rope_qk_norm", "slot_map", slot_map[slots[slots >= 0]], -1, pages * page_size, why)
-    result = backend.implementation("rope_qk_norm", qkv.device)(
+    result = backend.call(
+        "rope_qk_norm",
+        qkv.device,
         qkv,
         positions,
         num_heads=num_heads,
