@@ -62,7 +62,7 @@ class Floor:
 
 @dataclass(frozen=True)
 class Check:
-    """‖out − expected‖ / ‖expected‖ for the very input that was timed, None where it is not a finite number, and the largest allowed."""
+    """‖out − expected‖ / ‖expected‖ for the input that was timed, None where that is no finite number, and the bound."""
 
     error: float | None
     bound: float

@@ -54,7 +54,7 @@ PAGE = 64
 
 @dataclass(frozen=True)
 class Workload:
-    """One rank's share of one op. layer: for rope_qk_norm and the attention ops, else None. batch to page: for the attention ops, else 0."""
+    """One rank's share of one op. layer: of rope_qk_norm and the attention ops, else None. batch to page: of the attention ops, else 0."""
 
     op: str
     dtype: str
@@ -192,7 +192,7 @@ def _requests(op: str) -> list[tuple[int, int, int]]:
 _GPU_TOKENS = (1, 8, 64, 256, 1024, 8192)
 _GPU_REQUESTS = ((1, 1, 8192), (64, 1, 8192), (64, 1, 65536), (1, 8192, 8192), (1, 8192, 131072))
 _CPU_TOKENS = (1, 16)
-_CPU_REQUESTS = ((1, 1, 1024), (4, 1, 1024), (1, 128, 256))
+_CPU_REQUESTS = ((1, 1, 1024), (4, 1, 1024), (1, 16, 256))
 
 
 def default(device_type: str) -> list[Workload]:

@@ -69,3 +69,36 @@ def tune(
     from llama4_kernels.triton import tune
 
     raise typer.Exit(tune.run(op, workload, tokens, out))
+
+
+@app.command()
+def bench(
+    op: Annotated[Optional[list[str]], typer.Option(help="Only these ops; may be given several times.")] = None,
+    workload: Annotated[
+        Optional[list[str]],
+        typer.Option(help="A name such as fused_moe/fp8/scout/tp8/t64, or a pattern such as 'fused_moe/*/tp8/*'; a short list if not given."),
+    ] = None,
+    backend: Annotated[Optional[list[str]], typer.Option(help="cuda, triton or reference; those that run here if not given.")] = None,
+    peer: Annotated[Optional[list[str]], typer.Option(help="A peer by name, all, or none; all if no backend is given either.")] = None,
+    peer_module: Annotated[Optional[list[str]], typer.Option(help="A module of yours that registers more peers.")] = None,
+    out: Annotated[
+        Optional[Path], typer.Option(dir_okay=False, help="File that records are added to; bench/results/<gpu>/<date>-<commit>.json if not given.")
+    ] = None,
+    compare: Annotated[Optional[Path], typer.Option(exists=True, help="File or folder of earlier results to compare with.")] = None,
+    measured: Annotated[Optional[Path], typer.Option(exists=True, help="Compare these results instead of measuring.")] = None,
+    refcheck: Annotated[bool, typer.Option(help="Check each result against the reference.")] = True,
+    rounds: Annotated[Optional[int], typer.Option(min=2, help="Samples for each row.")] = None,
+    job_seconds: Annotated[float, typer.Option(min=1, help="The most that one row may take.")] = 600,
+) -> None:
+    """Measure workloads on our backends and on peers, each checked and set against its floor, and keep a record of each.
+
+    Exits with 1 where one of our backends fails, is wrong, or is slower than what --compare names.
+    """
+    if measured is not None and compare is None:
+        raise typer.BadParameter("needs --compare, the results to compare with", param_hint="--measured")
+    from llama4_kernels.bench.measure import Options
+    from llama4_kernels.cli import bench
+
+    modules, options = peer_module or (), Options(refcheck, rounds)
+    keep = {"out": out, "base": compare, "measured": measured}
+    raise typer.Exit(bench.run(op, workload, backend, peer, peer_modules=modules, options=options, job_seconds=job_seconds, **keep))

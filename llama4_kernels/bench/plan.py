@@ -1,0 +1,46 @@
+"""Which jobs a run consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from llama4_kernels.bench import measure, peers, workloads
+from llama4_kernels.bench.machine import default_device
+from llama4_kernels.bench.measure import Job
+from llama4_kernels.ops.backend import BACKENDS
+
+
+def plan(
+    ops: Sequence[str] | None = None,
+    patterns: Sequence[str] | None = None,
+    backends: Sequence[str] | None = None,
+    peer_names: Sequence[str] | None = None,
+) -> list[Job]:
+    """The jobs for what was asked for, those of one workload together. ValueError where a name is unknown or nothing is left.
+
+    ops, patterns: see workloads.select. Neither backends nor peers named: every backend that runs here, and all peers. Where only one
+    of the two is named, the other is left out; the peer "none" stands for none of them, beside every backend.
+    """
+    device = default_device()
+    unknown = [name for name in backends or () if name not in BACKENDS]
+    if unknown:
+        raise ValueError(f"backend is {unknown[0]!r}, needs one of {', '.join(BACKENDS)}")
+    jobs: list[Job] = []
+    for workload in workloads.select(patterns, ops, device.type):
+        if backends or not peer_names or "none" in peer_names:
+            jobs += [Job(workload.name, name) for name in backends or _runnable(workload.op, device)]
+        known = peers.peers_of(workload.op)
+        wanted = [] if backends and not peer_names else peer_names or ["all"]
+        wanted = [] if "none" in wanted else known if "all" in wanted else wanted
+        jobs += [Job(workload.name, name, peer=True) for name in wanted]
+    if not jobs:
+        raise ValueError("nothing to measure: no workload, backend or peer is left of what was asked for")
+    return jobs
+
+
+def _runnable(op: str, device: torch.device) -> list[str]:
+    """The reference only where nothing else runs: it is no rival of a kernel."""
+    found = [name for name in BACKENDS if not measure.missing(op, name, device)]
+    return [name for name in found if name != "reference"] or found

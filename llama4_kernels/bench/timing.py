@@ -1,0 +1,140 @@
+"""How long a call takes: on a GPU by replaying a CUDA graph with a cold L2 cache, on a CPU by the wall clock."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from llama4_kernels.bench.record import Timing
+
+GPU_ROUNDS, CPU_ROUNDS = 50, 10
+CPU_SECONDS = 1.0
+REPLAY_US = 500.0
+MAX_CALLS = 32
+Call = Callable[[], Any]
+
+
+def time_calls(calls: Sequence[Call], device: torch.device, rounds: int | None = None) -> tuple[Timing, list[str]]:
+    """The time of one of `calls`, which do the same on inputs in different memory, and what a reader must know about it.
+
+    On a GPU the calls are captured into one CUDA graph. Before each replay a buffer larger than the L2 cache is read, untimed, so that
+    no input of any call is in the cache when it starts; each call has its own inputs, so that none finds another's. Calls that cannot
+    be captured run one after another between events, and the note says why.
+    """
+    if device.type == "cuda":
+        return _time_gpu(calls, device, rounds or GPU_ROUNDS)
+    return _time_cpu(calls[0], rounds or CPU_ROUNDS), []
+
+
+def calls_per_replay(single_us: float, nbytes: int, device: torch.device) -> int:
+    """How many calls one replay needs so that its launch does not count, and as many as fit in a quarter of the free memory."""
+    if device.type != "cuda":
+        return 1
+    free, _ = torch.cuda.mem_get_info(device)
+    wanted = -(-REPLAY_US // max(single_us, 1.0))
+    return int(max(1, min(wanted, MAX_CALLS, free // 4 // max(nbytes, 1))))
+
+
+def estimate_us(call: Call, device: torch.device) -> float:
+    """Roughly, of a call that is warm."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e6
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(3):
+        call()
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end) * 1e3 / 3
+
+
+def summary(method: str, cold_l2: bool, samples_us: Sequence[float]) -> Timing:
+    """The statistics of samples; the tenth and ninetieth percentile interpolate between them."""
+    tenths = statistics.quantiles(samples_us, n=10, method="inclusive") if len(samples_us) > 1 else [samples_us[0]] * 9
+    samples = tuple(float(f"{sample:.6g}") for sample in samples_us)
+    return Timing(method, cold_l2, statistics.median(samples_us), tenths[0], tenths[-1], len(samples), samples)
+
+
+def _time_gpu(calls: Sequence[Call], device: torch.device, rounds: int) -> tuple[Timing, list[str]]:
+    def run_all() -> None:
+        for call in calls:
+            call()
+
+    notes = []
+    try:
+        replay, method = _captured(run_all, device), "cuda_graph"
+    except Exception as error:  # whatever capture does not allow
+        torch.cuda.synchronize(device)
+        replay, method = run_all, "cuda_events"
+        notes.append(f"timed without a CUDA graph, launches included, because it cannot be captured: {one_line(error)}")
+    cache = torch.zeros(2 * torch.cuda.get_device_properties(device).L2_cache_size // 4, device=device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    samples = []
+    for _ in range(rounds + 2):
+        cache.sum()  # reads only, so that no dirty line is written back while the clock runs
+        start.record()
+        replay()
+        end.record()
+        torch.cuda.synchronize(device)
+        samples.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return summary(method, True, samples[2:]), notes
+
+
+def _captured(run: Call, device: torch.device) -> Call:
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream(device).wait_stream(side)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def _time_cpu(call: Call, rounds: int) -> Timing:
+    samples: list[float] = []
+    started = time.perf_counter()
+    while len(samples) < rounds and (len(samples) < 3 or time.perf_counter() - started < CPU_SECONDS):
+        before = time.perf_counter()
+        call()
+        samples.append((time.perf_counter() - before) * 1e6)
+    return summary("wall_clock", False, samples)
+
+
+def count_launches(call: Call, device: torch.device) -> int | None:
+    """Kernels, copies and fills that one call puts on the GPU; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        call()
+        torch.cuda.synchronize(device)
+    on_gpu = (torch.autograd.DeviceType.CUDA,)
+    return sum(event.device_type in on_gpu for event in profiled.events())
+
+
+def peak_memory(call: Call, device: torch.device) -> int | None:
+    """The most memory that one call has allocated beyond what was before it, in bytes; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as a line of a report."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

@@ -1,0 +1,148 @@
+"""`llama4-kernels bench`: measure workloads beside peers, keep the records, and compare them with earlier ones."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from llama4_kernels.bench import compare, measure, record
+from llama4_kernels.bench.compare import Comparison
+from llama4_kernels.bench.measure import Job, Options
+from llama4_kernels.bench.plan import plan
+from llama4_kernels.bench.record import Benchmark, Record
+from llama4_kernels.bench.runner import JOB_SECONDS, Runner
+
+RESULTS = Path("bench/results")
+PLAIN_WIDTH = 200  # of tables that go to a file or a pipe
+
+
+def run(
+    ops: Sequence[str] | None,
+    patterns: Sequence[str] | None,
+    backends: Sequence[str] | None,
+    peer_names: Sequence[str] | None,
+    *,
+    peer_modules: Sequence[str] = (),
+    out: Path | None = None,
+    base: Path | None = None,
+    measured: Path | None = None,
+    options: Options | None = None,
+    job_seconds: float = JOB_SECONDS,
+) -> int:
+    """The command: 0, or 1 where one of our backends failed, is wrong, or is slower than in `base`; 2 for arguments that say nothing.
+
+    measured: results to compare with `base` instead of measuring.
+    """
+    console = Console()
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    try:
+        if measured is not None:
+            records: Sequence[Record] = _read(measured)
+        else:
+            jobs = plan(ops, patterns, backends, peer_names)
+            with Runner(options, peer_modules, job_seconds) as runner:
+                path = out or record.results_path(RESULTS, runner.session.machine, record.now())
+                records = _measure(jobs, runner, path, console)
+        before = None if base is None else _read(base)
+    except (ValueError, ModuleNotFoundError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    benchmarks = [each for each in records if isinstance(each, Benchmark)]
+    bad = [each for each in benchmarks if not each.peer and each.status in ("failed", "wrong")]
+    for each in bad:
+        print(f"bench: {each.workload} on {each.backend} {each.status}: {each.reason}", file=sys.stderr)
+    regressions = [] if before is None else _compare(records, before, console)
+    return 1 if bad or regressions else 0
+
+
+def _read(path: Path) -> Sequence[Record]:
+    contents = record.read(path)
+    for problem in contents.problems:
+        print(f"bench: {problem}", file=sys.stderr)
+    if not contents.records:
+        raise ValueError(f"{path} holds no result that can be read")
+    return contents.records
+
+
+def _measure(jobs: Sequence[Job], runner: Runner, path: Path, console: Console) -> list[Record]:
+    session = runner.session
+    ceilings = ", ".join(f"{dtype} {rate:.4g} TFLOP/s" for dtype, rate in session.ceilings.matmul_tflop_s.items())
+    console.print(f"{session.machine.device}: copy {session.ceilings.copy_gb_s:.4g} GB/s, matmul {ceilings}", highlight=False)
+    if session.machine.kind == "cpu":
+        console.print(f"No GPU: what is timed is {measure.ON_CPU}.", highlight=False, soft_wrap=True)
+    records: list[Record] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("bench", total=len(jobs))
+        for job, done in _numbered(jobs, runner, progress, task):
+            progress.update(task, description=job.workload)
+            record.append(path, [done])
+            records.append(done)
+    _print(records, console)
+    console.print(f"bench: {len(records)} records added to {path}", highlight=False, soft_wrap=True)
+    return records
+
+
+def _numbered(jobs: Sequence[Job], runner: Runner, progress: Progress, task: object) -> Iterable[tuple[Job, Benchmark]]:
+    """Each job with its record, as it comes; jobs of peers that are not installed pass without one."""
+    for job in jobs:
+        for done in runner.run([job]):
+            yield job, done
+        progress.advance(task)
+
+
+def _print(records: Sequence[Record], console: Console) -> None:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("workload", no_wrap=True)
+    table.add_column("by", no_wrap=True)
+    for title in ("µs", "p10", "p90", "GB/s", "TFLOP/s", "floor/time", "error", "launches"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("", overflow="fold")
+    benchmarks = [each for each in records if isinstance(each, Benchmark)]
+    shown = [each for each in benchmarks if each.status != "unavailable"]
+    for each in shown:
+        verdict = "" if each.status == "ok" else f"{each.status}: {each.reason}"
+        table.add_row(each.workload, f"peer {each.backend}" if each.peer else each.backend, *_figures(each), verdict)
+    console.print(table)
+    absent = {(each.op, each.backend): each.reason for each in benchmarks if each.status == "unavailable"}
+    for (op, name), reason in absent.items():
+        console.print(f"Not measured: {op} on {name}: {reason}", highlight=False, soft_wrap=True)
+    console.print("Each row again:", highlight=False)
+    for each in shown:
+        console.print(f"  {each.repro}", highlight=False, soft_wrap=True)
+
+
+def _figures(each: Benchmark) -> list[str]:
+    error = "" if each.check is None else "not finite" if each.check.error is None else f"{each.check.error:.1e}"
+    launches = "" if each.launches is None else str(each.launches)
+    if each.timing is None:
+        return [*[""] * 6, error, launches]
+    numbers = (each.timing.median_us, each.timing.p10_us, each.timing.p90_us, each.achieved_gb_s, each.achieved_tflop_s)
+    return [*(f"{number:.4g}" for number in numbers), f"{each.floor.ratio:.3f}" if each.floor else "", error, launches]
+
+
+def _compare(records: Sequence[Record], before: Sequence[Record], console: Console) -> list[Comparison]:
+    """Print what changed; the regressions."""
+    found = compare.compare(records, before)
+    if not any(each.now and each.before for each in found):
+        print("bench: nothing of the base was measured again on the same device and backend", file=sys.stderr)
+    table = Table(box=None, pad_edge=False, title=f"now / before, {compare.CONFIDENCE:.0%} interval", title_justify="left")
+    for title in ("workload", "by", "before µs", "now µs", "ratio", "interval", ""):
+        table.add_column(title, overflow="fold")
+    for each in found:
+        times = [f"{side.timing.median_us:.4g}" if side and side.timing else "" for side in (each.before, each.now)]
+        ratio = ("", "") if each.ratio is None else (f"{each.ratio:.3f}", f"{each.low:.3f} to {each.high:.3f}")
+        table.add_row(each.record.workload, each.record.backend, *times, *ratio, each.verdict)
+    console.print(table)
+    regressions = [each for each in found if each.is_regression]
+    for each in regressions:
+        print(f"bench: {each.record.workload} on {each.record.backend} is {each.verdict}: {each.record.repro}", file=sys.stderr)
+    counts = {verdict: sum(each.verdict == verdict for each in found) for verdict in dict.fromkeys(each.verdict for each in found)}
+    console.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()), highlight=False)
+    return regressions

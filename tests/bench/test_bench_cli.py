@@ -1,0 +1,114 @@
+"""`llama4-kernels bench` and `pytest bench/`, on this machine, with the model `tiny`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import synthetic
+from typer.testing import CliRunner
+
+from llama4_kernels.bench import plan, record
+from llama4_kernels.cli.main import app
+
+ROOT = Path(__file__).parents[2]
+TINY = "fused_moe/fp8/tiny/tp1/t4"
+
+
+def invoke(*arguments: object):
+    return CliRunner().invoke(app, ["bench", *map(str, arguments)])
+
+
+def test_a_run_prints_a_table_with_a_repro_line_for_each_row_and_keeps_records(tmp_path):
+    out = tmp_path / "new" / "results.json"
+    ran = invoke("--workload", TINY, "--backend", "reference", "--rounds", 3, "--out", out)
+    assert ran.exit_code == 0, ran.output
+    assert f"llama4-kernels bench --workload {TINY} --backend reference" in ran.output
+    assert "floor/time" in ran.output and "1 records added to" in ran.output
+    (done,) = record.read(out).records
+    assert (done.workload, done.backend, done.status, done.timing.rounds) == (TINY, "reference", "ok", 3)
+
+
+def test_the_repro_line_of_a_record_measures_it_again(tmp_path):
+    (job,) = plan.plan(patterns=[TINY], backends=["reference"])
+    program, command, *arguments = job.repro.split()
+    assert (program, command) == ("llama4-kernels", "bench")
+    assert invoke(*arguments, "--out", tmp_path / "again.json").exit_code == 0
+    assert [(done.workload, done.backend) for done in record.read(tmp_path).records] == [(TINY, "reference")]
+
+
+def test_a_wrong_peer_is_shown_and_fails_nothing(tmp_path):
+    out = tmp_path / "results.json"
+    names = [argument for name in ("right", "wrong", "raises", "absent") for argument in ("--peer", name)]
+    ran = invoke("--workload", "quantize_per_token/fp8/tiny/tp1/t4", *names, "--peer-module", "planted_peers", "--out", out)
+    assert ran.exit_code == 0, ran.output
+    assert [done.status for done in record.read(out).records] == ["ok", "wrong", "failed", "unavailable"]
+    assert "wrong: its error against the reference" in ran.output and "Not measured: quantize_per_token on absent" in ran.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--workload", "nothing"], "workload is 'nothing', needs a name such as"),
+        (["--op", "moe"], "op is 'moe', needs one of"),
+        (["--backend", "cudnn"], "backend is 'cudnn', needs one of cuda, triton, reference"),
+        (["--op", "rope_qk_norm", "--workload", TINY], "nothing to measure"),
+        (["--measured", ROOT], "needs --compare"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(arguments, complaint):
+    ran = invoke(*arguments)
+    assert ran.exit_code == 2
+    assert complaint in " ".join(ran.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(("factor", "code", "verdict"), [(1.1, 1, "1 slower"), (1.0, 0, "1 same"), (0.9, 0, "1 faster")])
+def test_compare_exits_with_1_on_a_real_regression_only(tmp_path, factor, code, verdict):
+    base, now = tmp_path / "base.json", tmp_path / "now.json"
+    record.append(base, [synthetic.benchmark()])
+    record.append(now, [synthetic.benchmark(us=80.0 * factor, seed=1)])
+    ran = invoke("--measured", now, "--compare", base)
+    assert ran.exit_code == code, ran.output
+    assert verdict in ran.output
+
+
+def test_compare_names_a_backend_that_broke_and_reads_round_a_bad_line(tmp_path):
+    base, now = tmp_path / "base.json", tmp_path / "now.json"
+    record.append(base, [synthetic.benchmark()])
+    with base.open("a") as file:
+        file.write("{cut off")
+    record.append(now, [synthetic.benchmark(status="wrong", reason="error 0.5")])
+    ran = invoke("--measured", now, "--compare", base)
+    assert ran.exit_code == 1
+    assert f"{base}:2: not JSON" in ran.output and "is broken: llama4-kernels bench" in ran.output
+
+
+def test_compare_with_another_gpu_says_that_nothing_was_measured_again(tmp_path):
+    base, now = tmp_path / "base.json", tmp_path / "now.json"
+    record.append(base, [synthetic.benchmark(machine=dataclasses.replace(synthetic.GPU, device="NVIDIA H100"))])
+    record.append(now, [synthetic.benchmark()])
+    ran = invoke("--measured", now, "--compare", base)
+    assert ran.exit_code == 0 and "nothing of the base was measured again" in ran.output
+
+
+def test_pytest_bench_runs_anywhere_and_gives_samples_and_records(tmp_path):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-only", "--workloads", TINY]
+    files = ["--benchmark-json", str(tmp_path / "pytest.json"), "--records", str(tmp_path / "records.json")]
+    ran = subprocess.run([*command, *files, "bench/bench_moe_layer.py"], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert ran.returncode == 0, ran.stdout
+    (done,) = record.read(tmp_path / "records.json").records
+    (shown,) = json.loads((tmp_path / "pytest.json").read_text())["benchmarks"]
+    assert shown["stats"]["median"] == pytest.approx(done.timing.median_us / 1e6, rel=1e-4)
+    assert shown["stats"]["rounds"] == done.timing.rounds and shown["extra_info"]["workload"] == TINY
+
+
+def test_every_op_of_the_workloads_has_a_benchmark_file():
+    from llama4_kernels.bench.workloads import OPS
+
+    named = [op for path in (ROOT / "bench").glob("bench_*.py") for op in OPS if f'"{op}"' in path.read_text()]
+    assert sorted(named) == sorted(OPS)
