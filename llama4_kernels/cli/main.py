@@ -21,6 +21,17 @@ class Like(str, Enum):
     maverick = "maverick"
 
 
+class Weights(str, Enum):
+    bf16 = "bf16"
+    fp8 = "fp8"
+    int4 = "int4"
+
+
+class KvDtype(str, Enum):
+    bf16 = "bf16"
+    fp8 = "fp8"
+
+
 @app.command()
 def demo(
     like: Annotated[Like, typer.Option(help="Scout (16 experts in every layer) or Maverick (128 in every second one).")] = Like.scout,
@@ -102,3 +113,54 @@ def bench(
     modules, options = peer_module or (), Options(refcheck, rounds)
     keep = {"out": out, "base": compare, "measured": measured}
     raise typer.Exit(bench.run(op, workload, backend, peer, peer_modules=modules, options=options, job_seconds=job_seconds, **keep))
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="scout, maverick, or the folder of a checkpoint.")],
+    gpu: Annotated[str, typer.Option(help="a100, h100, h100-nvl, h20, h200, b200, or its memory, such as 96GiB.")] = "h100",
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs in all.")] = 8,
+    tp: Annotated[Optional[int], typer.Option(min=1, help="Tensor-parallel ranks; all GPUs if not given.")] = None,
+    ep: Annotated[int, typer.Option(min=1, help="Expert-parallel groups.")] = 1,
+    weights: Annotated[Optional[Weights], typer.Option(help="Form of the weights; the checkpoint's own, or bf16, if not given.")] = None,
+    kv_dtype: Annotated[Optional[KvDtype], typer.Option(help="Form of the KV cache; that of the activations if not given.")] = None,
+    context: Annotated[Optional[int], typer.Option(min=1, help="Tokens of a request, prompt and answer; the most that fit if not given.")] = None,
+    concurrency: Annotated[Optional[int], typer.Option(min=1, help="Requests of that many tokens at once; the most if not given.")] = None,
+    mem_fraction_static: Annotated[Optional[float], typer.Option(min=0.01, max=0.99, help="SGLang's flag; chosen if not given.")] = None,
+    swa_full_tokens_ratio: Annotated[Optional[float], typer.Option(min=0.0001, max=1, help="SGLang's flag; chosen if not given.")] = None,
+    one_pool: Annotated[bool, typer.Option("--one-pool", help="Local layers hold everything too: --disable-hybrid-swa-memory.")] = False,
+    chunked_prefill_size: Annotated[Optional[int], typer.Option(min=1, help="SGLang's flag; its default if not given.")] = None,
+    page_size: Annotated[int, typer.Option(min=1, help="SGLang's flag.")] = 1,
+    max_running_requests: Annotated[Optional[int], typer.Option(min=1, help="SGLang's flag; chosen if not given.")] = None,
+    cuda_graph_max_bs: Annotated[Optional[int], typer.Option(min=1, help="SGLang's flag for decode; its default if not given.")] = None,
+    vision: Annotated[bool, typer.Option("--vision", help="With the vision tower: --enable-multimodal.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    plot: Annotated[Optional[Path], typer.Option(dir_okay=False, help="Image of memory against context to write; needs matplotlib.")] = None,
+) -> None:
+    """Say what fits on which GPUs: memory of a rank by part, largest context and concurrency, and the command that starts the server.
+
+    Exits with 0 where it fits, 1 where it does not, and 2 for a question that cannot be answered, with one line that says what to change.
+    """
+    from llama4_kernels.cli import plan
+    from llama4_kernels.cli.plan.planner import Question
+
+    question = Question(
+        model=model,
+        gpu=gpu,
+        gpus=gpus,
+        tp=tp or gpus,
+        ep=ep,
+        weights=weights and weights.value,
+        kv_dtype=kv_dtype and kv_dtype.value,
+        context=context,
+        requests=concurrency,
+        mem_fraction_static=mem_fraction_static,
+        swa_full_tokens_ratio=swa_full_tokens_ratio,
+        one_pool=one_pool,
+        chunked_prefill_size=chunked_prefill_size,
+        page_size=page_size,
+        max_running_requests=max_running_requests,
+        cuda_graph_max_bs=cuda_graph_max_bs,
+        vision=vision,
+    )
+    raise typer.Exit(plan.run(question, as_json=json, picture=plot))

@@ -1,0 +1,71 @@
+"""The planner's memory model against what SGLang reports: weights within 1 %, KV tokens within 2 %."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from model_runner import FREE
+
+from llama4_kernels.cli.plan import memory, model
+
+SCRIPT = Path(__file__).with_name("model_runner.py")
+CONTEXT = 2048
+
+# name -> (checkpoint, further flags, --tp-size, what of memory.Flags differs)
+CASES = {
+    "scout": (("scout", {}), (), 1, {}),
+    "scout, one pool": (("scout", {}), ("--disable-hybrid-swa-memory",), 1, {"swa_full_tokens_ratio": None}),
+    "scout, pages": (("scout", {}), ("--page-size=16", "--swa-full-tokens-ratio=0.3"), 1, {"page_size": 16, "swa_full_tokens_ratio": 0.3}),
+    "scout, rows": (("scout", {"dtype": "bfloat16"}), ("--max-running-requests=24",), 2, {"max_running_requests": 24, "kv_bytes": 2}),
+    "scout, repeated KV heads": (("scout", {}), (), 4, {}),
+    "maverick, bf16": (("maverick", {"dtype": "bfloat16"}), (), 2, {"kv_bytes": 2}),
+    "maverick, fp8 experts": (("maverick", {"fp8": "compressed-tensors-experts"}), (), 2, {}),
+    "scout, fp8": (("scout", {"fp8": "redhat", "fp8_attention": True}), (), 1, {}),
+    "scout, ModelOpt": (("scout", {"fp8": "modelopt"}), (), 1, {}),
+    "scout, fp8 at load": (("scout", {}), ("--quantization=fp8",), 1, {}),
+    "scout, images": (("scout", {"vision": True}), ("--enable-multimodal",), 2, {"vision": True}),
+    "text only, a pattern of its own": (
+        ("scout", {"text_only": True, "num_hidden_layers": 5, "no_rope_layers": [0, 1, 1, 0, 1], "moe_layers": [1, 2, 4]}),
+        ("--mem-fraction-static=0.7",),
+        1,
+        {"mem_fraction_static": 0.7},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def reports(make):
+    """What SGLang reports, by case, of the rank that is asked for the most."""
+    cases = []
+    for (like, options), flags, tp, differs in CASES.values():
+        dtype = "bfloat16" if differs.get("kv_bytes") == 2 else "float32"
+        common = ("--device=cpu", "--cuda-graph-backend-decode=disabled", "--cuda-graph-backend-prefill=disabled", f"--dtype={dtype}")
+        own = (f"--model-path={make(like, **options)}", "--model-impl=llama4_kernels", f"--context-length={CONTEXT}", "--mem-fraction-static=0.5")
+        cases.append({"flags": [*own, *common, *flags], "tp": tp})
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "SGLANG_NCCL_SO_PATH": "/none"}
+    done = subprocess.run([sys.executable, SCRIPT], input=json.dumps(cases), env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = iter([json.loads(line) for line in done.stdout.splitlines()])
+    return {name: [next(lines) for _ in range(case[2])] for name, case in CASES.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weights_and_pools(name, reports, make):
+    (like, options), flags, tp, differs = CASES[name]
+    found = model.load(str(make(like, **options)), "fp8" if "--quantization=fp8" in flags else None)
+    assumed = {"mem_fraction_static": 0.5, "swa_full_tokens_ratio": memory.SWA_RATIO, "page_size": 1, "kv_bytes": 4}
+    asked = memory.Flags(context_length=CONTEXT, tp=tp, chunked_prefill_size=4096, **assumed | differs)
+    loaded = sum(memory.loaded_bytes(found, asked).values())
+    room = int(FREE * asked.mem_fraction_static) - loaded - (memory.MULTIMODAL_BYTES if asked.vision else 0)
+    pools = memory.pools(found, asked, room)
+    for report in reports[name]:
+        assert loaded == pytest.approx(report["weight_bytes"], rel=0.01)
+        assert pools.tokens == pytest.approx(report["tokens"], rel=0.02)
+        assert pools.swa_tokens == pytest.approx(report["swa_tokens"], rel=0.02)
+        assert pools.bytes == pytest.approx(report["kv_bytes"], rel=0.02)
+        requests = asked.max_running_requests or memory.default_requests(pools.tokens, CONTEXT)
+        assert requests == report["requests"]
+        assert memory.request_table_bytes(requests, CONTEXT) == report["request_table_bytes"]
