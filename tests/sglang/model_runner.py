@@ -1,7 +1,9 @@
-"""What SGLang's model runner makes of a machine of known memory, without a server around it.
+"""What SGLang makes of a machine of known memory, without a server around it.
 
-Run as a script: reads a JSON list of {"flags": [...], "tp": n} from standard input and prints one line of JSON for each rank of each case.
-The memory is a pretended one: FREE bytes, of which this process has taken what its live tensors hold, as a GPU that nobody shares.
+Run as a script: reads a JSON list of cases from standard input and prints one line of JSON for each rank of each.
+{"flags": [...], "tp": n}: the model runner's weights and pools. The memory is a pretended one: FREE bytes, of which this process has taken
+what its live tensors hold, as a GPU that nobody shares.
+{"flags": [...], "gpu_mib": n}: the settings that SGLang chooses for GPUs of that size.
 """
 
 from __future__ import annotations
@@ -41,10 +43,28 @@ def report(flags: list[str], rank: int, port: int) -> dict:
         "rank": rank,
         "weight_bytes": round(runner.weight_load_mem_usage * (1 << 30)),
         "tokens": runner.max_total_num_tokens,
-        "swa_tokens": runner.swa_max_total_num_tokens,
-        "kv_bytes": sum(runner.token_to_kv_pool.get_kv_size_bytes()),
+        "swa_tokens": runner.swa_max_total_num_tokens if runner.is_hybrid_swa else None,
+        "kv_bytes": int(sum(runner.token_to_kv_pool.get_kv_size_bytes())),
         "requests": runner.max_running_requests,
         "request_table_bytes": runner.req_to_token_pool.req_to_token.nbytes,
+    }
+
+
+def settings(flags: list[str], gpu_mib: float) -> dict:
+    """SGLang's defaults for CUDA devices of `gpu_mib`."""
+    from sglang.srt.arg_groups import memory_hook
+    from sglang.srt.arg_groups.overrides import resolved_view
+    from sglang.srt.server_args import prepare_server_args
+
+    memory_hook.get_device_memory_capacity = lambda device=None: gpu_mib
+    args = prepare_server_args(flags)
+    args.resolve_once()
+    chosen = resolved_view(args)
+    return {
+        "mem_fraction_static": chosen.mem_fraction_static,
+        "chunked_prefill_size": chosen.chunked_prefill_size,
+        "cuda_graph_max_bs": chosen.cuda_graph_config.decode.max_bs,
+        "prefill_graphs": len(chosen.cuda_graph_config.prefill.bs),
     }
 
 
@@ -60,13 +80,18 @@ def main() -> None:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
+        ranks = case.get("tp", 1)
+        os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(rank % os.cpu_count()) for rank in range(ranks))
         children = []
-        for rank in range(case["tp"]):
+        for rank in range(ranks):
             child = os.fork()
             if child == 0:
                 try:
-                    line = json.dumps(report([*case["flags"], f"--tp-size={case['tp']}"], rank, port))
-                    os.write(3, f"{line}\n".encode())
+                    if "gpu_mib" in case:
+                        found = settings(case["flags"], case["gpu_mib"])
+                    else:
+                        found = report([*case["flags"], f"--tp-size={ranks}"], rank, port)
+                    os.write(3, f"{json.dumps(found)}\n".encode())
                     os._exit(0)
                 except BaseException:
                     traceback.print_exc()
