@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llama4_kernels.cli.plan.gpus import GIB, MIB, Gpu
+from llama4_kernels.cli.plan.gpus import MIB, Gpu
 from llama4_kernels.cli.plan.model import Model, Vision
 
 SWA_RATIO = 0.8  # SGLang's --swa-full-tokens-ratio where none is given
@@ -17,7 +17,6 @@ EVICTION_INTERVAL = 128  # tokens that may slide out of a chunk before SGLang fr
 EXTRA_POSITIONS = 4  # columns of the request table beyond the context length
 OVERLAP_STEPS = 8  # rows of the RoPE table beyond the context length
 MULTIMODAL_BYTES = 100 * MIB  # SGLang's image-embedding cache (SGLANG_VLM_CACHE_SIZE_MB)
-MARGIN_BYTES = 2 * GIB  # kept free for fragmentation and whatever the estimates of the dynamic part miss
 LEAST_REQUESTS, MOST_REQUESTS = 2048, 4096
 
 
@@ -217,6 +216,5 @@ def memory(model: Model, gpu: Gpu, flags: Flags) -> Memory:
         "logits": logit_bytes(model, batch),
         "CUDA graphs": graph_bytes(flags, batch),
         "workspaces": int((512 + flags.tp / 8 * 1024) * MIB) + (MULTIMODAL_BYTES if flags.vision else 0),
-        "margin": MARGIN_BYTES,
     }
     return Memory(static, dynamic, budget, gpu.free, made, requests)

@@ -139,7 +139,9 @@ class Model:
     def check_ranks(self, tp: int, ep: int) -> None:
         """PlanError where `tp` ranks cannot share the heads or the widths, or `ep` groups the experts."""
         if self.q_heads % tp or (self.kv_heads % tp and tp % self.kv_heads):
-            fitting = ", ".join(str(n) for n in range(1, self.q_heads + 1) if not self.q_heads % n and not (self.kv_heads % n and n % self.kv_heads))
+            fitting = ", ".join(
+                str(n) for n in range(1, self.q_heads + 1) if not self.q_heads % n and not (self.kv_heads % n and n % self.kv_heads)
+            )
             raise PlanError(f"--tp {tp} does not divide the {self.q_heads} query and {self.kv_heads} KV heads: give one of {fitting}")
         if tp % ep or self.experts % ep:
             raise PlanError(f"--ep {ep} must divide --tp {tp} and the {self.experts} experts")

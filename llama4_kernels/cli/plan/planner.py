@@ -28,6 +28,7 @@ from llama4_kernels.cli.plan.model import Model, Weights
 
 KV_BYTES = {"bf16": 2, "fp8": 1}
 MOST_REQUESTS = 4096
+MARGIN = 2 * GIB  # that a plan leaves free for fragmentation and whatever the estimates of the dynamic part miss
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ class Fit:
 class Plan:
     """The answer: what the asked context and number of requests come to, and how far each could go with the other as it is.
 
-    default_problem: what stands in the way of one such request where only the context length and the question's own flags are given.
+    default_problem: what stands in the way of one such request where only the context length and the question's own flags are given, with
+        no margin at all.
     largest_context: for as many requests as were asked for, or one; None where nothing fits. largest_requests: at `context`.
     nearest: where it does not fit, changes of the question under which it does, by description.
     """
@@ -128,9 +130,13 @@ def check(question: Question) -> Case:
     chunked = q.chunked_prefill_size or default_chunked_prefill(gpu)
     for name, size in (("the attention chunk", found.chunk), ("--chunked-prefill-size", chunked)):
         if size is not None and size % q.page_size:
-            raise PlanError(f"--page-size {q.page_size} does not divide {name} of {size} tokens: give a divisor of it, such as {math.gcd(q.page_size, size)}")
+            raise PlanError(
+                f"--page-size {q.page_size} does not divide {name} of {size} tokens: give a divisor of it, such as {math.gcd(q.page_size, size)}"
+            )
     if q.context is not None and q.context > found.max_context:
-        raise PlanError(f"--context {q.context} is more than the {found.max_context} positions of the model's config.json: give at most those")
+        raise PlanError(
+            f"--context {q.context} is more than the {found.max_context} positions of the model's config.json: give at most those"
+        )
     if q.one_pool and q.swa_full_tokens_ratio is not None:
         raise PlanError("--swa-full-tokens-ratio divides the memory of two pools: leave it or --one-pool out")
     if q.vision and found.vision is None:
@@ -155,7 +161,7 @@ def _answer(case: Case) -> Plan:
     largest_requests = _largest(lambda requests: _fits(case, context, requests), MOST_REQUESTS) or 0
     requests = q.requests or max(largest_requests, 1)
     default = case.base_flags(context)
-    default_problem = _problem(case, default, memory(case.model, case.gpu, default), 1)
+    default_problem = _problem(case, default, memory(case.model, case.gpu, default), 1, margin=0)
     return Plan(case, context, requests, arrange(case, context, requests), default_problem, largest_context, largest_requests, {})
 
 
@@ -173,7 +179,7 @@ def arrange(case: Case, context: int, requests: int) -> Fit:
         fit = _divide(case, _fewer_rows(first, requests), requests)
         if fit.problem:
             fit = _divide(case, case.base_flags(context, rows=requests), requests)
-    if fit.problem and q.mem_fraction_static is None and fit.memory.spare < 0:
+    if fit.problem and q.mem_fraction_static is None and fit.memory.spare < MARGIN:
         fit = _smaller_static(case, fit.flags, requests)
     return fit
 
@@ -194,7 +200,7 @@ def _divide(case: Case, flags: Flags, requests: int) -> Fit:
 
 def _fewer_rows(fit: Fit, requests: int) -> Flags:
     """As many rows of the request table as fit beside the static part, in steps of 16; at least `requests`."""
-    room = fit.memory.spare + fit.memory.dynamic["request table"]
+    room = fit.memory.spare - MARGIN + fit.memory.dynamic["request table"]
     rows = room // (fit.memory.dynamic["request table"] // (fit.memory.requests + 1)) - 1
     return replace(fit.flags, max_running_requests=max(int(rows) // 16 * 16, requests))
 
@@ -202,11 +208,11 @@ def _fewer_rows(fit: Fit, requests: int) -> Flags:
 def _smaller_static(case: Case, flags: Flags, requests: int) -> Fit:
     """With what the dynamic part needs taken from the static one."""
     made = memory(case.model, case.gpu, flags)
-    fraction = math.floor((1 - sum(made.dynamic.values()) / case.gpu.free) * 1000) / 1000
+    fraction = math.floor((1 - (sum(made.dynamic.values()) + MARGIN) / case.gpu.free) * 1000) / 1000
     return _divide(case, replace(flags, mem_fraction_static=max(fraction, 0.001)), requests)
 
 
-def _problem(case: Case, flags: Flags, made: Memory, requests: int) -> str | None:
+def _problem(case: Case, flags: Flags, made: Memory, requests: int, margin: int = MARGIN) -> str | None:
     """What does not fit first."""
     weights = sum(case.model.weight_bytes(flags.tp, flags.ep, flags.vision).values())
     if case.model.at_load:
@@ -221,15 +227,22 @@ def _problem(case: Case, flags: Flags, made: Memory, requests: int) -> str | Non
     needed, local = requests * flags.context_length, local_tokens(case.model, flags, requests) if has_two_pools(case.model, flags) else 0
     if made.pools is None or made.pools.tokens < needed or (made.pools.swa_tokens or 0) < local:
         cells = token_bytes(case.model, flags)
-        have = "too little for one chunk" if made.pools is None else " and ".join(f"{n:,}" for n in (made.pools.tokens, made.pools.swa_tokens) if n)
+        have = (
+            "too little for one chunk"
+            if made.pools is None
+            else " and ".join(f"{n:,}" for n in (made.pools.tokens, made.pools.swa_tokens) if n)
+        )
         tokens = f"{needed:,} tokens" + (f" in global layers and {local:,} in local ones" if local else "")
         ratio = f" at --swa-full-tokens-ratio {flags.swa_full_tokens_ratio}" if local else ""
         return f"the KV cache must hold {tokens}, {_gib(needed * cells[0] + local * cells[1])}; its {_gib(room)} hold {have}{ratio}"
     if made.requests < requests:
         return f"--max-running-requests {made.requests} is less than {requests} requests"
-    if made.spare < 0:
+    if made.spare < margin:
         largest = max(made.dynamic, key=made.dynamic.__getitem__)
-        need = f"{_gib(sum(made.dynamic.values()))} are needed beside the static part, {_gib(made.dynamic[largest])} of it for the {largest}"
+        kept = f" and a margin of {_gib(margin)}" if margin else ""
+        need = (
+            f"{_gib(sum(made.dynamic.values()))}{kept} are needed beside the static part, {_gib(made.dynamic[largest])} for the {largest}"
+        )
         return f"{need}, and {_gib(made.free - made.budget)} are left there"
     return None
 

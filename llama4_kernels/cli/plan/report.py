@@ -13,7 +13,7 @@ from rich.table import Table
 from llama4_kernels.cli.plan.errors import PlanError
 from llama4_kernels.cli.plan.gpus import GIB
 from llama4_kernels.cli.plan.memory import has_two_pools, local_tokens, request_table_bytes, rope_table_bytes, token_bytes
-from llama4_kernels.cli.plan.planner import Case, Fit, Plan
+from llama4_kernels.cli.plan.planner import MARGIN, Case, Fit, Plan
 
 KV_FLAG = {"fp8": "fp8_e4m3", "bf16": "bfloat16", None: "auto"}
 POINTS = 120
@@ -102,10 +102,12 @@ def show(plan: Plan, console: Console) -> None:
     table.columns[1].justify = "right"
     for part, size in memory.static.items():
         table.add_row(part, _gib(size), _pool_tokens(plan) if part == "KV cache" else "")
-    table.add_row("static part", _gib(memory.budget), f"{fit.flags.mem_fraction_static:.3f} of {_gib(memory.free)} free before loading", style="bold")
+    table.add_row(
+        "static part", _gib(memory.budget), f"{fit.flags.mem_fraction_static:.3f} of {_gib(memory.free)} free before loading", style="bold"
+    )
     for part, size in memory.dynamic.items():
         table.add_row(part, _gib(size), f"{memory.requests} rows" if part == "request table" else "")
-    table.add_row("left", _gib(memory.spare), style="bold")
+    table.add_row("left", _gib(memory.spare), f"of which {_gib(MARGIN)} are kept for what these estimates miss", style="bold")
     console.print(table)
     console.print()
     if fit.problem is None:
@@ -113,7 +115,9 @@ def show(plan: Plan, console: Console) -> None:
     else:
         console.print(f"does not fit: {plan.requests} x {plan.context:,} tokens: {fit.problem}", style="red", soft_wrap=True)
     if plan.largest_context:
-        console.print(f"largest context for {q.requests or 1} at once: {plan.largest_context:,}; most at once of {plan.context:,}: {plan.largest_requests}")
+        console.print(
+            f"largest context for {q.requests or 1} at once: {plan.largest_context:,}; most at once of {plan.context:,}: {plan.largest_requests}"
+        )
     for note in notes(plan):
         console.print(f"note: {note}", soft_wrap=True)
     for change, near in plan.nearest.items():
@@ -161,7 +165,7 @@ def _needs(plan: Plan, context: int) -> dict[str, float]:
         "KV cache, global layers": plan.requests * context * cells[0],
         "RoPE table": rope_table_bytes(model, context),
         "request table": request_table_bytes(made.requests, context),
-        "activations, logits, graphs, margin": rest,
+        "activations, logits, graphs": rest,
     }
     return {part: size / GIB for part, size in sizes.items()}
 

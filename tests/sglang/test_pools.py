@@ -53,7 +53,12 @@ def reports(make):
     for (like, options), flags, tp, differs in CASES.values():
         dtype = "bfloat16" if differs.get("kv_bytes") == 2 else "float32"
         common = ("--device=cpu", "--cuda-graph-backend-decode=disabled", "--cuda-graph-backend-prefill=disabled", f"--dtype={dtype}")
-        own = (f"--model-path={make(like, **options)}", "--model-impl=llama4_kernels", f"--context-length={CONTEXT}", "--mem-fraction-static=0.5")
+        own = (
+            f"--model-path={make(like, **options)}",
+            "--model-impl=llama4_kernels",
+            f"--context-length={CONTEXT}",
+            "--mem-fraction-static=0.5",
+        )
         cases.append({"flags": [*own, *common, *flags], "tp": tp})
     for gpu, tp, flags, differs in DEFAULTS.values():
         own = (f"--model-path={make('scout', vision=True)}", "--model-impl=llama4_kernels", "--attention-backend=fa3", "--device=cuda")
