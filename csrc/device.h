@@ -21,6 +21,8 @@ struct LaunchConfig {
     dim3 block;
     size_t shared_bytes;
     cudaStream_t stream;
+    unsigned cluster_blocks = 1;  // blocks of a cluster, along the grid's x
+    bool dependent = false;       // programmatic dependent launch: see hopper/dependent_launch.cuh
 };
 
 #ifdef LLAMA4_KERNELS_EMULATION
@@ -32,30 +34,53 @@ T* shared_memory() {
 
 template <class... Parameters, class... Arguments>
 void launch(const LaunchConfig& config, void (*kernel)(Parameters...), Arguments... arguments) {
-    emulation::run(config.op, config.grid, config.block, config.shared_bytes, [=] { kernel(arguments...); });
+    emulation::run(config.op, config.grid, config.block, config.shared_bytes, config.cluster_blocks, [=] { kernel(arguments...); });
 }
+
+inline int multiprocessors() { return emulation::MULTIPROCESSORS; }
 
 #else
 
 // The block's dynamic shared memory. Kernels use no other, so that the emulation can watch all of it.
 template <class T>
 __device__ T* shared_memory() {
-    extern __shared__ uint4 dynamic_shared_memory[];
+    extern __shared__ __align__(1024) uint8_t dynamic_shared_memory[];
     return reinterpret_cast<T*>(dynamic_shared_memory);
+}
+
+inline void check(cudaError_t error, const char* op, const char* what) {
+    if (error == cudaSuccess) return;
+    throw std::runtime_error(std::string(op) + ": CUDA refused " + what + ": " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
 }
 
 // Throws std::runtime_error where the launch is refused.
 template <class... Parameters, class... Arguments>
 void launch(const LaunchConfig& config, void (*kernel)(Parameters...), Arguments... arguments) {
+    constexpr size_t DEFAULT_SHARED_BYTES = 48 << 10;
+    if (config.shared_bytes > DEFAULT_SHARED_BYTES) {
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.shared_bytes)), config.op, "the shared memory");
+    }
+    cudaLaunchAttribute attributes[2];
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {config.cluster_blocks, 1, 1};
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t cuda_config{};
     cuda_config.gridDim = config.grid;
     cuda_config.blockDim = config.block;
     cuda_config.dynamicSmemBytes = config.shared_bytes;
     cuda_config.stream = config.stream;
-    const cudaError_t error = cudaLaunchKernelEx(&cuda_config, kernel, Parameters(arguments)...);
-    if (error != cudaSuccess) {
-        throw std::runtime_error(std::string(config.op) + ": CUDA refused the launch: " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
-    }
+    cuda_config.attrs = attributes;
+    cuda_config.numAttrs = config.dependent ? 2 : 1;
+    check(cudaLaunchKernelEx(&cuda_config, kernel, Parameters(arguments)...), config.op, "the launch");
+}
+
+// Of the current device.
+inline int multiprocessors() {
+    int device = 0, count = 0;
+    check(cudaGetDevice(&device), "multiprocessors", "the current device");
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "multiprocessors", "their number");
+    return count;
 }
 
 #endif

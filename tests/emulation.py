@@ -7,11 +7,12 @@ import hashlib
 import importlib
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
@@ -41,28 +42,34 @@ def why_not() -> str:
     return ""
 
 
-def build(*, planted: Mapping[str, tuple[str, str]] | None = None, sanitize: bool = False) -> Path:
-    """Build the host module and give its path; what was built before from the same sources is used again.
+def build(
+    *, sources: Sequence[Path] | None = None, planted: Mapping[str, tuple[str, str]] | None = None, sanitize: bool = False
+) -> Path:
+    """Build a host library and give its path; what was built before from the same sources is used again.
 
-    planted: file name in csrc/ -> (text, its replacement), to see that a bug is noticed. sanitize: with AddressSanitizer.
+    sources: None is the extension module, csrc/bindings.cpp with every kernel file. planted: a source's name, or a path in csrc/, ->
+    (text, its replacement), to see that a bug is noticed. sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer.
     """
     import pybind11
 
-    flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-DLLAMA4_KERNELS_EMULATION"]
-    flags += ["-fsanitize=address", "-fno-omit-frame-pointer"] if sanitize else []
-    folders = [CSRC, pybind11.get_include(), sysconfig.get_path("include")]
-    includes = [*(f"-I{folder}" for folder in folders), "-isystem", str(cuda_include())]
-    headers = "".join(path.read_text() for path in sorted(CSRC.rglob("*.*h")))
+    flags = ["-std=c++17", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-DLLAMA4_KERNELS_EMULATION"]
+    flags += ["-ffp-contract=off", "-fno-strict-aliasing"]  # nvcc assumes nothing of aliases either
+    flags += ["-U_FORTIFY_SOURCE"]  # a fortified longjmp takes a change of fibers for a fault
+    flags += ["-march=x86-64-v3"] if platform.machine() == "x86_64" else []
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if sanitize else []
+    optimize = ["-O1", "-fno-omit-frame-pointer", *sanitizers] if sanitize else ["-O2"]
+    sources = sources or [CSRC / "bindings.cpp", *sorted(CSRC.glob("*.cu"))]
+    edited = _plant(planted or {}, sources)
+    folders = [_headers_with(edited), CSRC, pybind11.get_include(), sysconfig.get_path("include")]
+    includes = [*(f"-I{folder}" for folder in folders if folder), "-isystem", str(cuda_include())]
+    headers = "".join(edited.get(path, path.read_text()) for path in sorted(CSRC.rglob("*.*h")))
     objects = []
-    for source in [CSRC / "bindings.cpp", *sorted(CSRC.glob("*.cu"))]:
-        text = source.read_text()
-        if source.name in (planted or {}):
-            old, new = planted[source.name]
-            assert old in text, f"{source.name} no longer holds {old!r}, where the test plants its bug"
-            text = text.replace(old, new)
-        objects.append(_make(["-c", "-x", "c++"], text, ".o", flags=[*flags, *includes], depends_on=headers, suffix=source.suffix))
+    for source in sources:
+        text = f'#line 1 "{source.name}"\n' + edited.get(source, source.read_text())
+        how = optimize if source.suffix == ".cu" else ["-O1"]
+        objects.append(_make(["-c", "-x", "c++"], text, ".o", flags=[*flags, *how, *includes], depends_on=headers, suffix=source.suffix))
     library = "".join(map(str, objects))
-    return _make(["-shared", *map(str, objects)], library, sysconfig.get_config_var("EXT_SUFFIX"), flags=flags)
+    return _make(["-shared", *map(str, objects)], library, sysconfig.get_config_var("EXT_SUFFIX"), flags=[*flags, *sanitizers])
 
 
 def load(path: Path) -> ModuleType:
@@ -91,6 +98,30 @@ def op_module(stem: str, kernels: ModuleType) -> ModuleType:
 def sanitizer_library() -> str:
     """AddressSanitizer's library, to preload into a Python that loads a sanitized module."""
     return subprocess.run(["g++", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _plant(planted: Mapping[str, tuple[str, str]], sources: Sequence[Path]) -> dict[Path, str]:
+    """The text of each file that gets a bug, with it."""
+    by_name = {source.name: source for source in sources}
+    edited = {}
+    for name, (old, new) in planted.items():
+        path = by_name.get(name, CSRC / name)
+        text = path.read_text()
+        assert old in text, f"{name} no longer holds {old!r}, where the test plants its bug"
+        edited[path] = text.replace(old, new)
+    return edited
+
+
+def _headers_with(edited: Mapping[Path, str]) -> Path | None:
+    """A folder that holds the edited headers, for the compiler to look in first."""
+    headers = {path.relative_to(CSRC): text for path, text in edited.items() if path.suffix in (".h", ".cuh")}
+    if not headers:
+        return None
+    folder = BUILDS / hashlib.sha256(repr(headers).encode()).hexdigest()[:16]
+    for path, text in headers.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+    return folder
 
 
 def _make(command: list[str], text: str, ending: str, *, flags: list[str], depends_on: str = "", suffix: str = "") -> Path:

@@ -1,0 +1,23 @@
+// Host twin of hopper/memory.cuh.
+#pragma once
+
+#include "emulation/block.h"
+
+namespace llama4_kernels::hopper {
+
+inline unsigned load_acquire(const unsigned* from, emulation::Site site = emulation::Site::here()) {
+    emulation::scheduler().poll(site, "a value in global memory");
+    return *static_cast<const volatile unsigned*>(from);
+}
+
+inline void store_release(unsigned* to, unsigned value) { *to = value; }
+
+inline unsigned add_acquire_release(unsigned* to, unsigned value) {
+    const unsigned old = *to;
+    *to += value;
+    return old;
+}
+
+inline uint4 load_once(const void* from) { return *static_cast<const uint4*>(from); }
+
+}  // namespace llama4_kernels::hopper

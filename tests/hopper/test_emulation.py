@@ -1,0 +1,109 @@
+"""The host emulation itself: a pipelined GEMM comes out right, and each bug planted in it is reported."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import emulation
+import pytest
+import torch
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(bool(emulation.why_not()), reason=emulation.why_not() or "-")
+
+GEMM = Path(__file__).with_name("gemm.cu")
+ROWS = torch.arange(128, dtype=torch.int32).flip(0).remainder(77).contiguous()
+
+
+@pytest.fixture(scope="module")
+def gemm():
+    library = ctypes.CDLL(str(emulation.build(sources=[GEMM])))
+    library.run_gemm.restype = ctypes.c_char_p
+    return library.run_gemm
+
+
+def codes(rows: int, columns: int) -> Tensor:
+    return torch.randn(rows, columns).to(torch.float8_e4m3fn)
+
+
+def run(gemm, k: int, rows: Tensor | None = None, bug: str = "") -> tuple[str, Tensor, Tensor]:
+    """The error, C as computed, and C as it should be."""
+    a, b = codes(128 if rows is None else 77, k), codes(64, k)
+    c = torch.zeros(128, 64, dtype=torch.bfloat16)
+    pointers = [ctypes.c_void_p(x.data_ptr()) if x is not None else None for x in (a, b, c, rows)]
+    error = gemm(*pointers, len(a), 128, 64, k, bug.encode()).decode()
+    gathered = a.float() if rows is None else a.float()[rows.long()]
+    return error, c, (gathered @ b.float().t()).bfloat16()
+
+
+@pytest.mark.parametrize("rows", [None, ROWS], ids=["tma", "gathered"])
+@pytest.mark.parametrize("k", [128, 256, 640])
+def test_a_pipelined_gemm(gemm, k, rows):
+    error, got, want = run(gemm, k, rows)
+    assert error == ""
+    torch.testing.assert_close(got, want, rtol=2**-7, atol=1e-3)
+
+
+BUGS = {
+    "no wait for the data": "a copy under way still writes|may still read",
+    "a parity that never turns": "wgmma reads shared memory that a copy under way still writes",
+    "an inverted parity": r"deadlock(.|\n)*waits at gemm.cu:[0-9]+ for an mbarrier at shared byte 40976, parity 0; it is in phase 0 and lacks 1 of 1 arrivals",
+    "no wait for wgmma": "a copy to shared memory that the wgmma at gemm.cu:[0-9]+ may still read",
+    "release before the wait for wgmma": "a copy to shared memory that the wgmma at gemm.cu:[0-9]+ may still read",
+    "no fence before wgmma": "wgmma_fence is missing",
+    "more arrivals than expected": "more arrivals at the mbarrier than the 1 of its phase",
+    "no arrival": r"deadlock(.|\n)*from 128 to 159: waits at gemm.cu:[0-9]+ for an mbarrier",
+    "more bytes expected than come": r"deadlock(.|\n)*lacks 0 of 1 arrivals and 8192 bytes",
+    "fewer bytes expected than come": "a copy under way still writes",
+    "a misaligned destination": "misaligned copy: the destination is not a multiple of 1024",
+    "a destination past the end": "out of bounds: the destination and its 8192 bytes exceed",
+    "too little shared memory": "the mbarrier is not in shared memory, or past its end",
+    "unequal descriptors": "descriptors or shapes differ within the warpgroup",
+    "a product that one thread leaves out": "commit different products|descriptors or shapes differ within the warpgroup",
+    "barriers invisible to copies": "fence_barrier_init is missing",
+    "a barrier initialised twice": "the mbarrier is initialised twice",
+    "plain writes before a store": "the store reads plain writes to shared memory without a fence_async_proxy",
+    "a store that nobody waits for": "a thread ends before its bulk stores have read shared memory",
+    "a barrier of two sizes": "named barrier|others say",
+    "a barrier of another size": "waits at gemm.cu:[0-9]+ for named barrier 1",
+    "no wait for cp.async": "wgmma reads shared memory that a copy under way still writes",
+    "no proxy fence after cp.async": "wgmma reads plain writes to shared memory without a fence_async_proxy",
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_bug_is_reported_where_it_is(gemm, bug):
+    error, _, _ = run(gemm, 640, ROWS if "cp.async" in bug else None, bug)
+    assert re.search(BUGS[bug], error), error
+
+
+@pytest.mark.parametrize("bug", ["", "a write past the end"])
+def test_address_sanitizer_watches_shared_memory(bug):
+    module = emulation.build(sources=[GEMM], sanitize=True)
+    run = subprocess.run(
+        [sys.executable, "-c", RUN_SANITIZED, str(module), bug],
+        env=os.environ | {"LD_PRELOAD": emulation.sanitizer_library(), "ASAN_OPTIONS": "detect_leaks=0"},
+        capture_output=True,
+        text=True,
+    )
+    if bug:
+        assert run.returncode != 0 and "AddressSanitizer: heap-buffer-overflow" in run.stderr, run.stderr
+    else:
+        assert run.returncode == 0, run.stderr
+
+
+RUN_SANITIZED = """
+import ctypes, sys
+gemm = ctypes.CDLL(sys.argv[1]).run_gemm
+gemm.restype = ctypes.c_char_p
+libc = ctypes.CDLL(None)
+libc.aligned_alloc.restype = ctypes.c_void_p
+for bug in (sys.argv[2], ""):
+    a, b, c = (ctypes.c_void_p(libc.aligned_alloc(ctypes.c_size_t(64), ctypes.c_size_t(size))) for size in (64 * 384, 64 * 384, 2 * 64 * 64))
+    assert gemm(a, b, c, None, 64, 64, 64, 384, bug.encode()) == b""
+"""
