@@ -1,0 +1,3 @@
+from bench.calibration.document.page import main
+
+main()

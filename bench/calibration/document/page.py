@@ -1,0 +1,203 @@
+"""Writes docs/hardware.md from the records in bench/results: python -m bench.calibration.document"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from bench.calibration.document import findings, plots, results
+from bench.calibration.document.results import DATASHEET, Gpu
+from bench.calibration.library import ROOT
+from bench.calibration.measurement import in_line
+from llama4_kernels.bench import ceilings as floors
+from llama4_kernels.bench import workloads
+from llama4_kernels.bench.record import Benchmark, Ceilings, Record
+from llama4_kernels.bench.workloads import TOKENS, Workload
+
+RESULTS = ROOT / "bench" / "results"
+PAGE = ROOT / "docs" / "hardware.md"
+PLOTS = "hardware"  # folder beside the page
+WIDTH = 140
+COMMAND = "python -m bench.calibration.document"
+MODELS = tuple(itertools.product(("scout", "maverick"), (8, 1)))  # model, ranks
+TOKEN_OPS = ("fused_moe", "moe_gate_up", "moe_down", "grouped_gemm", "route_top1")
+DECODES = ((1, 1024), (1, 8192), (1, 131072), (64, 8192), (64, 131072), (256, 8192))  # batch, context
+PREFILLS = (8192, 32768, 131072)
+
+NOTHING_MEASURED = (
+    "**No record of a GPU is committed: nothing on this page was measured.** The floors below rest on the datasheet of an H200, which no "
+    "kernel reaches, and there is neither a table of rivals nor advice. On an H200 host, `python -m bench.calibration --peers DIR --out "
+    f"bench/results` measures both, and `{COMMAND}` writes this page anew."
+)
+
+
+def page(records: Iterable[Record], folder: Path) -> str:
+    """The document's text. Plots are written into folder/hardware."""
+    known = results.gpus(records)
+    parts = [
+        "# What the hardware gives, and what the rivals reach",
+        f"Written by `{COMMAND}` from the records in `bench/results`; not by hand.",
+    ]
+    if not known:
+        parts += ["## Without a record", NOTHING_MEASURED, *_ceilings(DATASHEET, "an H200's datasheet"), *_floors(DATASHEET)]
+    for gpu in known:
+        parts += _gpu(gpu, folder)
+    return "\n\n".join(map(_wrapped, parts)) + "\n"
+
+
+def _wrapped(part: str) -> str:
+    """A paragraph or a list in lines of at most WIDTH characters; tables and headings as they are."""
+    if part.startswith(("|", "#", "!")):
+        return part
+    return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent="  " if line.startswith("- ") else "") for line in part.splitlines())
+
+
+def _gpu(gpu: Gpu, folder: Path) -> list[str]:
+    machine, measured = gpu.machine, gpu.ceilings
+    runs = ", ".join(sorted({each.run for each in gpu.latest})) or "of rivals only"
+    parts = [f"## {machine.device}"]
+    parts += [f"Driver {machine.driver}, torch {machine.torch}, power limit {machine.power_limit_w} W; runs {runs}."]
+    if measured is None:
+        parts += ["Copy and matrix products were not both measured on it, so the floors rest on the datasheet of an H200."]
+    used = measured or DATASHEET
+    parts += _ceilings(used, "this GPU" if measured else "an H200's datasheet")
+    if said := findings.of(gpu):
+        parts += ["### What follows for a kernel", "\n".join(f"- {sentence}" for sentence in said)]
+    parts += [f"![{title}]({path.relative_to(folder)})" for title, path in plots.write(gpu, folder / PLOTS)]
+    return [*parts, *_floors(used), *_rivals(gpu.rivals, used), *_spread(gpu), *_cases(gpu)]
+
+
+def _ceilings(used: Ceilings, source: str) -> list[str]:
+    rows = [("memory, bytes read plus bytes written", f"{used.copy_gb_s:.0f} GB/s", source)]
+    rows += [(f"{dtype} products", f"{rate:.0f} TFLOP/s", source) for dtype, rate in sorted(used.matmul_tflop_s.items())]
+    return ["### Ceilings in use", _table(("of", "ceiling", "from"), rows)]
+
+
+def _floors(used: Ceilings) -> list[str]:
+    parts = [
+        "### Floors",
+        "The least time at these ceilings, in µs: bytes over memory bandwidth (m) or flops over the rate of products (c), whichever is "
+        "longer. Weights "
+        "in fp8; each token's expert is as likely as any.",
+    ]
+    for op in TOKEN_OPS:
+        columns = [[_floor(Workload(op, "fp8", model, ranks, tokens), used) for tokens in TOKENS] for model, ranks in MODELS]
+        header = ("tokens", *(f"{model} tp{ranks}" for model, ranks in MODELS))
+        parts += [f"`{op}`", _table(header, zip(TOKENS, *columns, strict=True))]
+    header = ("batch", "queries", "context", *(f"{layer} tp{ranks}" for layer in workloads.LAYERS for ranks in (8, 1)))
+    requests = [*((batch, 1, context) for batch, context in DECODES), *((1, length, length) for length in PREFILLS)]
+    rows = []
+    for batch, queries, context in requests:
+        sizes = (batch * queries, batch, queries, context)
+        attention = [
+            Workload("chunked_attention", "bf16", "scout", ranks, sizes[0], layer, *sizes[1:], page=workloads.PAGE)
+            for layer in workloads.LAYERS
+            for ranks in (8, 1)
+        ]
+        rows.append((batch, queries, context, *(_floor(each, used) for each in attention)))
+    return [*parts, "`chunked_attention`, bf16, the same for both models", _table(header, rows)]
+
+
+def _floor(workload: Workload, used: Ceilings) -> str:
+    floor = floors.floor(workloads.work(workload), used, median_us=1.0)
+    return f"{_us(floor.us)} {floor.bound[0]}"
+
+
+def _us(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _rivals(rivals: Sequence[Benchmark], used: Ceilings) -> list[str]:
+    """A table per op: of each workload the floor, and each rival's time and floor / time. Below, why others have none."""
+    if not rivals:
+        return ["### Rivals", "No rival was measured on this GPU."]
+    parts = ["### Rivals", "Time in µs and floor / time, by CUDA-graph replay with a cold L2, of those whose result was right."]
+    for op in sorted({each.op for each in rivals}):
+        of_op = [each for each in rivals if each.op == op]
+        names = sorted({each.backend for each in of_op if each.status == "ok"})
+        times = {(each.workload, each.backend): each for each in of_op if each.status == "ok"}
+        if names:
+            rows = []
+            for workload in sorted({each.workload for each in of_op}, key=_natural):
+                floor = floors.floor(workloads.work(workloads.parse(workload)), used, median_us=1.0).us
+                cells = [_time(times.get((workload, name)), floor) for name in names]
+                rows.append((workload, _us(floor), *cells))
+            parts += [f"`{op}`", _table(("workload", "floor", *names), rows)]
+        parts += _failures([each for each in of_op if each.status != "ok"])
+        notes = {(each.backend, note) for each in of_op if each.status == "ok" for note in each.notes}
+        parts += ["\n".join(f"- {name}: {note}" for name, note in sorted(notes))] if notes else []
+    return parts
+
+
+def _time(each: Benchmark | None, floor: float) -> str:
+    return "" if each is None or each.timing is None else f"{_us(each.timing.median_us)} ({floor / each.timing.median_us:.2f})"
+
+
+def _failures(failed: Sequence[Benchmark]) -> list[str]:
+    """A line for each peer and reason, with the number of workloads."""
+    counts: dict[tuple[str, str, str], int] = {}
+    for each in failed:
+        key = each.backend, each.status, each.reason
+        counts[key] = counts.get(key, 0) + 1
+    lines = [f"- {name}: {status} for {count} workloads: {reason}" for (name, status, reason), count in sorted(counts.items())]
+    return ["\n".join(lines)] if lines else []
+
+
+def _natural(workload: str) -> list[tuple[int, str]]:
+    """Orders t8 before t64."""
+    parts = itertools.groupby(workload, str.isdigit)
+    return [(int(text), "") if digits else (0, text) for digits, text in ((digits, "".join(group)) for digits, group in parts)]
+
+
+def _spread(gpu: Gpu) -> list[str]:
+    if not gpu.spread:
+        return ["### Spread between two runs", "There is only one run."]
+    rows = []
+    for question, spreads in gpu.spread.items():
+        parameters, worst = max(spreads, key=lambda each: each[1])
+        median = statistics.median(value for _, value in spreads)
+        rows.append((question, len(spreads), f"{median:.1%}", f"{worst:.1%}", in_line(parameters)))
+    return [
+        "### Spread between two runs",
+        "How far the figures of the latest two runs lie apart, as a share of their mean. A smaller difference between kernels is noise.",
+        _table(("question", "cases", "median", "largest", "at"), rows),
+    ]
+
+
+def _cases(gpu: Gpu) -> list[str]:
+    parts = ["### All measurements"]
+    for question in dict.fromkeys(each.question for each in gpu.latest):
+        of_question = [each for each in gpu.latest if each.question == question]
+        good = [each for each in of_question if each.status == "ok"]
+        parts.append(f"**{of_question[0].title}** (`{question}`)")
+        if good:
+            parameters = list(dict.fromkeys(name for each in good for name in each.parameters))
+            units = {name: figure.unit for each in good for name, figure in each.figures.items()}
+            header = (*parameters, *(f"{name}, {unit}" if unit != "1" else name for name, unit in units.items()))
+            rows = [
+                (*(each.parameters.get(name, "") for name in parameters), *(_value(each.figures.get(name)) for name in units))
+                for each in good
+            ]
+            parts.append(_table(header, rows))
+        bad = [f"- {in_line(each.parameters) or 'all'}: {each.status}: {each.reason}" for each in of_question if each.status != "ok"]
+        parts += ["\n".join(bad)] if bad else []
+    return parts
+
+
+def _value(figure: Any) -> str:
+    return "" if figure is None else f"{figure.value:.4g}"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    return tabulate([[str(cell) for cell in row] for row in rows], headers=header, tablefmt="github", disable_numparse=True)
+
+
+def main() -> None:
+    PAGE.write_text(page(results.read(RESULTS), PAGE.parent))
+    print(f"wrote {PAGE.relative_to(ROOT)}")

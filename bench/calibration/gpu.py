@@ -1,0 +1,43 @@
+"""What measurements need of the GPU: its size, random data, data that is out of its L2, and time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from llama4_kernels.bench.record import Timing
+from llama4_kernels.bench.timing import time_calls
+
+L2_FOLDS = 4  # data this many times the L2 apart has left it
+
+
+def sms() -> int:
+    return torch.cuda.get_device_properties(0).multi_processor_count
+
+
+def l2_bytes() -> int:
+    return torch.cuda.get_device_properties(0).L2_cache_size
+
+
+@functools.lru_cache(maxsize=2)
+def random_bytes(size: int, seed: int = 0) -> Tensor:
+    """`size` random bytes (uint8). Zeros would draw less power and run faster than real data."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randint(0, 256, (size,), dtype=torch.uint8, device="cuda", generator=generator)
+
+
+def cold_buffers(size: int, seed: int = 0) -> list[Tensor]:
+    """Buffers of `size` random bytes which, used in turn, are out of L2 each time: together they fill it L2_FOLDS times over."""
+    count = max(2, -(-L2_FOLDS * l2_bytes() // size))
+    return list(random_bytes(count * size, seed).view(count, size))
+
+
+def time(launches: Sequence[Callable[[], object]], rounds: int = 20) -> Timing:
+    """The time of one of several launches in a CUDA graph of them all. RuntimeError where they cannot be captured."""
+    timing, notes = time_calls(launches, torch.device("cuda", 0), rounds)
+    if notes:
+        raise RuntimeError(notes[0])
+    return timing
