@@ -60,6 +60,10 @@ void launch(const LaunchConfig& config, void (*kernel)(Parameters...), Arguments
     if (config.shared_bytes > DEFAULT_SHARED_BYTES) {
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.shared_bytes)), config.op, "the shared memory");
     }
+    constexpr unsigned PORTABLE_CLUSTER_BLOCKS = 8;
+    if (config.cluster_blocks > PORTABLE_CLUSTER_BLOCKS) {
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), config.op, "the cluster's size");
+    }
     cudaLaunchAttribute attributes[2];
     attributes[0].id = cudaLaunchAttributeClusterDimension;
     attributes[0].val.clusterDim = {config.cluster_blocks, 1, 1};

@@ -49,6 +49,7 @@ def build(
 
     sources: None is the extension module, csrc/bindings.cpp with every kernel file. planted: a source's name, or a path in csrc/, ->
     (text, its replacement), to see that a bug is noticed. sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer.
+    A source may include headers of csrc/ and of its own folder.
     """
     import pybind11
 
@@ -60,9 +61,10 @@ def build(
     optimize = ["-O1", "-fno-omit-frame-pointer", *sanitizers] if sanitize else ["-O2"]
     sources = sources or [CSRC / "bindings.cpp", *sorted(CSRC.glob("*.cu"))]
     edited = _plant(planted or {}, sources)
-    folders = [_headers_with(edited), CSRC, pybind11.get_include(), sysconfig.get_path("include")]
+    own = sorted({CSRC, *(source.parent for source in sources)})
+    folders = [_headers_with(edited), *own, pybind11.get_include(), sysconfig.get_path("include")]
     includes = [*(f"-I{folder}" for folder in folders if folder), "-isystem", str(cuda_include())]
-    headers = "".join(edited.get(path, path.read_text()) for path in sorted(CSRC.rglob("*.*h")))
+    headers = "".join(edited.get(path, path.read_text()) for folder in own for path in sorted(folder.rglob("*.*h")))
     objects = []
     for source in sources:
         text = f'#line 1 "{source.name}"\n' + edited.get(source, source.read_text())

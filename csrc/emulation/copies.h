@@ -281,3 +281,5 @@ inline void cp_async_arrive(BarrierAt barrier) {
 inline void fence_async_proxy() { ++emulation::current().block->proxy_fences; }
 
 }  // namespace llama4_kernels::hopper
+
+#include "emulation/wgmma.h"  // defines check_no_product_reads

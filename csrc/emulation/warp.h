@@ -145,6 +145,10 @@ inline unsigned __reduce_or_sync(unsigned mask, unsigned value, emulation::Site 
     return emulation::reduce(mask, value, [](unsigned a, unsigned b) { return a | b; }, site);
 }
 
+inline unsigned __reduce_xor_sync(unsigned mask, unsigned value, emulation::Site site = emulation::Site::here()) {
+    return emulation::reduce(mask, value, [](unsigned a, unsigned b) { return a ^ b; }, site);
+}
+
 template <class T>
 T atomicAdd(T* at, T value) {
     return emulation::atomic(at, [&](T old) { return T(old + value); });
@@ -176,6 +180,17 @@ inline void __threadfence_block() {}
 template <class T>
 T __ldg(const T* from) {
     return *from;
+}
+
+template <class T>
+T __ldcg(const T* from) {
+    return *from;
+}
+
+// Time that passes whenever it is looked at, and says nothing of a GPU's.
+inline long long clock64() {
+    static long long cycles = 0;
+    return ++cycles;
 }
 
 inline unsigned __float_as_uint(float value) { return emulation::bits<unsigned>(value); }
