@@ -1,5 +1,5 @@
 // Every assumption about how Hopper's asynchronous units lay out data, in one place and as plain formulas: kernels, the emulation and the layout
-// tests share them. tests/test_layouts.py compares each with formulas of its own in the emulation, and with the hardware on a Hopper GPU.
+// tests share them. tests/hopper/layouts.py compares each with formulas of its own, in the emulation and on a Hopper GPU.
 //
 // 1. Swizzle. TMA and wgmma permute the 16-byte chunks of shared memory by address: bits 4… of the byte address are XORed with bits 7… (1, 2 or 3
 //    bits for a span of 32, 64 or 128 bytes). A tile that TMA writes has rows of one span and starts at a multiple of 8 spans.
