@@ -164,3 +164,26 @@ def plan(
         vision=vision,
     )
     raise typer.Exit(plan.run(question, as_json=json, picture=plot))
+
+
+@app.command()
+def guide(
+    line: Annotated[Optional[list[str]], typer.Option(help="Only the lines of these names; may be given several times.")] = None,
+    show: Annotated[bool, typer.Option("--list", help="Print the lines with their names and start nothing.")] = False,
+    keep: Annotated[Optional[Path], typer.Option(file_okay=False, help="Folder to keep the checkpoints and the logs in.")] = None,
+) -> None:
+    """Run the launch lines of SGLang's Llama 4 guide on tiny checkpoints and ask for what they promise through the openai client.
+
+    Exits with 0 only if every line starts and chat, streaming, tool calls, structured output and images come as promised.
+    """
+    from llama4_kernels.cli import guide
+
+    if unknown := set(line or ()) - set(guide.LINES):
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: give one of {', '.join(guide.LINES)}", param_hint="--line")
+    if keep is not None and keep.exists() and any(keep.iterdir()):
+        raise typer.BadParameter(f"{keep} is not empty", param_hint="--keep")
+    if show:
+        for name, text in guide.LINES.items():
+            print(f"{name}: {text}")
+        raise typer.Exit(0)
+    raise typer.Exit(guide.run(line, keep))

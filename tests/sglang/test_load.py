@@ -1,0 +1,127 @@
+"""200 requests from 32 clients at once: every answer is the one given alone, and the memory they took comes back."""
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import psutil
+import pytest
+import requests
+from engine import TOLERANCE, llama4_server, prompt
+
+from llama4_kernels.cli.checkpoint import CHUNK
+
+REQUESTS, CLIENTS = 200, 32
+LENGTHS = (1, 7, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK - 1, 2 * CHUNK, 2 * CHUNK + 1, 100, 3 * CHUNK + 7)
+PROMPTS = 40  # different ones; each is asked five times, so that some find their prefix in the radix cache
+NEW_TOKENS = 20
+CANCELLED_TOKENS = 600  # of an answer that is given up after its first READ: it must not be computed to its end
+READ = 5
+RSS_BOUND = 64 << 20  # growth of the engine's processes under all this load
+
+
+@dataclass(frozen=True)
+class Answer:
+    tokens: list[int]
+    logprobs: list[float]
+
+
+def body(number: int, new_tokens: int, **more):
+    sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+    ids = prompt(LENGTHS[number % len(LENGTHS)], seed=number)
+    return {"input_ids": ids, "sampling_params": sampling, "return_logprob": True, **more}
+
+
+def answer(found) -> Answer:
+    entries = found["meta_info"]["output_token_logprobs"]
+    return Answer([entry[1] for entry in entries], [entry[0] for entry in entries])
+
+
+def at_once(server, number: int) -> Answer:
+    return answer(server.post("/generate", body(number, NEW_TOKENS), timeout=300))
+
+
+def streamed(server, number: int, new_tokens: int = NEW_TOKENS, read: int | None = None) -> Answer:
+    """read: give up after that many parts, closing the connection."""
+    with requests.post(f"{server.url}/generate", json=body(number, new_tokens, stream=True), stream=True, timeout=300) as response:
+        assert response.status_code == 200
+        parts = (line.removeprefix(b"data: ") for line in response.iter_lines() if line)
+        events = [json.loads(part) for part in islice((part for part in parts if part != b"[DONE]"), read)]
+    assert not any("error" in event for event in events), events
+    if read is None:
+        assert events[-1]["meta_info"]["finish_reason"] == {"type": "length", "length": new_tokens}
+    return answer(events[-1])
+
+
+def client(server, request: int) -> tuple[str, int, Answer]:
+    """Request number `request` in its kind: a tenth is cancelled, the others stream or do not by turns."""
+    number = request % PROMPTS
+    if request % 10 == 3:
+        return "cancelled", number, streamed(server, number, CANCELLED_TOKENS, READ)
+    if request % 2:
+        return "streamed", number, streamed(server, number)
+    return "at once", number, at_once(server, number)
+
+
+def loads(server) -> dict:
+    return requests.get(f"{server.url}/v1/loads", timeout=60).json()["loads"][0]
+
+
+def wait_until_idle(server, seconds: float) -> dict:
+    """The load once nothing runs, waits or holds KV slots; fails where that takes longer."""
+    ends = time.monotonic() + seconds
+    while True:
+        found = loads(server)
+        if found["num_running_reqs"] == found["num_waiting_reqs"] == found["num_used_tokens"] == 0:
+            return found
+        assert time.monotonic() < ends, f"not idle after {seconds:.0f} s: {found}"
+        time.sleep(0.2)
+
+
+def flush(server) -> None:
+    """Empty the radix cache, which SGLang refuses while a request runs."""
+    assert requests.post(f"{server.url}/flush_cache?timeout=10", timeout=60).status_code == 200
+
+
+def resident(server) -> int:
+    family = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
+    return sum(member.memory_info().rss for member in family)
+
+
+def assert_same(found: Answer, alone: Answer) -> None:
+    count = len(found.tokens)
+    assert count and found.tokens == alone.tokens[:count]
+    assert found.logprobs == pytest.approx(alone.logprobs[:count], abs=TOLERANCE)
+
+
+def test_two_hundred_requests_from_32_clients(make, tmp_path):
+    """With pools so small that requests wait and slots are used again, prefill in pieces smaller than the chunk, and SGLang's own leak
+    checks at every step."""
+    flags = ("--chunked-prefill-size=48", "--max-total-tokens=2048", "--max-running-requests=16", "--context-length=1024")
+    environment = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
+    with llama4_server(make("scout"), *flags, log=tmp_path / "log", environment=environment) as server:
+        alone = [at_once(server, number) for number in range(PROMPTS)]
+        flush(server)
+        wait_until_idle(server, 10)
+        before = resident(server)
+
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            answers = list(pool.map(lambda request: client(server, request), range(REQUESTS)))
+        wait_until_idle(server, 10)  # 20 answers of CANCELLED_TOKENS would take longer by far
+        flush(server)
+        after = resident(server)
+
+        kinds = [kind for kind, _, _ in answers]
+        assert len(answers) == REQUESTS and {kind: kinds.count(kind) for kind in set(kinds)} == {
+            "cancelled": 20,
+            "streamed": 80,
+            "at once": 100,
+        }
+        for kind, number, found in answers:
+            assert len(found.tokens) == (READ if kind == "cancelled" else NEW_TOKENS)
+            assert_same(found, alone[number])
+        assert [at_once(server, number) for number in (0, 9)] == [alone[number] for number in (0, 9)]
+        assert after - before < RSS_BOUND
+        assert server.process.poll() is None
