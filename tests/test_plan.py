@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -63,6 +64,22 @@ def test_the_guides_launch_lines_as_they_stand(gpu, context, starts):
     assert found.fit.problem is None
 
 
+def test_the_serving_guide_says_what_the_planner_says():
+    text = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+    one_pool = [answer(gpu=gpu, **WHEN_WRITTEN).largest_context / 1e6 for gpu in ("h100", "h200")]
+    two_pools = [answer(gpu=gpu).largest_context for gpu in ("h100", "h200")]
+    assert f"answer {one_pool[0]:.2f}M and {one_pool[1]:.2f}M" in text
+    assert f"{two_pools[0] / 1e6:.2f}M tokens on 8×H100" in text and f"{two_pools[1]:,}, on 8×H200" in text
+    found = answer(gpu="h200", context=2_500_000)
+    assert f"the default fraction on H200 is higher, {found.fit.flags.mem_fraction_static}" in text
+    assert f"--max-running-requests {found.fit.flags.max_running_requests} " in text
+    assert "19.1 GiB for the request table, and 14.7 GiB are left there" in found.default_problem
+    as_written = answer(gpu="h200", context=2_500_000, requests=1, max_running_requests=864, swa_full_tokens_ratio=memory.SWA_RATIO)
+    assert as_written.fit.problem is None
+    weights = sum(model.load("maverick", None).weight_bytes(tp=8).values())
+    assert f"its {weights / 2**30:.1f} GiB of weights" in text
+
+
 def test_maverick_in_bf16_on_8_h100_is_answered_with_what_would_do():
     found = as_json("--model", "maverick", "--gpu", "h100")
     assert not found["fits"] and "weights (93.3 GiB)" in found["problem"] and found["launch"] is None
@@ -118,6 +135,12 @@ def test_more_of_anything_needs_more_memory():
     assert answer(ep=8).fit.memory.static == answer().fit.memory.static
     kv_one_pool, kv_two_pools = (sum(memory.token_bytes(p.case.model, p.fit.flags)) for p in (answer(one_pool=True), answer()))
     assert kv_one_pool == kv_two_pools == 48 * 2 * 128 * 2
+
+
+def test_many_requests_get_a_row_each_and_no_more():
+    found = answer(gpu="h200", requests=5000)
+    assert found.fit.flags.max_running_requests == found.fit.memory.requests == 5000
+    assert found.largest_requests >= 5000
 
 
 def test_rope_table_takes_512_bytes_a_position():

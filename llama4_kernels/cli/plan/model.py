@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -129,6 +129,15 @@ class Model:
     vision: Vision | None
 
     @property
+    def form(self) -> str:
+        """Of the quantised modules, or of all where there are none."""
+        return (
+            self.weights
+            if self.weights != "bf16"
+            else {size: name for name, size in DTYPE_BYTES.items() if name != "float16"}[self.dtype_bytes]
+        )
+
+    @property
     def local_layers(self) -> int:
         return sum(layer.is_local for layer in self.layers)
 
@@ -235,11 +244,6 @@ def load(model: str, weights: Weights | None) -> Model:
         return frozenset(kind for kind, module in modules.items() if not any(_matches(pattern, module) for pattern in patterns))
 
     return _model(model, config, DTYPE_BYTES[dtype], "fp8", stored_quantised, at_load=False)
-
-
-def with_context(model: Model, context: int) -> Model:
-    """The model as if its config allowed `context` positions."""
-    return replace(model, max_context=context)
 
 
 def _model(path: str, config: dict[str, Any], dtype_bytes: int, weights: Weights, quantised, *, at_load: bool) -> Model:

@@ -27,7 +27,7 @@ from llama4_kernels.cli.plan.memory import (
 from llama4_kernels.cli.plan.model import Model, Weights
 
 KV_BYTES = {"bf16": 2, "fp8": 1}
-MOST_REQUESTS = 4096
+MOST_REQUESTS = 65536
 MARGIN = 2 * GIB  # that a plan leaves free for fragmentation and whatever the estimates of the dynamic part miss
 
 
@@ -199,10 +199,11 @@ def _divide(case: Case, flags: Flags, requests: int) -> Fit:
 
 
 def _fewer_rows(fit: Fit, requests: int) -> Flags:
-    """As many rows of the request table as fit beside the static part, in steps of 16; at least `requests`."""
+    """As many rows of the request table as fit beside the static part, in steps of 16; at least `requests`, and no more than SGLang's."""
     room = fit.memory.spare - MARGIN + fit.memory.dynamic["request table"]
     rows = room // (fit.memory.dynamic["request table"] // (fit.memory.requests + 1)) - 1
-    return replace(fit.flags, max_running_requests=max(int(rows) // 16 * 16, requests))
+    rows = min(int(rows) // 16 * 16, fit.memory.requests)
+    return replace(fit.flags, max_running_requests=max(rows, requests))
 
 
 def _smaller_static(case: Case, flags: Flags, requests: int) -> Fit:

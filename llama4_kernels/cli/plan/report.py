@@ -51,7 +51,7 @@ def notes(plan: Plan) -> list[str]:
     found = []
     if fit.problem is None and plan.default_problem:
         found.append(f"with --context-length {plan.context} alone SGLang would not get there: {plan.default_problem}")
-    if fit.problem is None and plan.context == case.model.max_context:
+    elif fit.problem is None and plan.context == case.model.max_context:
         found.append("that is every position of the model: --context-length sets no limit and may be left out")
     try:
         launch_line(case, fit)
@@ -69,7 +69,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         launch = None
     return {
         "model": plan.case.model.path,
-        "weights": plan.case.model.weights,
+        "weights": plan.case.model.form,
         "gpu": plan.case.gpu.name,
         "gpus": plan.case.question.gpus,
         "fits": fit.problem is None,
@@ -172,7 +172,7 @@ def _needs(plan: Plan, context: int) -> dict[str, float]:
 
 def _title(plan: Plan) -> str:
     q = plan.case.question
-    return f"{plan.case.model.path} ({plan.case.model.weights}) on {q.gpus} x {plan.case.gpu.name}, --tp {q.tp}"
+    return f"{plan.case.model.path} ({plan.case.model.form}) on {q.gpus} x {plan.case.gpu.name}, --tp {q.tp}"
 
 
 def _pool_tokens(plan: Plan) -> str:
