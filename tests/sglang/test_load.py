@@ -19,7 +19,7 @@ PROMPTS = 40  # different ones; each is asked five times, so that some find thei
 NEW_TOKENS = 20
 CANCELLED_TOKENS = 600  # of an answer that is given up after its first READ: it must not be computed to its end
 READ = 5
-RSS_BOUND = 64 << 20  # growth of the engine's processes under all this load
+RSS_BOUND = 32 << 20  # growth of the engine's processes under all this load
 
 
 @dataclass(frozen=True)
