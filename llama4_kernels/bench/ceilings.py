@@ -16,9 +16,9 @@ MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
 
 
 def measure(device: torch.device) -> Ceilings:
-    """Copy bandwidth, and the rate of a square product in bf16 and in fp8; on a CPU in fp32, in which the reference computes."""
+    """Copy bandwidth, and the rate of a square product in bf16 and in fp8; on a CPU in bf16 and in fp32, in which the reference computes."""
     size = MATMUL_SIZE[device.type]
-    products = {"bf16": _bf16, "fp8": _fp8} if device.type == "cuda" else {"fp32": _fp32}
+    products = {"bf16": _bf16, "fp8": _fp8} if device.type == "cuda" else {"bf16": _bf16, "fp32": _fp32}
     rates = {name: 2 * size**3 / _median_us(make(size, device), device) / 1e6 for name, make in products.items()}
     return Ceilings(copy_gb_s(device), rates)
 
@@ -31,10 +31,11 @@ def copy_gb_s(device: torch.device) -> float:
 
 
 def floor(work: Work, ceilings: Ceilings, median_us: float) -> Floor:
-    """max(bytes / copy bandwidth, flops / matmul rate), each dtype's flops at its own rate, or at fp32's on a CPU."""
+    """max(bytes / copy bandwidth, flops / matmul rate), each dtype's flops at its own rate; on a CPU, known by fp32's, at the highest."""
     rates = ceilings.matmul_tflop_s
+    highest = dict.fromkeys(work.flops, max(rates.values())) if "fp32" in rates else rates
     memory = work.bytes / ceilings.copy_gb_s / 1e3
-    compute = sum(flops / rates.get(dtype, rates.get("fp32", 0.0)) for dtype, flops in work.flops.items()) / 1e6
+    compute = sum(flops / highest[dtype] for dtype, flops in work.flops.items()) / 1e6
     us = max(memory, compute)
     return Floor(us, "memory" if memory >= compute else "compute", us / median_us)
 

@@ -14,6 +14,7 @@ CONFIDENCE = 0.99
 # The same kernel on the same card differs from one run to the next by about this much, however narrow each run's own interval is
 MARGIN = 0.03
 RESAMPLES = 2000
+MANY = 30  # samples, whose median lies between their quartiles with more than CONFIDENCE
 Key = tuple[str, str, bool, str]
 
 
@@ -21,17 +22,19 @@ Key = tuple[str, str, bool, str]
 class Comparison:
     """One workload on one backend or peer and device, now and before.
 
-    ratio: median time now / before, with low and high the ends of its bootstrap interval; None where one of them has no time.
-    verdict: "slower" or "faster" (the whole interval lies beyond 1 ± MARGIN), "same", "broken" (was right and no longer is),
-    "repaired", "new" (not before), or "gone" (not now).
+    verdict: "slower" or "faster" (the whole interval of the ratio lies beyond 1 ± MARGIN), "same", "broken" (was right and no longer
+    is), "repaired", "new" (not before), or "gone" (not now). ratio: median time now / before, None where one of them has no time.
     """
 
     now: Benchmark | None
     before: Benchmark | None
     verdict: str
     ratio: float | None = None
-    low: float | None = None
-    high: float | None = None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Of the ratio."""
+        return None if self.ratio is None else ratio_interval(self.now.timing.samples_us, self.before.timing.samples_us)
 
     @property
     def is_regression(self) -> bool:
@@ -70,23 +73,36 @@ def compare_two(now: Benchmark | None, before: Benchmark | None) -> Comparison:
         return Comparison(now, before, "repaired" if now.status == "ok" else "same")
     if now.status != "ok":
         return Comparison(now, before, "broken")
-    ratio, low, high = ratio_interval(now.timing.samples_us, before.timing.samples_us)
-    verdict = "slower" if low > 1 + MARGIN else "faster" if high < 1 - MARGIN else "same"
-    return Comparison(now, before, verdict, ratio, low, high)
+    samples = now.timing.samples_us, before.timing.samples_us
+    ratio = float(np.median(samples[0]) / np.median(samples[1]))
+    return Comparison(now, before, _verdict(ratio, *samples), ratio)
+
+
+def _verdict(ratio: float, now: tuple[float, ...], before: tuple[float, ...]) -> str:
+    """What the interval says; it is not needed where the ratio lies within the margin, or the middle halves of the samples far apart."""
+    if abs(ratio - 1) <= MARGIN:
+        return "same"
+    if min(len(now), len(before)) >= MANY:
+        (now_low, now_high), (before_low, before_high) = (np.quantile(samples, [0.25, 0.75]) for samples in (now, before))
+        if now_low > before_high * (1 + MARGIN):
+            return "slower"
+        if now_high < before_low * (1 - MARGIN):
+            return "faster"
+    low, high = ratio_interval(now, before)
+    return "slower" if low > 1 + MARGIN else "faster" if high < 1 - MARGIN else "same"
 
 
 @functools.cache
-def ratio_interval(now: tuple[float, ...], before: tuple[float, ...]) -> tuple[float, float, float]:
-    """The ratio of the medians, and its interval by a percentile bootstrap; the same samples give the same interval."""
+def ratio_interval(now: tuple[float, ...], before: tuple[float, ...]) -> tuple[float, float]:
+    """The interval of the ratio of the medians, by a percentile bootstrap; the same samples give the same interval."""
     from scipy.stats import bootstrap
 
-    ratio = float(np.median(now) / np.median(before))
     if len(now) < 2 or len(before) < 2:
-        return ratio, 0.0, float("inf")  # one sample says nothing of its own spread
+        return 0.0, float("inf")  # one sample says nothing of its own spread
 
     def of_medians(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
         return np.median(a, axis=axis) / np.median(b, axis=axis)
 
     options = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE, "method": "percentile", "rng": np.random.default_rng(0)}
     interval = bootstrap((now, before), of_medians, vectorized=True, **options).confidence_interval
-    return ratio, float(interval.low), float(interval.high)
+    return float(interval.low), float(interval.high)

@@ -88,7 +88,8 @@ def run(job: Job, session: Session) -> Benchmark:
     except Unavailable as error:
         return session.failure(job, str(error), "unavailable")
     except Exception as error:  # of any kernel or peer: it is a result, and the next job does not depend on it
-        return session.failure(job, timing.one_line(error))
+        refused = str(error).startswith("use_backend asks for")  # a backend that does not take these arguments
+        return session.failure(job, timing.one_line(error), "unavailable" if refused else "failed")
 
 
 @functools.lru_cache(maxsize=1)

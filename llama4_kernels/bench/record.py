@@ -23,6 +23,7 @@ from llama4_kernels.bench.machine import Clocks, Machine
 SCHEMA = 1
 SCHEMA_FILE = Path(__file__).parent / "record.schema.json"
 STATUSES = ("ok", "wrong", "failed", "unavailable")
+PROBLEMS_SHOWN = 5  # of one file
 
 
 @dataclass(frozen=True)
@@ -194,32 +195,40 @@ def read(*paths: Path) -> Contents:
     records: list[Record] = []
     problems: list[str] = []
     for path in _files(paths, problems):
-        found = len(records)
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             problems.append(f"{path}: cannot be read: {error}")
             continue
-        for number, line in enumerate(text.splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                data = json.loads(line)
-            except json.JSONDecodeError as error:
-                problems.append(f"{path}:{number}: not JSON: {error.msg}; each line needs to be one record")
-                continue
-            if not isinstance(data, dict):
-                problems.append(f"{path}:{number}: is a JSON {type(data).__name__}, needs to be one record")
-                continue
-            try:
-                records.append(from_json(data))
-            except ValueError as error:
-                problems.append(f"{path}:{number}: {error}")
-        if not text.strip():
+        lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        found, bad = _records(lines)
+        records += found
+        shown = bad[:PROBLEMS_SHOWN] if found else bad[:1]
+        problems += [f"{path}:{number}: {problem}" for number, problem in shown]
+        if not lines:
             problems.append(f"{path}: is empty")
-        elif len(records) == found:
-            problems.append(f"{path}: holds no record that can be read")
+        elif not found:
+            problems.append(f"{path}: none of its {len(lines)} lines is a record")
+        elif len(bad) > len(shown):
+            problems.append(f"{path}: {len(bad) - len(shown)} more lines are no records")
     return Contents(tuple(records), tuple(problems))
+
+
+def _records(lines: Iterable[tuple[int, str]]) -> tuple[list[Record], list[tuple[int, str]]]:
+    """The records of numbered lines, and the number and problem of each line that is none."""
+    found: list[Record] = []
+    bad: list[tuple[int, str]] = []
+    for number, line in lines:
+        try:
+            data = json.loads(line)
+            if not isinstance(data, dict):
+                raise ValueError(f"is a JSON {type(data).__name__}, needs to be one record")
+            found.append(from_json(data))
+        except json.JSONDecodeError as error:
+            bad.append((number, f"not JSON: {error.msg}; each line needs to be one record"))
+        except ValueError as error:
+            bad.append((number, str(error)))
+    return found, bad
 
 
 def _files(paths: Iterable[Path], problems: list[str]) -> Iterator[Path]:

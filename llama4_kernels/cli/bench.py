@@ -137,8 +137,9 @@ def _compare(records: Sequence[Record], before: Sequence[Record], console: Conso
         table.add_column(title, overflow="fold")
     for each in found:
         times = [f"{side.timing.median_us:.4g}" if side and side.timing else "" for side in (each.before, each.now)]
-        ratio = ("", "") if each.ratio is None else (f"{each.ratio:.3f}", f"{each.low:.3f} to {each.high:.3f}")
-        table.add_row(each.record.workload, each.record.backend, *times, *ratio, each.verdict)
+        ratio = "" if each.ratio is None else f"{each.ratio:.3f}"
+        interval = " to ".join(f"{end:.3f}" for end in each.interval or ())
+        table.add_row(each.record.workload, each.record.backend, *times, ratio, interval, each.verdict)
     console.print(table)
     regressions = [each for each in found if each.is_regression]
     for each in regressions:

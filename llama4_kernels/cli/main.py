@@ -116,6 +116,26 @@ def bench(
 
 
 @app.command()
+def report(
+    results: Annotated[Optional[list[Path]], typer.Argument(help="Files of results, or folders of them; bench/results if not given.")] = None,
+    out: Annotated[Optional[Path], typer.Option(file_okay=False, help="Folder to write the site into.")] = None,
+    readme: Annotated[Optional[Path], typer.Option(exists=True, dir_okay=False, help="README whose performance table is rewritten.")] = None,
+    export: Annotated[
+        Optional[list[str]], typer.Option(help="format=path: pytest (pytest-benchmark), oss (PyTorch OSS benchmark), action (github-action-benchmark).")
+    ] = None,
+) -> None:
+    """Make a static site of results, rewrite the README's performance table, or write results in the formats of other tools.
+
+    What cannot be read is named, and the rest is shown.
+    """
+    if not (out or readme or export):
+        raise typer.BadParameter("give at least one of --out, --readme and --export")
+    from llama4_kernels.cli import report
+
+    raise typer.Exit(report.run(results or [], out=out, readme_path=readme, exports=export or ()))
+
+
+@app.command()
 def plan(
     model: Annotated[str, typer.Option(help="scout, maverick, or the folder of a checkpoint.")],
     gpu: Annotated[str, typer.Option(help="a100, h100, h100-nvl, h20, h200, b200, or its memory, such as 96GiB.")] = "h100",

@@ -24,7 +24,7 @@ def run(factor: float = 1.0, noise: float = 0.01, seed: int = 0, drift: float = 
 def test_a_planted_regression_of_a_tenth_is_found_in_every_workload(noise, seed):
     found = compare.compare(run(1.1, noise, seed + 100), run(1.0, noise, seed))
     assert [each.verdict for each in found] == ["slower"] * len(NAMES)
-    assert all(each.is_regression and each.low < 1.1 * 1.02 and each.high > 1.1 * 0.98 for each in found)
+    assert all(each.is_regression and each.interval[0] < 1.1 * 1.02 and each.interval[1] > 1.1 * 0.98 for each in found)
 
 
 @pytest.mark.parametrize("noise", [0.002, 0.01, 0.03])

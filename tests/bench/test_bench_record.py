@@ -95,6 +95,16 @@ def test_a_line_cut_off_costs_that_line_only(tmp_path):
     assert problem.startswith(f"{path}:2: not JSON")
 
 
+def test_a_file_of_another_kind_is_named_once_and_many_bad_lines_are_counted(tmp_path):
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"rows": list(range(20))}, indent=1))
+    lines = len(other.read_text().splitlines())
+    assert [problem.split(": ")[1] for problem in record.read(other).problems] == ["not JSON", f"none of its {lines} lines is a record"]
+    other.write_text(other.read_text() + "\n")
+    record.append(other, [synthetic.benchmark()])
+    assert record.read(other).problems[-1] == f"{other}: {lines - record.PROBLEMS_SHOWN} more lines are no records"
+
+
 def test_a_missing_path_and_a_folder_without_results_are_problems(tmp_path):
     contents = record.read(tmp_path / "nothing.json", tmp_path)
     assert contents.problems == (f"{tmp_path / 'nothing.json'}: does not exist", f"{tmp_path}: holds no *.json file")

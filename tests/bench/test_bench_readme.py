@@ -1,0 +1,71 @@
+"""The README's performance table is what the committed results say, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import synthetic
+from typer.testing import CliRunner
+
+from llama4_kernels.bench import readme, record
+from llama4_kernels.cli.main import app
+
+ROOT = Path(__file__).parents[2]
+COMMITTED = sorted(path for path in (ROOT / "bench" / "results").glob("*") if path.is_dir())
+EMPTY = f"# Title\n{readme.START}\n{readme.END}\nAfter.\n"
+
+
+def test_the_readme_agrees_with_the_committed_results():
+    contents = record.read(*COMMITTED)
+    assert contents.problems == ()
+    text = (ROOT / "README.md").read_text()
+    assert readme.replaced(text, contents.records) == text, f"run {readme.COMMAND}"
+
+
+def test_without_a_result_from_a_gpu_it_says_so():
+    cpu = dataclasses.replace(synthetic.GPU, kind="cpu", device="A CPU")
+    for records in ([], [synthetic.benchmark(machine=cpu)], [synthetic.calibration()]):
+        assert readme.table(records) == readme.NOTHING
+
+
+def test_a_row_gives_the_fastest_right_results_and_keeps_the_shapes_that_lose():
+    records = [
+        synthetic.benchmark(backend="triton", us=100.0, noise=0),
+        synthetic.benchmark(backend="cuda", us=80.0, noise=0),
+        synthetic.benchmark(backend="wrong", us=1.0, status="wrong", reason="error"),
+        synthetic.benchmark(backend="sglang", peer=True, us=160.0, noise=0),
+        synthetic.benchmark(backend="fbgemm", peer=True, us=200.0, noise=0),
+        synthetic.benchmark("fused_moe/fp8/scout/tp8/t1", us=50.0, noise=0),
+        synthetic.benchmark("fused_moe/fp8/scout/tp8/t1", "sglang", peer=True, us=40.0, noise=0),
+        synthetic.benchmark("fused_moe/fp8/scout/tp8/t8", status="failed", reason="broke", timing=None),
+    ]
+    table = readme.table(records)
+    assert "NVIDIA H200, commit aaaaaaa" in table
+    rows = {line.split("`")[1]: line for line in table.splitlines() if line.startswith("| `")}
+    assert "| cuda | 80 |" in rows["fused_moe/fp8/scout/tp8/t64"] and "| sglang | 2.00 |" in rows["fused_moe/fp8/scout/tp8/t64"]
+    assert "| sglang | 0.80 |" in rows["fused_moe/fp8/scout/tp8/t1"]
+    assert "none gives a right result" in rows["fused_moe/fp8/scout/tp8/t8"]
+    assert list(rows) == [f"fused_moe/fp8/scout/tp8/t{tokens}" for tokens in (1, 8, 64)]
+
+
+def test_the_command_rewrites_between_the_markers_only(tmp_path):
+    path, results = tmp_path / "README.md", tmp_path / "results.json"
+    path.write_text(EMPTY)
+    record.append(results, [synthetic.benchmark()])
+    ran = CliRunner().invoke(app, ["report", str(results), "--readme", str(path)])
+    assert ran.exit_code == 0 and "rewritten" in ran.output
+    text = path.read_text()
+    assert text.startswith(f"# Title\n{readme.START}\n") and text.endswith(f"{readme.END}\nAfter.\n")
+    assert "`fused_moe/fp8/scout/tp8/t64`" in text
+    assert "is up to date" in CliRunner().invoke(app, ["report", str(results), "--readme", str(path)]).output
+
+
+@pytest.mark.parametrize("text", ["# Title\n", f"{readme.END}\n{readme.START}\n"])
+def test_a_readme_without_markers_is_refused(text, tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(text)
+    ran = CliRunner().invoke(app, ["report", str(path), "--readme", str(path)])
+    assert ran.exit_code == 1 and "needs the lines" in ran.output
+    assert path.read_text() == text
