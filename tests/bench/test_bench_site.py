@@ -305,6 +305,7 @@ def test_the_table_is_sorted_and_leads_to_the_workload(browser, served):
     )
     assert again == times[::-1]
     watched.page.click(f"#table a:text-is('{REGRESSED}')")
+    watched.page.locator("#history").scroll_into_view_if_needed()
     watched.page.wait_for_selector("#history[data-drawn]")
     symbols = watched.page.evaluate("document.getElementById('history').data.map((trace) => trace.marker.symbol.at(-1))")
     assert symbols.count("x") == 1
