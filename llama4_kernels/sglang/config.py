@@ -62,6 +62,18 @@ def check_supported(config: Llama4TextConfig) -> None:
         raise ValueError(f"config.json: layer_types has {', '.join(sorted(unknown))}, needs chunked_attention or full_attention")
 
 
+def check_sharding(config: Llama4TextConfig, tp_size: int) -> None:
+    """ValueError where `config` cannot be split among `tp_size` ranks."""
+    sizes = {name: getattr(config, name) for name in ("num_attention_heads", "intermediate_size", "intermediate_size_mlp")}
+    for name, size in sizes.items():
+        if size % tp_size:
+            raise ValueError(f"llama4_kernels serves Llama 4 with a --tp-size that divides {name} {size} of config.json, it is {tp_size}")
+    kv_heads = config.num_key_value_heads
+    if kv_heads % tp_size and tp_size % kv_heads:
+        needs = f"divides num_key_value_heads {kv_heads} of config.json or is a multiple of it"
+        raise ValueError(f"llama4_kernels serves Llama 4 with a --tp-size that {needs}, it is {tp_size}")
+
+
 def cos_sin_cache(config: Llama4TextConfig, positions: int) -> torch.Tensor:
     """[positions, head_dim] float32: head_dim / 2 cosines, then as many sines, of position · inverse frequency, with the config's RoPE
     scaling (llama3 among others) as transformers computes it."""

@@ -32,7 +32,7 @@ from llama4_kernels import ops
 from llama4_kernels.ops import backend
 from llama4_kernels.sglang.attention import layer_cache
 from llama4_kernels.sglang.checkpoint import CheckedWeights, CheckpointError
-from llama4_kernels.sglang.config import LayerConfig, cos_sin_cache, layer_config
+from llama4_kernels.sglang.config import LayerConfig, check_sharding, cos_sin_cache, layer_config
 from llama4_kernels.sglang.weights import adopt, moe_weights
 
 logger = logging.getLogger("llama4_kernels")
@@ -214,6 +214,7 @@ class Llama4ForConditionalGeneration(mllama4.Llama4ForConditionalGeneration):
         self.config = config
         self.quant_config = quant_config
         text_config = config.get_text_config()
+        check_sharding(text_config, get_parallel().tp_size)
         self.has_vision_weights = self._has_vision_weights(config)
         self.has_vision = self.has_vision_weights and get_mm().enable_multimodal
         self.vision_model = self.multi_modal_projector = None

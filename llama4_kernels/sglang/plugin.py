@@ -24,6 +24,7 @@ def register() -> None:
         ("sglang.srt.model_loader.utils.get_model_architecture", _get_model_architecture, HookType.AROUND),
         ("sglang.srt.model_loader.weight_utils.get_quant_config", _get_quant_config, HookType.AROUND),
         (f"{_ATTENTION_SETUP}._build_full_attention_backend_from_str", _build_attention_backend, HookType.AROUND),
+        ("sglang.srt.model_executor.model_runner.adjust_config_with_unaligned_cpu_tp", _adjust_config_on_cpu, HookType.AROUND),
     ):
         HookRegistry.register(target, hook, kind)
     _registered = True
@@ -86,3 +87,14 @@ def _build_attention_backend(original, *, model_runner, **kwargs):
     from llama4_kernels.sglang.attention import Llama4AttentionBackend
 
     return Llama4AttentionBackend(model_runner)
+
+
+def _adjust_config_on_cpu(original, model_config, load_config, tp_size):
+    """Leave the config as it is, where SGLang pads heads and intermediate sizes for its own CPU kernels: the ops ask for no alignment, and
+    KV heads are replicated over ranks as on a GPU. SGLang's loader reads the head counts under the names of the padding."""
+    if not is_ours(model_config):
+        return original(model_config, load_config, tp_size)
+    for config in (model_config.hf_config, model_config.hf_text_config):
+        config.original_num_attention_heads = model_config.num_attention_heads
+        config.original_total_num_kv_heads = model_config.get_total_num_kv_heads()
+    return model_config

@@ -10,8 +10,10 @@ import pytest
 import requests
 from engine import ask, assert_agrees, llama4_server, prompt
 from safetensors.torch import load_file, save_file
+from transformers import Llama4TextConfig
 
 from llama4_kernels.cli.server import ServerError
+from llama4_kernels.sglang.config import check_sharding
 
 
 def test_bad_requests_are_refused(make, oracle, tmp_path):
@@ -51,6 +53,20 @@ def test_a_checkpoint_that_lacks_a_tensor(make, tmp_path):
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     message = "checkpoint lacks 1 tensors that config.json implies: layers.2.feed_forward.shared_expert.up_proj.weight"
     assert message in start_error(path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "sizes, tp_size, named",
+    [
+        ({"num_attention_heads": 5, "num_key_value_heads": 1}, 2, "num_attention_heads 5"),
+        ({"num_attention_heads": 12, "num_key_value_heads": 3}, 2, "num_key_value_heads 3"),
+        ({"intermediate_size": 250}, 4, "intermediate_size 250"),
+        ({"intermediate_size_mlp": 3}, 2, "intermediate_size_mlp 3"),
+    ],
+)
+def test_sizes_that_the_ranks_do_not_divide(sizes, tp_size, named):
+    with pytest.raises(ValueError, match=f"--tp-size that divides {named} of config.json"):
+        check_sharding(Llama4TextConfig(**sizes), tp_size)
 
 
 @pytest.mark.parametrize("environment, ours", [({}, True), ({"SGLANG_PLUGINS": "another"}, False)])

@@ -72,3 +72,19 @@ def test_two_ranks(like, make, oracle, tmp_path):
     with llama4_server(path, log=tmp_path / "log", tp=2) as server:
         for length in LENGTHS:
             assert_agrees(ask(server, prompt(length), NEW_TOKENS), oracle(path))
+
+
+def test_two_ranks_with_one_kv_head_and_odd_sizes(make, oracle, tmp_path):
+    path = make(
+        hidden_size=96,
+        num_attention_heads=6,
+        num_key_value_heads=1,
+        num_local_experts=3,
+        intermediate_size=84,
+        intermediate_size_mlp=72,
+        attention_chunk_size=48,
+        interleave_moe_layer_step=2,
+    )
+    with llama4_server(path, log=tmp_path / "log", tp=2) as server:
+        for answer in ask_at_once(server, [prompt(length) for length in LENGTHS]):
+            assert_agrees(answer, oracle(path))
