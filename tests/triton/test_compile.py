@@ -1,7 +1,8 @@
 """Offline compilation of every shipped kernel, against the committed baseline_<list>.json.
 
-Margins: registers and instructions may grow by a tenth, shared memory not at all; spills are never allowed. On purpose worse, or better:
-`python tests/triton/offline.py` rewrites the baselines. Another Triton version than the baseline's is held to the absolute rules only.
+Margins: registers and instructions may grow by a tenth, shared memory not at all; nothing spills. On purpose worse, or better:
+`python tests/triton/offline.py` rewrites the baselines. Another Triton version than the baseline's, which is the one that the tested SGLang
+brings, is held to the absolute rules only, and a kernel may spill SPILL_BYTES a thread there: configurations are chosen for the baseline's.
 """
 
 import json
@@ -13,6 +14,7 @@ import triton
 pytestmark = pytest.mark.compile
 
 GROWTH = 1.1
+SPILL_BYTES = 64
 
 
 @pytest.fixture(scope="module", params=offline.ARCHITECTURES)
@@ -30,8 +32,9 @@ def kernels(architecture, shipped_list):
     return offline.measure(architecture, shipped_list)
 
 
-def test_no_kernel_spills(kernels):
-    assert {name: kernel["spill_bytes"] for name, kernel in kernels.items() if kernel["spill_bytes"]} == {}
+def test_no_kernel_spills(shipped_list, kernels):
+    allowed = 0 if json.loads(offline.baseline(shipped_list).read_text())["triton"] == triton.__version__ else SPILL_BYTES
+    assert {name: kernel["spill_bytes"] for name, kernel in kernels.items() if kernel["spill_bytes"] > allowed} == {}
 
 
 def test_shared_memory_fits(architecture, kernels):
