@@ -125,9 +125,27 @@ def relative_error(got: Tensor | Quantized, expected: Tensor | Quantized) -> flo
     return float((got - expected).norm() / expected.norm())
 
 
+class Random:
+    """Random tensors on one device, the same for the same seed; on the meta device tensors without values."""
+
+    def __init__(self, device: torch.device, seed: int):
+        self.device = device
+        generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
+        self._where: dict[str, Any] = {"generator": generator, "device": device}
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(shape, **self._where).to(dtype)
+
+    def integers(self, high: int, count: int) -> Tensor:
+        return torch.randint(high, (count,), **self._where)
+
+    def permutation(self, count: int) -> Tensor:
+        return torch.randperm(count, **self._where)
+
+
 def make(workload: Workload, device: torch.device, seed: int = 0) -> Problem:
-    """Random inputs of a workload; the same on the same device for the same seed."""
-    random = torch.Generator(device).manual_seed(seed)
+    """Random inputs of a workload; the same on the same device for the same seed. On the meta device they have no values."""
+    random = Random(device, seed)
     op = workload.op
     if op == "rope_qk_norm":
         return Problem(workload, _rope(workload, random))
@@ -135,22 +153,23 @@ def make(workload: Workload, device: torch.device, seed: int = 0) -> Problem:
         return Problem(workload, _attention(workload, random))
     if op == "attention_part":
         return Problem(workload, _attention_part(workload, random))
-    x = _normal(random, workload.tokens, workload.hidden)
+    x = random.normal(workload.tokens, workload.hidden)
     if op == "quantize_per_token":
         return Problem(workload, {"x": x})
     if op == "route_top1":
-        router = _normal(random, workload.experts, workload.hidden) * workload.hidden**-0.5
+        router = random.normal(workload.experts, workload.hidden) * workload.hidden**-0.5
         return Problem(workload, {"x": x, "router": router, "quantize": workload.dtype == "fp8"})
     weights = moe_weights(workload.experts, workload.hidden, workload.intermediate, workload.dtype == "fp8", device)
     if op == "decoder_layer":
-        norms = tuple(1 + 0.1 * _normal(random, workload.hidden) for _ in range(2))
+        norms = tuple(1 + 0.1 * random.normal(workload.hidden) for _ in range(2))
         arguments = {"x": x, "norms": norms, "moe": weights, **_attention_part(workload, random, x)}
-        return Problem(workload, arguments, round(_distinct_experts(_moe_input(arguments), weights)))
+        distinct = None if device.type == "meta" else _distinct_experts(_moe_input(arguments), weights)
+        return Problem(workload, arguments, distinct)
     return _moe(workload, x, weights)
 
 
 def _moe(workload: Workload, x: Tensor, weights: MoEWeights) -> Problem:
-    distinct = _distinct_experts(x, weights)
+    distinct = None if x.is_meta else _distinct_experts(x, weights)
     if workload.op == "fused_moe":
         return Problem(workload, {"x": x, "weights": weights}, distinct)
     with use_backend("reference"):
@@ -184,14 +203,14 @@ def _distinct_experts(x: Tensor, weights: MoEWeights) -> int:
 @functools.lru_cache(maxsize=1)
 def moe_weights(experts: int, hidden: int, intermediate: int, fp8: bool, device: torch.device) -> MoEWeights:
     """One rank's random weights of a MoE layer, of about unit variance over K; fp8 with a scale per output channel. The last are kept."""
-    random = torch.Generator(device).manual_seed(1)
+    random = Random(device, seed=1)
 
     def linear(*shape: int) -> Linear:
         *stack, n, k = shape
         weight = torch.empty(shape, dtype=FP8 if fp8 else torch.bfloat16, device=device)
         scale = torch.empty(*stack, n, device=device)
         for part, channel in zip(weight.view(-1, n, k), scale.view(-1, n), strict=True):
-            values = torch.randn(n, k, generator=random, device=device).mul_(k**-0.5)
+            values = random.normal(n, k, dtype=torch.float32).mul_(k**-0.5)
             if fp8:
                 channel.copy_(values.abs().amax(1) / E4M3_MAX)
                 values /= channel[:, None]
@@ -199,7 +218,7 @@ def moe_weights(experts: int, hidden: int, intermediate: int, fp8: bool, device:
         return Linear(weight, scale) if fp8 else Linear(weight)
 
     return MoEWeights(
-        _normal(random, experts, hidden) * hidden**-0.5,
+        random.normal(experts, hidden) * hidden**-0.5,
         linear(experts, 2 * intermediate, hidden),
         linear(experts, hidden, intermediate),
         linear(2 * intermediate, hidden),
@@ -207,14 +226,14 @@ def moe_weights(experts: int, hidden: int, intermediate: int, fp8: bool, device:
     )
 
 
-def _rope(w: Workload, random: torch.Generator) -> dict[str, Any]:
+def _rope(w: Workload, random: Random) -> dict[str, Any]:
     """Tokens of as many requests, at random positions and slots of a cache of pages."""
     device = random.device
     pages = -(-w.tokens // 64) + 1
     caches = {name: torch.zeros(pages, 64, w.kv_heads, w.head_dim, dtype=_kv_dtype(w), device=device) for name in ("k_cache", "v_cache")}
-    positions = torch.randint(w.shapes.chunk, (w.tokens,), generator=random, device=device)
-    slots = torch.randperm(pages * 64, generator=random, device=device)[: w.tokens]
-    return {"qkv": _normal(random, w.tokens, w.qkv_width), "positions": positions, "slots": slots, **caches, **_rope_steps(w, device)}
+    positions = random.integers(w.shapes.chunk, w.tokens)
+    slots = random.permutation(pages * 64)[: w.tokens]
+    return {"qkv": random.normal(w.tokens, w.qkv_width), "positions": positions, "slots": slots, **caches, **_rope_steps(w, device)}
 
 
 def _rope_steps(w: Workload, device: torch.device, positions: int | None = None) -> dict[str, Any]:
@@ -230,16 +249,16 @@ def _kv_dtype(w: Workload) -> torch.dtype:
     return FP8 if w.dtype == "fp8" and w.op != "decoder_layer" else torch.bfloat16
 
 
-def _attention(w: Workload, random: torch.Generator) -> dict[str, Any]:
+def _attention(w: Workload, random: Random) -> dict[str, Any]:
     """Requests of equal lengths, whose pages lie in random order."""
     device = random.device
     per_request = -(-w.context // w.page)
     pages = w.batch * per_request
     shape = (pages, w.page, w.kv_heads, w.head_dim)
-    caches = {name: _normal(random, *shape).to(_kv_dtype(w)) for name in ("k_cache", "v_cache")}
-    table = torch.randperm(pages, generator=random, device=device).int().view(w.batch, per_request)
+    caches = {name: random.normal(*shape).to(_kv_dtype(w)) for name in ("k_cache", "v_cache")}
+    table = random.permutation(pages).int().view(w.batch, per_request)
     return {
-        "q": _normal(random, w.tokens, w.heads, w.head_dim),
+        "q": random.normal(w.tokens, w.heads, w.head_dim),
         **caches,
         "page_table": table,
         "seq_lens": torch.full((w.batch,), w.context, dtype=torch.int32, device=device),
@@ -248,7 +267,7 @@ def _attention(w: Workload, random: torch.Generator) -> dict[str, Any]:
     }
 
 
-def _attention_part(w: Workload, random: torch.Generator, x: Tensor | None = None) -> dict[str, Any]:
+def _attention_part(w: Workload, random: Random, x: Tensor | None = None) -> dict[str, Any]:
     attention = _attention(w, random)
     del attention["q"]
     device = random.device
@@ -257,16 +276,12 @@ def _attention_part(w: Workload, random: torch.Generator, x: Tensor | None = Non
     slots = (pages * w.page + positions % w.page).flatten()
     rope = {"positions": positions.repeat(w.batch), "slots": slots, **_rope_steps(w, device, w.context)}
     return {
-        "x": _normal(random, w.tokens, w.hidden) if x is None else x,
-        "qkv_proj": _normal(random, w.qkv_width, w.hidden) * w.hidden**-0.5,
-        "o_proj": _normal(random, w.hidden, w.heads * w.head_dim) * (w.heads * w.head_dim) ** -0.5,
+        "x": random.normal(w.tokens, w.hidden) if x is None else x,
+        "qkv_proj": random.normal(w.qkv_width, w.hidden) * w.hidden**-0.5,
+        "o_proj": random.normal(w.hidden, w.heads * w.head_dim) * (w.heads * w.head_dim) ** -0.5,
         "rope": rope,
         "attention": attention,
     }
-
-
-def _normal(random: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=random, device=random.device).bfloat16()
 
 
 def _cloned(value: Any) -> Any:

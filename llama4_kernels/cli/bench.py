@@ -38,7 +38,7 @@ def run(
 
     measured: results to compare with `base` instead of measuring.
     """
-    console = Console()
+    console = Console(markup=False)
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
     try:

@@ -87,13 +87,16 @@ def bench(
     op: Annotated[Optional[list[str]], typer.Option(help="Only these ops; may be given several times.")] = None,
     workload: Annotated[
         Optional[list[str]],
-        typer.Option(help="A name such as fused_moe/fp8/scout/tp8/t64, or a pattern such as 'fused_moe/*/tp8/*'; a short list if not given."),
+        typer.Option(
+            help="A name such as fused_moe/fp8/scout/tp8/t64, or a pattern such as 'fused_moe/*/tp8/*'; a short list if not given."
+        ),
     ] = None,
     backend: Annotated[Optional[list[str]], typer.Option(help="cuda, triton or reference; those that run here if not given.")] = None,
     peer: Annotated[Optional[list[str]], typer.Option(help="A peer by name, all, or none; all if no backend is given either.")] = None,
     peer_module: Annotated[Optional[list[str]], typer.Option(help="A module of yours that registers more peers.")] = None,
     out: Annotated[
-        Optional[Path], typer.Option(dir_okay=False, help="File that records are added to; bench/results/<gpu>/<date>-<commit>.json if not given.")
+        Optional[Path],
+        typer.Option(dir_okay=False, help="File that records are added to; bench/results/<gpu>/<date>-<commit>.json if not given."),
     ] = None,
     compare: Annotated[Optional[Path], typer.Option(exists=True, help="File or folder of earlier results to compare with.")] = None,
     measured: Annotated[Optional[Path], typer.Option(exists=True, help="Compare these results instead of measuring.")] = None,
@@ -117,11 +120,16 @@ def bench(
 
 @app.command()
 def report(
-    results: Annotated[Optional[list[Path]], typer.Argument(help="Files of results, or folders of them; bench/results if not given.")] = None,
+    results: Annotated[
+        Optional[list[Path]], typer.Argument(help="Files of results, or folders of them; bench/results if not given.")
+    ] = None,
     out: Annotated[Optional[Path], typer.Option(file_okay=False, help="Folder to write the site into.")] = None,
-    readme: Annotated[Optional[Path], typer.Option(exists=True, dir_okay=False, help="README whose performance table is rewritten.")] = None,
+    readme: Annotated[
+        Optional[Path], typer.Option(exists=True, dir_okay=False, help="README whose performance table is rewritten.")
+    ] = None,
     export: Annotated[
-        Optional[list[str]], typer.Option(help="format=path: pytest (pytest-benchmark), oss (PyTorch OSS benchmark), action (github-action-benchmark).")
+        Optional[list[str]],
+        typer.Option(help="format=path: pytest (pytest-benchmark), oss (PyTorch OSS benchmark), action (github-action-benchmark)."),
     ] = None,
 ) -> None:
     """Make a static site of results, rewrite the README's performance table, or write results in the formats of other tools.
@@ -136,6 +144,20 @@ def report(
 
 
 @app.command()
+def profile(
+    op: Annotated[str, typer.Argument(help="An op, such as fused_moe.")],
+    workload: Annotated[str, typer.Argument(help="Its workload, such as fp8/scout/tp8/t64.")],
+    backend: Annotated[
+        Optional[str], typer.Option(help="cuda or triton; the one that runs here, or both without a GPU, if not given.")
+    ] = None,
+) -> None:
+    """Set Nsight Compute's counters of a workload's kernels against its floor; without ncu, show the same kernels' static figures."""
+    from llama4_kernels.cli import profile
+
+    raise typer.Exit(profile.run(op, workload, backend))
+
+
+@app.command()
 def plan(
     model: Annotated[str, typer.Option(help="scout, maverick, or the folder of a checkpoint.")],
     gpu: Annotated[str, typer.Option(help="a100, h100, h100-nvl, h20, h200, b200, or its memory, such as 96GiB.")] = "h100",
@@ -144,7 +166,9 @@ def plan(
     ep: Annotated[int, typer.Option(min=1, help="Expert-parallel groups.")] = 1,
     weights: Annotated[Optional[Weights], typer.Option(help="Form of the weights; the checkpoint's own, or bf16, if not given.")] = None,
     kv_dtype: Annotated[Optional[KvDtype], typer.Option(help="Form of the KV cache; that of the activations if not given.")] = None,
-    context: Annotated[Optional[int], typer.Option(min=1, help="Tokens of a request, prompt and answer; the most that fit if not given.")] = None,
+    context: Annotated[
+        Optional[int], typer.Option(min=1, help="Tokens of a request, prompt and answer; the most that fit if not given.")
+    ] = None,
     concurrency: Annotated[Optional[int], typer.Option(min=1, help="Requests of that many tokens at once; the most if not given.")] = None,
     mem_fraction_static: Annotated[Optional[float], typer.Option(min=0.01, max=0.99, help="SGLang's flag; chosen if not given.")] = None,
     swa_full_tokens_ratio: Annotated[Optional[float], typer.Option(min=0.0001, max=1, help="SGLang's flag; chosen if not given.")] = None,
@@ -155,7 +179,9 @@ def plan(
     cuda_graph_max_bs: Annotated[Optional[int], typer.Option(min=1, help="SGLang's flag for decode; its default if not given.")] = None,
     vision: Annotated[bool, typer.Option("--vision", help="With the vision tower: --enable-multimodal.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
-    plot: Annotated[Optional[Path], typer.Option(dir_okay=False, help="Image of memory against context to write; needs matplotlib.")] = None,
+    plot: Annotated[
+        Optional[Path], typer.Option(dir_okay=False, help="Image of memory against context to write; needs matplotlib.")
+    ] = None,
 ) -> None:
     """Say what fits on which GPUs: memory of a rank by part, largest context and concurrency, and the command that starts the server.
 
