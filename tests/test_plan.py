@@ -36,6 +36,10 @@ def test_parameters_are_those_that_are_published(name, parameters):
     assert sum(model.load(name, "bf16").weight_bytes(tp=1, vision=True).values()) == 2 * parameters
 
 
+def test_a_published_repository_is_known_by_its_name():
+    assert model.load("meta-llama/Llama-4-Maverick-17B-128E-Instruct-FP8", None) == model.load("maverick", "fp8")
+
+
 @pytest.mark.parametrize("gpu, recommended", [("h100", 1_000_000), ("h200", 2_500_000)])
 def test_the_guides_figure_for_scout_is_the_limit_rounded_down(gpu, recommended):
     """What limits it is the table of slots by request, which grows with the context outside of the static part."""
@@ -141,6 +145,12 @@ def test_many_requests_get_a_row_each_and_no_more():
     found = answer(gpu="h200", requests=5000)
     assert found.fit.flags.max_running_requests == found.fit.memory.requests == 5000
     assert found.largest_requests >= 5000
+
+
+def test_one_pool_holds_every_token_in_every_layer():
+    found = answer(gpu="h100", one_pool=True, context=1_000_000, requests=6)
+    assert "the KV cache must hold 6,000,000 tokens, 137.3 GiB" in found.fit.problem
+    assert found.largest_requests == 1 and set(found.nearest) >= {"--concurrency 1"}
 
 
 def test_rope_table_takes_512_bytes_a_position():

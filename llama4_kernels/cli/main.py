@@ -159,7 +159,7 @@ def profile(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Option(help="scout, maverick, or the folder of a checkpoint.")],
+    model: Annotated[str, typer.Option(help="scout, maverick, the name of a published checkpoint, or the folder of one.")],
     gpu: Annotated[str, typer.Option(help="a100, h100, h100-nvl, h20, h200, b200, or its memory, such as 96GiB.")] = "h100",
     gpus: Annotated[int, typer.Option(min=1, help="GPUs in all.")] = 8,
     tp: Annotated[Optional[int], typer.Option(min=1, help="Tensor-parallel ranks; all GPUs if not given.")] = None,

@@ -24,6 +24,8 @@ def test_a_line_keeps_its_promises(line, more, tmp_path, monkeypatch):
 
     def check_and_report(client, *, images):
         reported.update(requests.get(str(client.base_url).replace("/v1/", "/server_info"), timeout=60).json()["internal_states"][0])
+        sizes = [guide._ask(client, max_tokens=1, **tools).usage.prompt_tokens for tools in ({}, {"tools": [guide.WEATHER]})]
+        assert sizes[0] == sizes[1], "--chat-template llama-4 has learnt to render tools: docs/serving.md says that it does not"
         return check(client, images=images)
 
     monkeypatch.setattr(guide, "check", check_and_report)

@@ -211,8 +211,12 @@ class Model:
 
 
 def load(model: str, weights: Weights | None) -> Model:
-    """The model of that preset, or of the checkpoint in the folder `model`; `weights` as published, or None for bf16 or the checkpoint's
-    own. PlanError names what to change."""
+    """The model of that preset or published repository, or of the checkpoint in the folder `model`; `weights`: None for those that the
+    repository or checkpoint holds, bf16 for a preset. PlanError names what to change."""
+    for name, preset in PRESETS.items():
+        for form, repository in preset.repositories.items():
+            if model == repository and not Path(model).is_dir():
+                model, weights = name, weights or form
     if model in PRESETS:
         preset, weights = PRESETS[model], weights or "bf16"
         quantised = preset.quantised.get(weights, frozenset())
