@@ -7,6 +7,7 @@
 #include <cuda_fp8.h>
 
 #include "device.h"
+#include "indices.cuh"
 
 namespace llama4_kernels {
 namespace {
@@ -17,10 +18,6 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int WIDE = 8;  // pairs that are read and written as vectors, where head_dim and the pointers allow
 
 // ---- elements
-
-__device__ inline int64_t at(const Indices& indices, int64_t i) {
-    return indices.is_int64 ? static_cast<const int64_t*>(indices.values)[i] : static_cast<const int32_t*>(indices.values)[i];
-}
 
 template <class T, int WIDTH>
 struct alignas(std::min<size_t>(16, sizeof(T) * WIDTH)) Vector {

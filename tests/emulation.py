@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -62,14 +63,17 @@ def build(
     sources = sources or [CSRC / "bindings.cpp", *sorted(CSRC.glob("*.cu"))]
     edited = _plant(planted or {}, sources)
     own = sorted({CSRC, *(source.parent for source in sources)})
-    folders = [_headers_with(edited), *own, pybind11.get_include(), sysconfig.get_path("include")]
-    includes = [*(f"-I{folder}" for folder in folders if folder), "-isystem", str(cuda_include())]
-    headers = "".join(edited.get(path, path.read_text()) for folder in own for path in sorted(folder.rglob("*.*h")))
+    folders = [*own, pybind11.get_include(), sysconfig.get_path("include")]
+    includes = [*(f"-I{folder}" for folder in folders), "-isystem", str(cuda_include())]
+    with_bugs = _headers_with(edited)
     objects = []
     for source in sources:
-        text = f'#line 1 "{source.name}"\n' + edited.get(source, source.read_text())
-        how = optimize if source.suffix == ".cu" else ["-O1"]
-        objects.append(_make(["-c", "-x", "c++"], text, ".o", flags=[*flags, *how, *includes], depends_on=headers, suffix=source.suffix))
+        text = edited.get(source, source.read_text())
+        headers = _headers_of(text, edited, own)
+        first = [f"-I{with_bugs}"] if edited.keys() & headers.keys() else []
+        how = [*flags, *(optimize if source.suffix == ".cu" else ["-O1"]), *first, *includes]
+        line = f'#line 1 "{source.name}"\n'
+        objects.append(_make(["-c", "-x", "c++"], line + text, ".o", flags=how, depends_on="".join(headers.values()), suffix=source.suffix))
     library = "".join(map(str, objects))
     return _make(["-shared", *map(str, objects)], library, sysconfig.get_config_var("EXT_SUFFIX"), flags=[*flags, *sanitizers])
 
@@ -114,11 +118,24 @@ def _plant(planted: Mapping[str, tuple[str, str]], sources: Sequence[Path]) -> d
     return edited
 
 
+def _headers_of(text: str, edited: Mapping[Path, str], folders: Sequence[Path]) -> dict[Path, str]:
+    """The headers in these folders that a source includes, also through others, with their text."""
+    found: dict[Path, str] = {}
+    texts = [text]
+    while texts:
+        for name in re.findall(r'^#include "(.+)"', texts.pop(), re.MULTILINE):
+            path = next((folder / name for folder in folders if (folder / name).exists()), None)
+            if path is not None and path not in found:
+                found[path] = edited.get(path, path.read_text())
+                texts.append(found[path])
+    return dict(sorted(found.items()))
+
+
 def _headers_with(edited: Mapping[Path, str]) -> Path | None:
-    """A folder that holds the edited headers, for the compiler to look in first."""
-    headers = {path.relative_to(CSRC): text for path, text in edited.items() if path.suffix in (".h", ".cuh")}
-    if not headers:
+    """A folder of all headers, the edited ones among them, for the compiler to look in first: headers find each other beside them."""
+    if not any(path.suffix in (".h", ".cuh") for path in edited):
         return None
+    headers = {path.relative_to(CSRC): edited.get(path, path.read_text()) for path in sorted(CSRC.rglob("*.*h"))}
     folder = BUILDS / hashlib.sha256(repr(headers).encode()).hexdigest()[:16]
     for path, text in headers.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)

@@ -93,6 +93,28 @@ def oracle(q: Tensor, k_cache: Tensor, v_cache: Tensor, *, page_table, seq_lens,
     return out, bound
 
 
+def far_batch(last: int, **how) -> tuple[tuple[tuple, dict], tuple[tuple, dict]]:
+    """Arguments for three queries up to position `last`, and the same for the same keys in the first chunk, where the oracle can follow:
+    attention knows no positions but those within the chunk."""
+    chunk_size = 512
+    arguments, near = batch([(last % chunk_size + 1, 3)], chunk_size=chunk_size, holds="slots", **how)
+    table = torch.empty(1, last + 1, dtype=torch.int32)
+    table[0, last // chunk_size * chunk_size :] = near["page_table"][0, : last % chunk_size + 1]
+    return (arguments, near), (arguments, near | dict(page_table=table, seq_lens=int32(last + 1)))
+
+
+def far_slots() -> tuple[tuple[tuple, dict], tuple[tuple, dict]]:
+    """Caches of more than 2^31 elements, of which only those of the last slots are touched; and the same in small ones."""
+    (q, k_cache, v_cache), near = batch([(40, 3)], chunk_size=None, holds="slots", heads=(5, 1, 128), dtype=torch.bfloat16, cache_dtype=FP8)
+    slots = 2**31 // 128 + len(k_cache)
+    far_caches = [torch.empty(slots, *cache.shape[1:], dtype=FP8) for cache in (k_cache, v_cache)]
+    for far_cache, cache in zip(far_caches, (k_cache, v_cache)):
+        far_cache[-len(cache) :] = cache
+    table = near["page_table"].clone()
+    table[0, :40] += slots - len(k_cache)
+    return ((q, k_cache, v_cache), near), ((q, *far_caches), near | dict(page_table=table))
+
+
 def assert_attention(backend: str, arguments: tuple, options: dict) -> None:
     got = compute(backend, "chunked_attention", *arguments, **options)
     want, bound = oracle(*arguments, **options)
@@ -134,6 +156,21 @@ def test_prefill_and_decode_about_the_chunk(backend, keys, chunk_size):
 def test_many_keys(backend):
     arguments, options = batch([(700, 1), (300, 150)], chunk_size=512, page_size=16, heads=(5, 1, 128), dtype=torch.bfloat16)
     assert_attention(backend, arguments, options)
+
+
+@pytest.mark.parametrize("last", [1_000_000, 2_500_000, 9_999_999])
+def test_far_positions(backend, last):
+    near, far = far_batch(last, heads=(5, 1, 128), dtype=torch.bfloat16)
+    want, bound = oracle(*near[0], **near[1])
+    got = compute(backend, "chunked_attention", *far[0], **far[1])
+    assert_within(got, want, bound + 2.0**-7 * want.abs().amax())
+
+
+def test_far_slots(backend):
+    near, far = far_slots()
+    want, bound = oracle(*near[0], **near[1])
+    got = compute(backend, "chunked_attention", *far[0], **far[1])
+    assert_within(got, want, bound + 2.0**-7 * want.abs().amax())
 
 
 def test_a_scale_is_taken(backend):

@@ -9,11 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llama4_kernels.counters import tickets
 from llama4_kernels.ops.types import Linear, MoEWeights, Quantized, Routing
 from llama4_kernels.triton import config
 from llama4_kernels.triton.quantization import e4m3, e4m3_scale, quantize_per_block, quantize_per_token, quantize_static
 from llama4_kernels.triton.routing import route_top1
-from llama4_kernels.triton.tickets import is_last, tickets
+from llama4_kernels.triton.tickets import is_last
 from llama4_kernels.triton.tiles import (
     NONE,
     PER_BLOCK,

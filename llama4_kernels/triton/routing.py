@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llama4_kernels.counters import tickets
 from llama4_kernels.ops.types import Quantized, Routing
 from llama4_kernels.triton import config
 from llama4_kernels.triton.quantization import e4m3, e4m3_scale
-from llama4_kernels.triton.tickets import is_last, tickets
+from llama4_kernels.triton.tickets import is_last
 from llama4_kernels.triton.tiles import accumulate
 
 ONE_LAUNCH_TOKENS = 64

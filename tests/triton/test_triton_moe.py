@@ -10,10 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import llama4_kernels.reference.moe as reference
+from llama4_kernels.counters import tickets
 from llama4_kernels.ops.types import MoEWeights, Quantized
 from llama4_kernels.reference import quantization
 from llama4_kernels.triton import config, moe
-from llama4_kernels.triton.tickets import tickets
 
 pytestmark = pytest.mark.triton
 

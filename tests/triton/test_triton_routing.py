@@ -7,9 +7,9 @@ from guards import Guarded
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llama4_kernels.counters import tickets
 from llama4_kernels.reference.routing import route_top1 as reference
 from llama4_kernels.triton.routing import ONE_LAUNCH_TOKENS, route_top1
-from llama4_kernels.triton.tickets import tickets
 
 pytestmark = pytest.mark.triton
 

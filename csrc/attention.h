@@ -1,0 +1,54 @@
+#pragma once
+
+#include <cstdint>
+
+#include <driver_types.h>
+
+#include "dtype.h"
+#include "indices.h"
+
+namespace llama4_kernels {
+
+constexpr int ATTENTION_TILE = 128;             // keys
+constexpr int ATTENTION_SPLIT_TILES = 2;        // at least, of one split: a request with few queries has its keys split among blocks
+constexpr int ATTENTION_MAX_SPLITS = 128;
+constexpr int ATTENTION_PARTS = 2;              // per split: each warpgroup leaves one
+constexpr int ATTENTION_FEW_QUERIES = 8;        // per request, at most; as rows, with the heads of a KV head:
+constexpr int ATTENTION_FEW_ROWS = 64;
+constexpr int ATTENTION_MAX_REQUESTS = 12288;
+constexpr int ATTENTION_NO_CHUNK = 1 << 30;
+
+// q, out [tokens, num_heads, head_dim] bfloat16; caches [slots, num_kv_heads, head_dim] bfloat16 or float8_e4m3fn; head_dim 64 or 128. These four
+// pointers are multiples of 16. The rest, and what is computed: llama4_kernels/ops/attention.py.
+struct AttentionArguments {
+    const void* q;
+    const void* k_cache;
+    const void* v_cache;
+    Dtype kv_dtype;
+    void* out;
+    int tokens, num_heads, num_kv_heads, head_dim;
+    int64_t slots;
+    int page_size;
+    bool holds_slots;
+    const int* page_table;
+    int64_t row_stride;
+    int requests;
+    Indices page_table_rows;  // [requests], or null values: row b for request b
+    Indices slot_map;         // or null values
+    const int* seq_lens;
+    const int* query_start_loc;
+    int chunk_size;       // at most ATTENTION_NO_CHUNK
+    float scale;          // above 0, of natural logarithms
+    const float* k_scale;  // of fp8 caches, or null: 1
+    const float* v_scale;
+    // What the splits of requests with few queries leave for the last of them to combine. A row is a token where tokens are at most
+    // ATTENTION_FEW_QUERIES per request, else request · ATTENTION_FEW_QUERIES + query; there are min(tokens, requests · ATTENTION_FEW_QUERIES).
+    float* partial;  // [rows, num_heads, max_splits · ATTENTION_PARTS, head_dim]
+    float* lse;      // [rows, num_heads, max_splits · ATTENTION_PARTS]: logarithms of base 2
+    unsigned* tickets;  // [requests · num_kv_heads], zeros before and after
+    int max_splits;     // 1 to ATTENTION_MAX_SPLITS
+};
+
+void chunked_attention(const AttentionArguments& arguments, cudaStream_t stream);
+
+}  // namespace llama4_kernels

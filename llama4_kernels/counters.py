@@ -1,0 +1,27 @@
+"""Counters on the device that kernels find at 0 and leave at 0: the last block to arrive is told by the ticket that it draws."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_SMALLEST = 4096
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def tickets(device: torch.device, count: int) -> Tensor:
+    """`count` counters, all 0, of the current stream: launches on one stream never overlap, those on two may."""
+    if device.type != "cuda":
+        return _counters_of((device, 0), device, count, keep=True)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    # A graph's memory is only filled by its replay, so counters made while capturing belong to that graph alone.
+    return _counters_of((device, stream), device, count, keep=not torch.cuda.is_current_stream_capturing())
+
+
+def _counters_of(key: tuple[torch.device, int], device: torch.device, count: int, *, keep: bool) -> Tensor:
+    counters = _counters.get(key)
+    if counters is None or len(counters) < count:
+        counters = torch.zeros(max(count, _SMALLEST), dtype=torch.int32, device=device)
+        if keep:
+            _counters[key] = counters
+    return counters

@@ -1,0 +1,100 @@
+"""Paged causal attention, full or local to chunks, in CUDA: csrc/attention.cu."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from llama4_kernels.counters import tickets
+from llama4_kernels.cuda import _C, launch
+
+HEAD_DIMS = (64, 128)
+PARTIAL_BYTES = 1 << 27  # where the splits' results could take more, there are fewer splits
+
+
+def chunked_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    chunk_size: int | None,
+    scale: float,
+    page_table_rows: Tensor | None = None,
+    page_table_holds: Literal["pages", "slots"] = "pages",
+    slot_map: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    out = torch.empty_like(q)
+    tokens, num_heads, head_dim = q.shape
+    pages, page_size, num_kv_heads, _ = k_cache.shape
+    requests, device = len(seq_lens), q.device
+    chunk_size = min(chunk_size or _C.ATTENTION_NO_CHUNK, _C.ATTENTION_NO_CHUNK)
+    table_keys = page_table.shape[1] * (1 if page_table_holds == "slots" else page_size)
+    rows = min(tokens, requests * _C.ATTENTION_FEW_QUERIES)
+    splits = max_splits(rows * num_heads, head_dim, table_keys, chunk_size)
+    parts = splits * _C.ATTENTION_PARTS
+    partial = torch.empty(rows, num_heads, parts, head_dim, dtype=torch.float32, device=device)
+    lse = torch.empty(rows, num_heads, parts, dtype=torch.float32, device=device)
+    with launch.on(device) as stream:
+        _C.chunked_attention(
+            q=q.data_ptr(),
+            k_cache=k_cache.data_ptr(),
+            v_cache=v_cache.data_ptr(),
+            kv_dtype=launch.DTYPES[k_cache.dtype],
+            out=out.data_ptr(),
+            tokens=tokens,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            slots=pages * page_size,
+            page_size=page_size,
+            holds_slots=page_table_holds == "slots",
+            page_table=page_table.data_ptr(),
+            row_stride=page_table.stride(0),
+            requests=requests,
+            page_table_rows=launch.indices(page_table_rows),
+            slot_map=launch.indices(slot_map),
+            seq_lens=seq_lens.data_ptr(),
+            query_start_loc=query_start_loc.data_ptr(),
+            chunk_size=chunk_size,
+            scale=scale,
+            k_scale=launch.address(k_scale),
+            v_scale=launch.address(v_scale),
+            partial=partial.data_ptr(),
+            lse=lse.data_ptr(),
+            tickets=tickets(device, requests * num_kv_heads).data_ptr(),
+            max_splits=splits,
+            stream=stream,
+        )
+    return out
+
+
+def max_splits(rows: int, head_dim: int, table_keys: int, chunk_size: int) -> int:
+    """Splits that a request may have: as many as its most keys can fill and memory allows, from shapes alone."""
+    most_keys = min(table_keys, chunk_size + _C.ATTENTION_FEW_QUERIES)
+    most_tiles = most_keys // _C.ATTENTION_TILE + 2  # the first and the last may be cut
+    by_keys = -(-most_tiles // _C.ATTENTION_SPLIT_TILES)
+    by_memory = PARTIAL_BYTES // max(4 * rows * head_dim * _C.ATTENTION_PARTS, 1)
+    return max(min(_C.ATTENTION_MAX_SPLITS, by_keys, by_memory), 1)
+
+
+def why_not_chunked_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, *, seq_lens: Tensor, scale: float, **_) -> str:
+    if q.dtype != torch.bfloat16:
+        return f"q is {str(q.dtype).removeprefix('torch.')}, not bfloat16"
+    if k_cache.dtype not in (torch.bfloat16, torch.float8_e4m3fn):
+        return f"the caches are {str(k_cache.dtype).removeprefix('torch.')}, not bfloat16 or float8_e4m3fn"
+    if q.shape[2] not in HEAD_DIMS:
+        return f"head_dim is {q.shape[2]}, not {' or '.join(map(str, HEAD_DIMS))}"
+    if scale <= 0:
+        return f"scale is {scale}, not above 0"
+    if len(seq_lens) > _C.ATTENTION_MAX_REQUESTS:
+        return f"there are {len(seq_lens)} requests, above {_C.ATTENTION_MAX_REQUESTS}"
+    if any(tensor.data_ptr() % 16 for tensor in (q, k_cache, v_cache)):
+        return "q or a cache does not start at a multiple of 16 bytes"
+    return ""

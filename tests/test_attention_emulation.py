@@ -1,0 +1,201 @@
+"""csrc/attention.cu itself, built for the host and called through llama4_kernels/cuda/attention.py, between guard bytes, against float64.
+
+Unused slots hold NaN and unused entries of page tables garbage (test_attention.batch), so that any stray read shows.
+"""
+
+from __future__ import annotations
+
+import emulation
+import pytest
+import torch
+from guards import Guarded
+from test_attention import GARBAGE, batch, far_batch, far_slots, oracle
+from torch import Tensor
+
+from backends import assert_same_bits, assert_within
+from weights import FP8
+
+pytestmark = pytest.mark.skipif(bool(emulation.why_not()), reason=emulation.why_not() or "-")
+
+BF16 = torch.bfloat16
+SCOUT = dict(heads=(5, 1, 128), dtype=BF16)
+TILE = 128
+
+LOAD, WORK, MAIN = "attention_load.cuh", "attention_work.cuh", "attention.cu"
+PLANTED = {  # the file, its text, the bug
+    "keys before the chunk are read": (LOAD, "position < keys.begin || ", ""),
+    "boxes one key late": (LOAD, "load_boxes(map, int(first_slot),", "load_boxes(map, int(first_slot) + 1,"),
+    "copies not waited for": (LOAD, "unsignalled = &full;", "if (lane == 0) full.arrive();"),
+    "buffers not waited for": (LOAD, "                ring.wait_empty(count);\n            }", "            }"),
+    "no proxy fence": (LOAD, "            hopper::fence_async_proxy();\n            __syncwarp();\n            if (lane == 0) full", "            __syncwarp();\n            if (lane == 0) full"),
+    "one split too few": (WORK, "return divide_up(tiles, tiles_per_split(a, tiles));", "return max(tiles / tiles_per_split(a, tiles), 1);"),
+    "positions without the prefix": (WORK, "before = a.seq_lens[request] - queries;", "before = 0;"),
+    "masks of boundary tiles left out": (MAIN, "if (start < seen_by_all_from || start + ATTENTION_TILE > seen_by_all_to) mask(start);", ""),
+    "old output not corrected": (MAIN, "            correct_output();\n            pack_weights();", "            pack_weights();"),
+    "parts unweighted": (MAIN, "hopper::exp2_approximate(lse[part] - highest);", "1.0f;"),
+    "ticket not given back": (MAIN, "*ticket = 0;", ";"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def op():
+    return emulation.op_module("attention", emulation.load(emulation.build())).chunked_attention
+
+
+def run(op, arguments: tuple, options: dict) -> Tensor:
+    """The output; elements that nothing wrote are NaN."""
+    scale = {"scale": arguments[0].shape[2] ** -0.5} | options
+    with Guarded() as guarded:
+        return op(*map(guarded, arguments), **{name: guarded(value) if isinstance(value, Tensor) else value for name, value in scale.items()})
+
+
+def assert_attention(op, arguments: tuple, options: dict) -> None:
+    got, (want, bound) = run(op, arguments, options), oracle(*arguments, **options)
+    assert_within(got, want, bound + (2.0**-7 * want.abs().amax() if want.numel() else 0))
+
+
+def alone(arguments: tuple, options: dict, request: int) -> tuple[tuple, dict]:
+    """The call with one of the requests only."""
+    q, k_cache, v_cache = arguments
+    start, end = options["query_start_loc"][request : request + 2].tolist()
+    one = dict(page_table=options["page_table"][request : request + 1].contiguous(), seq_lens=options["seq_lens"][request : request + 1])
+    return (q[start:end], k_cache, v_cache), options | one | dict(query_start_loc=torch.tensor([0, end - start], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("chunk_size", [None, TILE, 200, 2 * TILE])
+@pytest.mark.parametrize("keys", [1, TILE - 1, TILE, TILE + 1, 199, 200, 201, 2 * TILE, 2 * TILE + 1, 5 * TILE + 3])
+def test_lengths_about_tiles_and_chunks(op, keys, chunk_size):
+    """Of each length a prompt, one query, and the most queries of a speculative step."""
+    lengths = [(keys, min(keys, 150)), (keys, 1), (keys, min(keys, 8)), (keys, min(keys, 9))]
+    assert_attention(op, *batch(lengths, chunk_size=chunk_size, page_size=16, **SCOUT))
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize("table", ["pages", "slots", "mapped slots"])
+@pytest.mark.parametrize("heads", [(5, 1, 128), (4, 2, 64), (16, 1, 64)])
+@pytest.mark.parametrize("cache_dtype", [BF16, FP8])
+def test_caches(op, page_size, table, heads, cache_dtype):
+    holds, slot_map = ("pages", False) if table == "pages" else ("slots", table == "mapped slots")
+    lengths = [(300, 1), (0, 0), (290, 90), (130, 8), (40, 5), (9, 0)]
+    assert_attention(op, *batch(lengths, chunk_size=192, page_size=page_size, holds=holds, heads=heads, dtype=BF16, cache_dtype=cache_dtype,
+                                padding=3, rows=True, slot_map=slot_map))  # fmt: skip
+
+
+def test_prefixes_that_end_within_a_chunk(op):
+    lengths = [(prefix + new, new) for prefix, new in [(150, 100), (255, 2), (256, 140), (390, 12)]]
+    assert_attention(op, *batch(lengths, chunk_size=2 * TILE, page_size=64, **SCOUT))
+
+
+def test_a_chunk_smaller_than_a_tile(op):
+    assert_attention(op, *batch([(300, 140), (300, 1), (65, 8)], chunk_size=48, page_size=16, **SCOUT))
+
+
+def test_consecutive_slots_at_page_size_one(op):
+    (q, k_cache, v_cache), options = batch([(400, 40), (300, 1)], chunk_size=None, holds="slots", **SCOUT)
+    for request, keys in enumerate(options["seq_lens"].tolist()):
+        slots = options["page_table"][request, :keys].long()
+        start = 5 + request * 400
+        for cache in (k_cache, v_cache):
+            cache[start : start + keys] = cache[slots].nan_to_num()
+        options["page_table"][request, :keys] = torch.arange(start, start + keys)
+    assert_attention(op, (q, k_cache, v_cache), options)
+
+
+def test_only_padding(op):
+    arguments, options = batch([], chunk_size=None, padding=5, **SCOUT)
+    assert (run(op, arguments, options) == 0).all()
+    arguments, options = batch([(7, 0)], chunk_size=None, **SCOUT)
+    assert run(op, arguments, options).shape == (0, 5, 128)
+
+
+@pytest.mark.parametrize("last", [1_000_000, 2_500_000, 9_999_999])
+def test_far_positions(op, last):
+    near, far = far_batch(last, **SCOUT)
+    want, bound = oracle(*near[0], **near[1])
+    assert_within(op(*far[0], **far[1], scale=128**-0.5), want, bound + 2.0**-7 * want.abs().amax())
+
+
+def test_far_slots(op):
+    near, far = far_slots()
+    want, bound = oracle(*near[0], **near[1])
+    assert_within(op(*far[0], **far[1], scale=128**-0.5), want, bound + 2.0**-7 * want.abs().amax())
+
+
+MIXED = [(700, 1), (300, 150), (520, 8), (290, 9), (1, 1)]
+
+
+@pytest.mark.parametrize("cache_dtype", [BF16, FP8])
+def test_bits_depend_on_the_request_alone(op, cache_dtype):
+    """Not on what stands beside it, nor on what ran before."""
+    arguments, options = batch(MIXED, chunk_size=512, page_size=16, cache_dtype=cache_dtype, **SCOUT)
+    together = run(op, arguments, options)
+    assert_same_bits(run(op, arguments, options), together)
+    for request, (start, end) in enumerate(zip(options["query_start_loc"].tolist(), options["query_start_loc"].tolist()[1:])):
+        assert_same_bits(run(op, *alone(arguments, options, request)), together[start:end])
+
+
+def test_fewer_splits_where_memory_is_short(op, monkeypatch):
+    arguments, options = batch([(1500, 1), (900, 8)], chunk_size=None, page_size=16, **SCOUT)
+    monkeypatch.setitem(op.__globals__, "PARTIAL_BYTES", 2 * 9 * 5 * 4 * 128 * 2)  # for two
+    assert_attention(op, arguments, options)
+
+
+@pytest.mark.parametrize("rows, most_keys, chunk_size, want", [(1, 1, 8192, 1), (1, 1 << 20, 8192, 33), (1, 1 << 20, 1 << 30, 128), (1 << 11, 1 << 20, 1 << 30, 64)])
+def test_how_many_splits_there_may_be(op, rows, most_keys, chunk_size, want):
+    assert op.__globals__["max_splits"](rows, 128, most_keys, chunk_size) == want
+
+
+def test_nan_that_a_request_sees_stays_in_it(op):
+    (q, k_cache, v_cache), options = batch([(60, 4), (200, 140), (150, 1)], chunk_size=None, **SCOUT)
+    clean = run(op, (q, k_cache, v_cache), options)
+    slot = int(options["page_table"][1, 3])
+    for cache in (k_cache, v_cache):
+        cache[slot] = float("nan")
+        spoilt = run(op, (q, k_cache, v_cache), options)
+        assert spoilt[4:144].isnan().all()
+        assert_same_bits(spoilt[:4], clean[:4]), assert_same_bits(spoilt[144:], clean[144:])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, ""),
+        (dict(dtype=torch.float32), "q is float32, not bfloat16"),
+        (dict(cache_dtype=torch.float32), "the caches are float32, not bfloat16 or float8_e4m3fn"),
+        (dict(heads=(4, 2, 32)), "head_dim is 32, not 64 or 128"),
+    ],
+)
+def test_what_it_does_not_take(op, changes, reason):
+    arguments, options = batch([(3, 1)], chunk_size=None, **(SCOUT | changes))
+    why_not = op.__globals__["why_not_chunked_attention"]
+    assert why_not(*arguments, **options, scale=0.1) == reason
+    if not reason:
+        assert why_not(*arguments, **options, scale=-0.1) == "scale is -0.1, not above 0"
+        shifted = torch.empty(arguments[0].numel() + 1, dtype=BF16)[1:].view_as(arguments[0])
+        assert why_not(shifted, *arguments[1:], **options, scale=0.1) == "q or a cache does not start at a multiple of 16 bytes"
+
+
+def without_wild_entries(arguments: tuple, options: dict) -> tuple[tuple, dict]:
+    """The same with entries of the page table that lead to NaN in place of garbage, so that a stray read is not a crash."""
+    _, k_cache, _ = arguments
+    pages, table = k_cache.float().isnan().flatten(1).all(1), options["page_table"].clone()
+    unused = int(pages.nonzero()[0])
+    if options["page_table_holds"] == "slots":
+        unused *= k_cache.shape[1]
+        unused = unused if options["slot_map"] is None else int((options["slot_map"] == unused).nonzero()[0])
+    table[table == GARBAGE] = unused
+    return arguments, options | {"page_table": table}
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_a_planted_bug_is_noticed(bug):
+    """In one of three batches: of gathered rows, of pages that TMA takes, and of fp8."""
+    file, text, replacement = PLANTED[bug]
+    broken = emulation.op_module("attention", emulation.load(emulation.build(planted={file: (text, replacement)}))).chunked_attention
+    lengths = [(590, 1), (640, 150), (520, 8), (605, 9), (900, 2)]
+    mapped = batch(lengths, chunk_size=600, page_size=4, holds="slots", slot_map=True, padding=2, **SCOUT)
+    paged = batch(lengths, chunk_size=600, page_size=64, **SCOUT)
+    fp8 = batch(lengths, chunk_size=600, page_size=16, cache_dtype=FP8, **SCOUT)
+    with pytest.raises((AssertionError, RuntimeError)):
+        for arguments, options in (mapped, paged, fp8, mapped):
+            assert_attention(broken, *without_wild_entries(arguments, options))
