@@ -86,7 +86,7 @@ else
         fi
     done
     if compgen -G "bench/bench_*.py" > /dev/null; then
-        step benchmarks "${pytest[@]}" -m gpu --benchmark-json "$out/benchmarks.json" bench/bench_*.py
+        step benchmarks "${pytest[@]}" -m gpu --benchmark-json "$out/benchmarks.json" --records "$out/records.json" bench/bench_*.py
     else
         skip benchmarks "bench/ holds no bench_*.py"
     fi

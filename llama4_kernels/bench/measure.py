@@ -110,6 +110,8 @@ def _build(job: Job, problem: inputs.Problem) -> Case:
 
 
 def _measure(job: Job, problem: inputs.Problem, session: Session, device: torch.device) -> Benchmark:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what an earlier job held counts as free again
     before = clocks(device)
     # Ops that write into a cache must not write into the inputs of the next job
     mine = problem.copy()

@@ -189,27 +189,34 @@ def _requests(op: str) -> list[tuple[int, int, int]]:
 
 
 # Short enough for a run in minutes: one rank of eight, few sizes. On a CPU the reference is timed, so only what ends in seconds.
-_GPU_TOKENS = (1, 8, 64, 256, 1024, 8192)
-_GPU_REQUESTS = ((1, 1, 8192), (64, 1, 8192), (64, 1, 65536), (1, 8192, 8192), (1, 8192, 131072))
-_CPU_TOKENS = (1, 16)
-_CPU_REQUESTS = ((1, 1, 1024), (4, 1, 1024), (1, 16, 256))
+_GPU_TOKENS = {("scout", "fp8"): (1, 8, 64, 256, 1024, 8192), ("scout", "bf16"): (64, 8192), ("maverick", "fp8"): (1, 64, 256, 8192)}
+_GPU_REQUESTS = {
+    "chunked_attention": ((1, 1, 8192), (64, 1, 8192), (64, 1, 65536), (1, 8192, 8192), (1, 8192, 131072)),
+    "attention_part": ((1, 1, 8192), (64, 1, 8192), (1, 8192, 8192)),
+    "decoder_layer": ((1, 1, 8192), (64, 1, 8192), (1, 8192, 8192)),
+}
+_CPU_TOKENS = {("scout", "fp8"): (1, 16)}
+_CPU_REQUESTS = dict.fromkeys(ATTENTION_OPS, ((1, 1, 1024), (4, 1, 1024), (1, 16, 256)))
 
 
 def default(device_type: str) -> list[Workload]:
-    """The workloads that are run when none is asked for, on a "cuda" or "cpu" device."""
+    """The workloads that are run when none is asked for, on a "cuda" or "cpu" device.
+
+    Where the two models have the same shapes, they are Scout's; what depends on a KV cache has one in bf16.
+    """
     on_gpu = device_type == "cuda"
     tokens, requests = (_GPU_TOKENS, _GPU_REQUESTS) if on_gpu else (_CPU_TOKENS, _CPU_REQUESTS)
-    dtypes = ("fp8", "bf16") if on_gpu else ("fp8",)
     chosen: list[Workload] = []
-    for op, model, dtype in itertools.product(OPS, ("scout", "maverick") if on_gpu else ("scout",), dtypes):
-        if op == "quantize_per_token" and dtype != "fp8":
-            continue
-        if op in TOKEN_OPS:
-            chosen += [Workload(op, dtype, model, 8, count) for count in tokens]
-        elif op == "rope_qk_norm":
-            chosen += [Workload(op, dtype, model, 8, count, layer) for layer in LAYERS for count in tokens]
-        elif model == "scout" or op == "decoder_layer":  # attention has the same shapes in both models
-            chosen += [Workload(op, dtype, model, 8, b * q, layer, b, q, c, PAGE) for layer in LAYERS for b, q, c in requests]
+    for op in OPS:
+        if op in ("rope_qk_norm", "quantize_per_token"):
+            dtype, layers = ("bf16", LAYERS) if op == "rope_qk_norm" else ("fp8", (None,))
+            chosen += [Workload(op, dtype, "scout", 8, count, layer) for layer in layers for count in tokens["scout", "fp8"]]
+        elif op in TOKEN_OPS:
+            chosen += [Workload(op, dtype, model, 8, count) for (model, dtype), counts in tokens.items() for count in counts]
+        else:
+            kinds = [("scout", "bf16")] if op != "decoder_layer" else [kind for kind in tokens if kind[1] == "fp8"]
+            for (model, dtype), layer, (b, q, c) in itertools.product(kinds, LAYERS, requests[op]):
+                chosen.append(Workload(op, dtype, model, 8, b * q, layer, b, q, c, PAGE))
     return chosen
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from llama4_kernels.bench import measure, record
 from llama4_kernels.bench.measure import Job, Options
@@ -54,6 +55,7 @@ def test_a_peer_may_leave_out_a_workload(results):
     assert (results[FOUR, "choosy"].status, results[FOUR, "choosy"].reason) == ("unavailable", "needs one token")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU's figures")
 def test_what_comes_last_is_measured(results, tmp_path):
     done = results[FOUR, "reference"]
     assert done.status == "ok" and done.timing.rounds == 3 and measure.ON_CPU in done.notes
@@ -71,6 +73,7 @@ def test_all_records_of_a_run_say_so(results):
     assert len({done.ceilings.copy_gb_s for done in measured}) == 1 and measured[0].ceilings.matmul_tflop_s["fp32"] > 0
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton runs here")
 def test_a_backend_that_cannot_run_here_is_unavailable():
     session = measure.start()
     done = measure.run(Job(ONE, "triton"), session)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llama4_kernels.bench import workloads
+from llama4_kernels.bench import ceilings, record, workloads
 from llama4_kernels.ops.backend import OPS
 
 
@@ -105,3 +105,10 @@ def test_a_layer_needs_no_less_than_its_parts_need_alone():
     moe = workloads.work(workloads.parse("fused_moe/fp8/scout/tp8/t64"))
     assert layer.total_flops == part.total_flops + moe.total_flops
     assert 0.98 * (part.bytes + moe.bytes) < layer.bytes < part.bytes + moe.bytes
+
+
+def test_the_floor_is_the_larger_of_the_two_bounds():
+    known = record.Ceilings(4000.0, {"bf16": 800.0, "fp8": 1600.0})
+    assert ceilings.floor(workloads.Work(4_000_000, {}), known, 2.0).us == pytest.approx(1.0)
+    found = ceilings.floor(workloads.Work(4_000_000, {"fp8": 1_600_000_000, "bf16": 800_000_000}), known, 4.0)
+    assert (found.us, found.bound, found.ratio) == (pytest.approx(2.0), "compute", pytest.approx(0.5))

@@ -38,7 +38,7 @@ def _sglang(problem: Problem, two_streams: bool) -> Case:
         num_experts=experts, num_local_experts=experts, top_k=1, apply_router_weight_on_input=True, inplace=False, no_combine=True
     )
     scales = {"w1_scale": w.w13.scale[:, :, None].contiguous(), "w2_scale": w.w2.scale[:, :, None].contiguous()} if fp8 else {}
-    other = torch.cuda.Stream()
+    other = torch.cuda.Stream() if two_streams else None
 
     def linear(values: Tensor, weight: Linear) -> Tensor:
         if not fp8:
