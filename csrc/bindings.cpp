@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include "attention.h"
+#include "grouped_gemm.h"
 #include "quantization.h"
 #include "rope.h"
 
@@ -33,6 +34,27 @@ PYBIND11_MODULE(_C, module) {
             quantize_per_token(pointer<void>(x), dtype, rows, columns, pointer<uint8_t>(codes), pointer<float>(scale), pointer<CUstream_st>(stream));
         },
         py::kw_only(), py::arg("x"), py::arg("dtype"), py::arg("rows"), py::arg("columns"), py::arg("codes"), py::arg("scale"), py::arg("stream"));
+
+    module.def(
+        "quantize_static",
+        [](uintptr_t x, Dtype dtype, int64_t elements, uintptr_t scale, uintptr_t codes, uintptr_t stream) {
+            quantize_static(pointer<void>(x), dtype, elements, pointer<float>(scale), pointer<uint8_t>(codes), pointer<CUstream_st>(stream));
+        },
+        py::kw_only(), py::arg("x"), py::arg("dtype"), py::arg("elements"), py::arg("scale"), py::arg("codes"), py::arg("stream"));
+
+    module.attr("GEMM_ROW_ALIGNMENT") = GEMM_ROW_ALIGNMENT;
+    module.def(
+        "grouped_gemm",
+        [](uintptr_t a, uintptr_t b, Dtype dtype, uintptr_t out, Dtype out_dtype, int64_t a_rows, int64_t m, int64_t n, int64_t k, int groups,
+           uintptr_t offsets, uintptr_t rows, uintptr_t a_scale, int a_scale_dimensions, uintptr_t b_scale, int b_scale_dimensions, uintptr_t stream) {
+            const GroupedGemmArguments arguments{
+                pointer<void>(a), pointer<void>(b), dtype, pointer<void>(out), out_dtype, a_rows, m, n, k, groups, pointer<int>(offsets),
+                pointer<int>(rows), pointer<float>(a_scale), a_scale_dimensions, pointer<float>(b_scale), b_scale_dimensions};
+            grouped_gemm(arguments, pointer<CUstream_st>(stream));
+        },
+        py::kw_only(), py::arg("a"), py::arg("b"), py::arg("dtype"), py::arg("out"), py::arg("out_dtype"), py::arg("a_rows"), py::arg("m"),
+        py::arg("n"), py::arg("k"), py::arg("groups"), py::arg("offsets"), py::arg("rows"), py::arg("a_scale"), py::arg("a_scale_dimensions"),
+        py::arg("b_scale"), py::arg("b_scale_dimensions"), py::arg("stream"));
 
     module.attr("MAX_ROPE_HEAD_DIM") = MAX_ROPE_HEAD_DIM;
     module.def(

@@ -121,12 +121,26 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 template <class T, bool ALIGNED>
+__global__ void __launch_bounds__(THREADS)
+    quantize_static_kernel(const T* __restrict__ x, int64_t elements, const float* __restrict__ scale, uint8_t* __restrict__ codes) {
+    const int64_t begin = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * PIECE;
+    encode<ALIGNED>(load<ALIGNED>(x, begin, elements), *scale, codes, begin, elements);
+}
+
+template <class T, bool ALIGNED>
 void launch_for(const T* x, int64_t rows, int64_t columns, uint8_t* codes, float* scale, cudaStream_t stream) {
     const int64_t pieces = ceil_div(columns, PIECE);
     const unsigned threads = unsigned(std::clamp<int64_t>(ceil_div(pieces, WARP) * WARP, WARP, THREADS));
     const LaunchConfig config{"quantize_per_token", grid_of(rows), dim3(threads), threads / WARP * sizeof(unsigned), stream};
     const auto kernel = pieces <= THREADS ? &quantize_per_token_kernel<T, ALIGNED, 1> : &quantize_per_token_kernel<T, ALIGNED, 4>;
     launch(config, kernel, x, columns, codes, scale);
+}
+
+template <class T>
+void quantize_with(const void* x, int64_t elements, const float* scale, uint8_t* codes, cudaStream_t stream) {
+    const bool aligned = elements % PIECE == 0 && is_aligned(x, sizeof(uint4)) && is_aligned(codes, sizeof(uint4));
+    const LaunchConfig config{"quantize_static", grid_of(ceil_div(elements, THREADS * PIECE)), dim3(THREADS), 0, stream};
+    launch(config, aligned ? &quantize_static_kernel<T, true> : &quantize_static_kernel<T, false>, static_cast<const T*>(x), elements, scale, codes);
 }
 
 template <class T>
@@ -142,6 +156,12 @@ void quantize_per_token(const void* x, Dtype dtype, int64_t rows, int64_t column
     if (rows == 0) return;
     const auto quantize_dtype = dtype == Dtype::bfloat16 ? &quantize<__nv_bfloat16> : &quantize<float>;
     quantize_dtype(x, rows, columns, codes, scale, stream);
+}
+
+void quantize_static(const void* x, Dtype dtype, int64_t elements, const float* scale, uint8_t* codes, cudaStream_t stream) {
+    if (elements == 0) return;
+    const auto quantize_dtype = dtype == Dtype::bfloat16 ? &quantize_with<__nv_bfloat16> : &quantize_with<float>;
+    quantize_dtype(x, elements, scale, codes, stream);
 }
 
 }  // namespace llama4_kernels

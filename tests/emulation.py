@@ -90,7 +90,7 @@ def op_module(stem: str, kernels: ModuleType) -> ModuleType:
     """llama4_kernels/cuda/<stem>.py on CPU tensors: itself, with `kernels` for llama4_kernels.cuda._C."""
     package = importlib.import_module("llama4_kernels.cuda")
     loaded = {f"{package.__name__}._C": kernels}
-    for name in ("launch", stem):
+    for name in dict.fromkeys(("launch", "quantization", stem)):
         spec = importlib.util.spec_from_file_location(f"{package.__name__}.{name}", Path(package.__file__).with_name(f"{name}.py"))
         module = loaded[spec.name] = importlib.util.module_from_spec(spec)
         attributes = {name.rpartition(".")[2]: value for name, value in loaded.items()}

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from llama4_kernels.cuda import _C, launch
-from llama4_kernels.ops.types import Quantized
+from llama4_kernels.ops.types import Linear, Quantized
+
+SCALE_BLOCK = 128
 
 
 def quantize_per_token(x: Tensor) -> Quantized:
@@ -24,3 +26,29 @@ def quantize_per_token(x: Tensor) -> Quantized:
             stream=stream,
         )
     return Quantized(codes, scale)
+
+
+def quantize_static(x: Tensor, scale: Tensor) -> Quantized:
+    """One given scale [] for the whole tensor; values beyond ±448 · scale saturate."""
+    codes = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    with launch.on(x.device) as stream:
+        _C.quantize_static(
+            x=x.data_ptr(), dtype=launch.DTYPES[x.dtype], elements=x.numel(), scale=scale.data_ptr(), codes=codes.data_ptr(), stream=stream
+        )
+    return Quantized(codes, scale)
+
+
+def quantize_per_block(x: Tensor) -> Quantized:
+    """One scale per row and 128 columns, whose number is a multiple of 128."""
+    rows, columns = x.shape
+    blocks = quantize_per_token(x.view(-1, SCALE_BLOCK))
+    return Quantized(blocks.codes.view(rows, columns), blocks.scale.view(rows, columns // SCALE_BLOCK))
+
+
+def quantize_for(x: Tensor, linear: Linear) -> Quantized:
+    """x in the form that the fp8 weight `linear` is multiplied with."""
+    if linear.input_scale is not None:
+        return quantize_static(x, linear.input_scale)
+    if linear.scale.dim() == linear.weight.dim():
+        return quantize_per_block(x)
+    return quantize_per_token(x)

@@ -61,8 +61,8 @@ def _grouped_gemm(
         if rows is not None:
             checks.in_range("grouped_gemm", "rows", rows[: int(offsets[-1])], 0, len(a), f"the {len(a)} rows of a")
     activations = a if a_scale is None else Quantized(a, a_scale)
-    compute = backend.implementation("grouped_gemm", a.device)
-    return compute(activations, Linear(weight, scale, input_scale), offsets, rows=rows, out_dtype=out_dtype)
+    linear = Linear(weight, scale, input_scale)
+    return backend.call("grouped_gemm", a.device, activations, linear, offsets, rows=rows, out_dtype=out_dtype)
 
 
 @_grouped_gemm.register_fake

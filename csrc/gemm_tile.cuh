@@ -1,0 +1,178 @@
+// One output tile of weights · activationsᵀ by a warp-specialised block: CHANNELS rows of weights on the M side of wgmma, TOKENS rows of activations on
+// its N side, so that 16 tokens waste no more than 8. Two consumer warpgroups of 64 channels each, and a loader warpgroup.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp8.h>
+
+#include "hopper/cp_async.cuh"
+#include "hopper/tma.cuh"
+#include "hopper/wgmma.cuh"
+#include "pipeline.cuh"
+
+namespace llama4_kernels {
+
+// How the numbers are multiplied. fp8_scaled_steps: each 128 of K have scales of their own, of weights, activations or both.
+enum class GemmKind { bf16, fp8, fp8_scaled_steps };
+
+template <int TOKENS_, GemmKind KIND_>
+struct GemmShape {
+    static constexpr int TOKENS = TOKENS_;
+    static constexpr GemmKind KIND = KIND_;
+    static constexpr bool FP8 = KIND != GemmKind::bf16;
+    static constexpr int CHANNELS = 128;
+    static constexpr int CONSUMERS = 2 * hopper::WARPGROUP;
+    static constexpr int LOADERS = hopper::WARPGROUP;
+    static constexpr int ROW_BYTES = 128;  // of K per stage and row, one span of the swizzle
+    static constexpr int STAGE_K = FP8 ? 128 : 64;
+    static constexpr int WEIGHT_BYTES = CHANNELS * ROW_BYTES;
+    static constexpr int TOKEN_BYTES = TOKENS * ROW_BYTES;
+    static constexpr int STAGES = TOKENS <= 16 ? 10 : TOKENS <= 64 ? 7 : 5;
+    static constexpr hopper::Swizzle SWIZZLE = hopper::Swizzle::bytes_128;
+    // Steps that wgmma may add up before the sum moves to fp32 registers: its own sums of e4m3 products keep fewer bits than fp32.
+    static constexpr int PROMOTE_STEPS = KIND == GemmKind::fp8 ? 4 : 1;
+
+    static __host__ __device__ int steps(int64_t k) { return int((k + STAGE_K - 1) / STAGE_K); }
+};
+
+template <class Shape>
+struct GemmStages {
+    alignas(1024) uint8_t weights[Shape::STAGES][Shape::WEIGHT_BYTES];
+    alignas(1024) uint8_t tokens[Shape::STAGES][Shape::TOKEN_BYTES];
+    float token_scales[Shape::STAGES][Shape::KIND == GemmKind::fp8_scaled_steps ? Shape::TOKENS : 1];
+    Pipeline<Shape::STAGES> pipeline;
+};
+
+// This thread's share of a tile of gathered activation rows: every LOADERS / 8-th row, one 16-byte chunk of each.
+template <class Shape>
+class RowGather {
+public:
+    // Row i of the tile is row rows[first + i] of `activations` [·, row_bytes]; rows from `end` on are zeros, and not read.
+    __device__ RowGather(const uint8_t* activations, int64_t row_bytes, const int* rows, int first, int end) : row_bytes_(row_bytes) {
+#pragma unroll
+        for (int i = 0; i < SHARE; ++i) {
+            const int row = row_of(i);
+            const bool exists = row < Shape::TOKENS && first + row < end;
+            from_[i] = exists ? activations + int64_t(rows[first + row]) * row_bytes : nullptr;
+        }
+    }
+
+    __device__ void copy(uint8_t* tile, int step) const {
+        const int byte = threadIdx.x % CHUNKS * 16;
+        const int64_t at = int64_t(step) * Shape::ROW_BYTES + byte;
+#pragma unroll
+        for (int i = 0; i < SHARE; ++i) {
+            if (row_of(i) >= Shape::TOKENS) continue;
+            const bool valid = from_[i] != nullptr && at < row_bytes_;
+            hopper::cp_async_16(tile + hopper::swizzled(Shape::SWIZZLE, row_of(i) * Shape::ROW_BYTES + byte), valid ? from_[i] + at : nullptr, valid);
+        }
+    }
+
+private:
+    static constexpr int CHUNKS = Shape::ROW_BYTES / 16;
+    static constexpr int ROWS_AT_ONCE = Shape::LOADERS / CHUNKS;
+    static constexpr int SHARE = (Shape::TOKENS + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+
+    static __device__ int row_of(int i) { return int(threadIdx.x) % Shape::LOADERS / CHUNKS + i * ROWS_AT_ONCE; }
+
+    int64_t row_bytes_;
+    const uint8_t* from_[SHARE];
+};
+
+// The products of one stage, added to `sums` or, for the first, put there.
+template <class Shape>
+__device__ inline void multiply_stage(const uint8_t* weights, const uint8_t* tokens, float (&sums)[Shape::TOKENS / 2], bool accumulate) {
+#pragma unroll
+    for (int byte = 0; byte < Shape::ROW_BYTES; byte += 32) {
+        const uint64_t a = hopper::k_major(weights + byte, Shape::SWIZZLE), b = hopper::k_major(tokens + byte, Shape::SWIZZLE);
+        if constexpr (Shape::FP8) {
+            hopper::wgmma_e4m3<Shape::TOKENS>(sums, a, b, accumulate || byte > 0);
+        } else {
+            hopper::wgmma_bf16<Shape::TOKENS>(sums, a, b, accumulate || byte > 0);
+        }
+    }
+}
+
+// A consumer warpgroup's view of the stages: it multiplies its 64 channels, and hands stages back.
+template <class Shape>
+class StageConsumer {
+public:
+    using Position = PipelinePosition<Shape::STAGES>;
+
+    // warpgroup: which 64 of the tile's channels are the caller's.
+    __device__ StageConsumer(GemmStages<Shape>& stages, int warpgroup) : stages_(stages), first_byte_(warpgroup * 64 * Shape::ROW_BYTES) {}
+
+    // The sum over `steps` stages, for every 8 tokens 4 of this thread's accumulators (hopper::accumulator_row is the channel, …_column the
+    // token). weight_scale(step): this tile's factor for the step, with GemmKind::fp8_scaled_steps.
+    template <class WeightScale>
+    __device__ void sum(int steps, float (&total)[Shape::TOKENS / 2], WeightScale weight_scale) {
+        if constexpr (Shape::KIND == GemmKind::bf16) {
+            sum_run(steps, total);
+        } else {
+#pragma unroll
+            for (float& value : total) value = 0.0f;
+            float sums[Shape::TOKENS / 2];
+            for (int step = 0; step < steps; step += Shape::PROMOTE_STEPS) {
+                if constexpr (Shape::KIND == GemmKind::fp8) {
+                    sum_run(min(Shape::PROMOTE_STEPS, steps - step), sums);
+#pragma unroll
+                    for (int i = 0; i < Shape::TOKENS / 2; ++i) total[i] += sums[i];
+                } else {
+                    add_scaled_step(weight_scale(step), sums, total);
+                }
+            }
+        }
+    }
+
+private:
+    // `steps` stages in wgmma's own accumulators; one product group stays under way while the stage before it is handed back.
+    __device__ void sum_run(int steps, float (&sums)[Shape::TOKENS / 2]) {
+        Position before = at_;
+        for (int step = 0; step < steps; ++step) {
+            multiply(sums, step > 0);
+            if (step > 0) {
+                hopper::wgmma_wait<1>();
+                release(before);
+                before.advance();
+            }
+            at_.advance();
+        }
+        hopper::wgmma_wait<0>();
+        release(before);
+    }
+
+    __device__ void add_scaled_step(float weight_scale, float (&sums)[Shape::TOKENS / 2], float (&total)[Shape::TOKENS / 2]) {
+        multiply(sums, false);
+        hopper::wgmma_wait<0>();
+        const float* scales = stages_.token_scales[at_.stage] + threadIdx.x % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < Shape::TOKENS / 8; ++i) {
+            const float2 scale = *reinterpret_cast<const float2*>(scales + i * 8);
+            total[i * 4] += sums[i * 4] * (weight_scale * scale.x);
+            total[i * 4 + 1] += sums[i * 4 + 1] * (weight_scale * scale.y);
+            total[i * 4 + 2] += sums[i * 4 + 2] * (weight_scale * scale.x);
+            total[i * 4 + 3] += sums[i * 4 + 3] * (weight_scale * scale.y);
+        }
+        __syncwarp();
+        release(at_);
+        at_.advance();
+    }
+
+    __device__ void multiply(float (&sums)[Shape::TOKENS / 2], bool accumulate) {
+        stages_.pipeline.wait_until_full(at_);
+        hopper::wgmma_fence();
+        multiply_stage<Shape>(stages_.weights[at_.stage] + first_byte_, stages_.tokens[at_.stage], sums, accumulate);
+        hopper::wgmma_commit();
+    }
+
+    // Each warp for itself, since a wait for wgmma says nothing of the other warps' share.
+    __device__ void release(Position at) {
+        if (threadIdx.x % hopper::WARP == 0) stages_.pipeline.empty[at.stage].arrive();
+    }
+
+    GemmStages<Shape>& stages_;
+    int first_byte_;
+    Position at_;
+};
+
+}  // namespace llama4_kernels
