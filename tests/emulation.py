@@ -54,12 +54,15 @@ def build(
     """
     import pybind11
 
-    flags = ["-std=c++17", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-DLLAMA4_KERNELS_EMULATION"]
+    flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-DLLAMA4_KERNELS_EMULATION"]
     flags += ["-ffp-contract=off", "-fno-strict-aliasing"]  # nvcc assumes nothing of aliases either
     flags += ["-U_FORTIFY_SOURCE"]  # a fortified longjmp takes a change of fibers for a fault
     flags += ["-march=x86-64-v3"] if platform.machine() == "x86_64" else []
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if sanitize else []
-    optimize = ["-O1", "-fno-omit-frame-pointer", *sanitizers] if sanitize else ["-O2"]
+    if sanitize:  # what AddressSanitizer sees as well is left to it
+        optimize = ["-O1", "-g1", "-fno-omit-frame-pointer", *sanitizers, "-fno-sanitize=null,vptr,object-size"]
+    else:
+        optimize = ["-O2"]
     sources = sources or [CSRC / "bindings.cpp", *sorted(CSRC.glob("*.cu"))]
     edited = _plant(planted or {}, sources)
     own = sorted({CSRC, *(source.parent for source in sources)})
