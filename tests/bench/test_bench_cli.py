@@ -13,7 +13,7 @@ import pytest
 import synthetic
 from typer.testing import CliRunner
 
-from llama4_kernels.bench import plan, record
+from llama4_kernels.bench import formats, plan, readme, record
 from llama4_kernels.cli.main import app
 
 ROOT = Path(__file__).parents[2]
@@ -112,3 +112,31 @@ def test_every_op_of_the_workloads_has_a_benchmark_file():
 
     named = [op for path in (ROOT / "bench").glob("bench_*.py") for op in OPS if f'"{op}"' in path.read_text()]
     assert sorted(named) == sorted(OPS)
+
+
+def test_the_whole_chain_from_measurement_to_formats_readme_and_site(tmp_path):
+    out, site, text = tmp_path / "results.json", tmp_path / "site", tmp_path / "README.md"
+    attention = "chunked_attention/bf16/tiny/tp1/local/b2/q1/c100/p16"
+    assert invoke("--workload", TINY, "--workload", attention, "--backend", "reference", "--rounds", 3, "--out", out).exit_code == 0
+    text.write_text(f"{readme.START}\n{readme.END}\n")
+    exports = [argument for form in formats.FORMATS for argument in ("--export", f"{form}={tmp_path / form}.json")]
+    ran = CliRunner().invoke(app, ["report", str(out), "--out", str(site), "--readme", str(text), *exports])
+    assert ran.exit_code == 0, ran.output
+    assert "3 pages written" in ran.output and readme.NOTHING in text.read_text()
+    assert {page.name for page in (site / "workload").iterdir()} == {f"{name.replace('/', '-')}.html" for name in (TINY, attention)}
+    written = {form: json.loads((tmp_path / f"{form}.json").read_text()) for form in formats.FORMATS}
+    assert len(written["pytest"]["benchmarks"]) == len(written["action"]) == 2 and len(written["oss"]) >= 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "give at least one of --out, --readme and --export"),
+        (["--export", "oss"], "needs format=path"),
+        (["--export", "csv=x"], "needs one of pytest, oss"),
+    ],
+)
+def test_report_says_what_it_needs(arguments, complaint, tmp_path):
+    record.append(tmp_path / "results.json", [synthetic.benchmark()])
+    ran = CliRunner().invoke(app, ["report", str(tmp_path), *arguments])
+    assert ran.exit_code in (1, 2) and complaint in " ".join(ran.output.replace("│", " ").split())
