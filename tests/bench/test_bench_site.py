@@ -7,6 +7,7 @@ import functools
 import html.parser
 import http.server
 import json
+import os
 import re
 import shutil
 import threading
@@ -336,16 +337,21 @@ def test_five_thousand_records_are_built_in_ten_seconds(large):
 
 @in_browser
 def test_five_thousand_records_appear_in_two_seconds(browser, large):
-    """Until the table is filled and the charts in the window are drawn; the best of three, as other work on the machine only adds."""
-    times = []
+    """Until the table is filled and the charts in the window are drawn, the best of three: in time that the page's thread computes, and by
+    the clock too where this machine is not busy with more than it has cores for."""
+    computed, clock = [], []
     for _ in range(3):
         watched = Watched(browser)
+        metrics = watched.page.context.new_cdp_session(watched.page)
+        metrics.send("Performance.enable", {"timeDomain": "threadTicks"})
         watched.page.goto(large[0].joinpath("index.html").as_uri())
         watched.page.wait_for_selector("article:first-child .chart[data-drawn] .main-svg")
-        assert len(watched.rows()) == 100
-        times.append(watched.page.evaluate("performance.now()"))
-        assert watched.complaints == []
-    assert min(times) < 2000, times
+        clock.append(watched.page.evaluate("performance.now()"))
+        assert len(watched.rows()) == 100 and watched.complaints == []
+        values = {metric["name"]: metric["value"] for metric in metrics.send("Performance.getMetrics")["metrics"]}
+        computed.append(values["TaskDuration"])
+    assert 0 < min(computed) < 2, computed
+    assert min(clock) < 2000 or os.getloadavg()[0] > os.cpu_count(), clock
 
 
 @pytest.fixture(scope="module")

@@ -34,9 +34,17 @@ const observer = new IntersectionObserver((entries) => {
   for (const entry of entries) if (entry.isIntersecting) draw(entry.target);
 }, { rootMargin: "200px" });
 
+// Plotly's large script comes last, so that tables and filters need not wait for it.
+const waiting = new Set();
+document.getElementById("plotly").addEventListener("load", () => waiting.forEach(draw));
+
 function draw(element) {
   const drawer = drawers.get(element);
   if (!drawer) return;
+  if (!window.Plotly) {
+    waiting.add(element);
+    return;
+  }
   observer.unobserve(element);
   const { traces, layout: wanted, empty } = drawer();
   element.classList.toggle("none", traces.length === 0);
