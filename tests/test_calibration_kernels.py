@@ -17,9 +17,10 @@ sys.path.append(str(ROOT))  # for bench/, after whatever holds the installed pac
 
 from test_package import cuobjdump  # noqa: E402
 
-from bench.calibration import gpu, library  # noqa: E402
-from bench.calibration.measurement import WrongResult  # noqa: E402
-from bench.calibration.measurements import bandwidth, cluster, fp8, matmul, weight_stream, wgmma  # noqa: E402
+from bench.calibration import gpu, library, plan  # noqa: E402
+from bench.calibration.measurement import Case, Unavailable, WrongResult  # noqa: E402
+from bench.calibration.measurements import bandwidth, cluster, fp8, l2, matmul, weight_stream, wgmma  # noqa: E402
+from llama4_kernels.bench.timing import summary  # noqa: E402
 
 SMS = 3
 EMULATED = [library.KERNELS / f"{name}.cu" for name in ("bandwidth", "weight_stream", "cluster", "wgmma_rate", "fp8")]
@@ -90,6 +91,7 @@ def host(monkeypatch):
     monkeypatch.setattr(library, "_loaded", lambda: dll)
     monkeypatch.setattr(library, "_stream", lambda: 0)
     monkeypatch.setattr(gpu, "sms", lambda: SMS)
+    monkeypatch.setattr(gpu, "DEVICE", torch.device("cpu"))
 
 
 def words(count: int) -> torch.Tensor:
@@ -168,9 +170,10 @@ def test_a_stream_that_does_not_wait_is_noticed(host, monkeypatch, text, bug):
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_a_block_reads_the_others_of_its_cluster_in_turn(host, size):
     repeats = 5
-    checksums = torch.zeros(4, cluster.THREADS, dtype=torch.int32)
-    library.call("cluster_read", cluster.BYTES, repeats, size, checksums, 4)
+    checksums, cycles = torch.zeros(4, cluster.THREADS, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)
+    library.call("cluster_read", cluster.BYTES, repeats, size, checksums, cycles, 4)
     cluster.check(checksums[:size], size, repeats)
+    assert (cycles > 0).all()
     checksums[0, 5] += 1
     with pytest.raises(WrongResult, match=f"block 0 of a cluster of {size}"):
         cluster.check(checksums, size, repeats)
@@ -182,7 +185,7 @@ def test_a_block_reads_the_others_of_its_cluster_in_turn(host, size):
 @pytest.mark.parametrize("n", [8, 64, 256])
 def test_the_rate_kernel_multiplies_what_it_is_given(host, n, dtype, source):
     torch.manual_seed(n)
-    a, b = wgmma.operands(dtype, n, "cpu")
+    a, b = wgmma.operands(dtype, n)
     out, cycles = torch.zeros(2, wgmma.M, n), torch.zeros(1, dtype=torch.int64)
     library.call("wgmma_rate", a, b, n, dtype == "bf16", source == wgmma.REGISTERS, 2 * wgmma.B_TILES, 2, out, cycles, 1)
     assert wgmma.relative_error(out, 2 * wgmma.expected(a, b)) < 1e-5 and cycles.item() > 0
@@ -196,7 +199,7 @@ def test_the_rate_kernel_multiplies_what_it_is_given(host, n, dtype, source):
 def test_sums_are_those_of_the_products(host, monkeypatch, data, dtype, promote):
     monkeypatch.setattr(fp8, "PRODUCTS", 2)
     torch.manual_seed(0)
-    a, b = fp8.operands(data, dtype, 640, "cpu")
+    a, b = fp8.operands(data, dtype, 640)
     out = fp8.accumulate(a, b, promote)
     exact = a.double() @ b.double().mT
     assert (out - exact).norm() / exact.norm() < 1e-6
@@ -205,7 +208,7 @@ def test_sums_are_those_of_the_products(host, monkeypatch, data, dtype, promote)
 @no_emulation
 @pytest.mark.parametrize("where", [case.parameters["where"] for case in fp8.bits_cases()])
 def test_all_bits_are_kept_by_an_fp32_accumulator(host, where):
-    out = fp8.accumulate(*fp8.bits_operands(where, "cpu"), fp8.NEVER)
+    out = fp8.accumulate(*fp8.bits_operands(where), fp8.NEVER)
     assert out[0].diagonal()[:19].tolist() == [1 + 2.0**-j for j in range(19)]
     assert fp8.kept_bits(out) == 18
 
@@ -236,3 +239,96 @@ def test_every_float_belongs_to_one_case_of_the_conversion():
 def test_matmul_cases_are_the_layers_of_llama_4():
     shapes = {(case.parameters["layer"], case.parameters["n"], case.parameters["k"]) for case in matmul.cases("fp8")}
     assert {("gate_up tp8", 2048, 5120), ("down tp8", 5120, 1024), ("gate_up tp1", 16384, 5120), ("down tp1", 5120, 8192)} < shapes
+
+
+@pytest.fixture
+def small(host, monkeypatch):
+    """Measurements on the host, of sizes that it can do; a launch is run once instead of timed."""
+
+    def time(launches, rounds=20):
+        for launch in launches[:2]:
+            launch()
+        return summary("cuda_graph", True, [2.0])
+
+    monkeypatch.setattr(gpu, "time", time)
+    monkeypatch.setattr(gpu, "l2_bytes", lambda: 1 << 16)
+    for module, name, value in (
+        (bandwidth, "MIB", 1 << 13),
+        (weight_stream, "ROWS", 256),
+        (weight_stream, "COLUMNS", 256),
+        (cluster, "REPEATS", 5),
+        (wgmma, "REPEATS", 8),
+        (fp8, "PRODUCTS", 1),
+        (fp8, "CHUNK", 1 << 12),
+        (l2, "MIB", 1 << 13),
+    ):
+        monkeypatch.setattr(module, name, value)
+    for cached in (gpu.random_bytes, bandwidth.checksums, weight_stream.checksums, weight_stream._expected):
+        cached.cache_clear()
+
+
+def chosen(question: str, count: int = 3) -> list[Case]:
+    """Cases that differ as much as possible, none of them large."""
+    cases = sorted(plan.find(question).cases(), key=lambda case: (case.bytes, case.flops))[:60]
+    return cases[:: max(1, len(cases) // count)]
+
+
+@no_emulation
+@pytest.mark.parametrize(
+    "question", ["bandwidth/copy", "bandwidth/read", "bandwidth/write", "bandwidth/torch_copy", "weight_stream", "wgmma"]
+)
+def test_measurements_run_from_case_to_figures(small, question):
+    for case in chosen(question):
+        figures = plan.find(question).measure(case)
+        assert figures["time"].value == 2.0 and figures["rate" if question == "wgmma" else "bandwidth"].value > 0
+
+
+@no_emulation
+def test_measurements_of_l2_and_of_clusters_run(small, monkeypatch):
+    monkeypatch.setattr(gpu, "sms", lambda: 4)
+    for case in (Case({"mib": 4, "passes": 3, "reader": reader}, bytes=1) for reader in ("same SM", "another SM")):
+        assert "bandwidth" in plan.find("bandwidth/l2").measure(case)
+    for size in (1, 2, 4):
+        assert plan.find("cluster/read").measure(Case({"cluster": size}))["per_cycle"].value > 0
+
+
+@no_emulation
+def test_measurements_of_fp8_run(small, monkeypatch):
+    case = Case({"data": "positive", "dtype": "e4m3", "k": 128, "promote": 128})
+    assert plan.find("fp8/accumulation").measure(case)["relative_error"].value < 1e-6
+    assert plan.find("fp8/bits").measure(Case({"where": "within an instruction"}))["bits_kept"].value == 18
+    monkeypatch.setattr(fp8, "FLOATS", range(-(1 << 12), 1 << 12))
+    figures = plan.find("fp8/conversion").measure(Case({"floats": "nan"}))
+    assert figures["floats"].value == 1 << 12 and figures["unlike_torch_clamped"].value == 0
+
+
+class Signatures:
+    """Stands in for the library: an entry point takes what its declaration says, and launches nothing."""
+
+    def __init__(self) -> None:
+        text = " ".join("".join(path.read_text() for path in library.KERNELS.glob("*.cu")).split())
+        self.known = {name: declared.split(", ") for name, declared in re.findall(r"CALIBRATION_ENTRY (\w+)\(([^)]*)\)", text)}
+        self.called: set[str] = set()
+
+    def __getattr__(self, name: str):
+        declared = self.known[name]
+
+        def entry(*values) -> None:
+            kinds = [ctypes.c_void_p if "*" in each or each.startswith("cudaStream_t") else ctypes.c_int64 for each in declared]
+            assert [type(value) for value in values] == kinds, (name, declared)
+            self.called.add(name)
+
+        return entry
+
+
+@no_emulation
+@pytest.mark.parametrize("question", ["launch/graph", "launch/dependent", "launch/barrier", "l2/prefetch"])
+def test_entry_points_that_the_host_cannot_run_are_called_as_declared(small, monkeypatch, question):
+    signatures = Signatures()
+    monkeypatch.setattr(library, "_loaded", lambda: signatures)
+    for case in plan.find(question).cases():
+        try:
+            assert plan.find(question).measure(case)
+        except Unavailable as error:
+            assert question == "l2/prefetch" and "too close" in str(error)
+    assert signatures.called

@@ -11,22 +11,23 @@ from torch import Tensor
 from llama4_kernels.bench.record import Timing
 from llama4_kernels.bench.timing import time_calls
 
+DEVICE = torch.device("cuda", 0)
 L2_FOLDS = 4  # data this many times the L2 apart has left it
 
 
 def sms() -> int:
-    return torch.cuda.get_device_properties(0).multi_processor_count
+    return torch.cuda.get_device_properties(DEVICE).multi_processor_count
 
 
 def l2_bytes() -> int:
-    return torch.cuda.get_device_properties(0).L2_cache_size
+    return torch.cuda.get_device_properties(DEVICE).L2_cache_size
 
 
 @functools.lru_cache(maxsize=2)
 def random_bytes(size: int, seed: int = 0) -> Tensor:
     """`size` random bytes (uint8). Zeros would draw less power and run faster than real data."""
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return torch.randint(0, 256, (size,), dtype=torch.uint8, device="cuda", generator=generator)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.randint(0, 256, (size,), dtype=torch.uint8, device=DEVICE, generator=generator)
 
 
 def cold_buffers(size: int, seed: int = 0) -> list[Tensor]:
@@ -37,7 +38,7 @@ def cold_buffers(size: int, seed: int = 0) -> list[Tensor]:
 
 def time(launches: Sequence[Callable[[], object]], rounds: int = 20) -> Timing:
     """The time of one of several launches in a CUDA graph of them all. RuntimeError where they cannot be captured."""
-    timing, notes = time_calls(launches, torch.device("cuda", 0), rounds)
+    timing, notes = time_calls(launches, DEVICE, rounds)
     if notes:
         raise RuntimeError(notes[0])
     return timing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from llama4_kernels.bench.record import Calibration, Figure, Record, Timing
 from llama4_kernels.bench.timing import one_line
 
 Figures = Mapping[str, Figure]
+CLOCKS_SECONDS = 1.0  # between two looks at the clocks, each of which takes a process
 PLANNED_SMS = 132  # of an H200, for bytes and flops of a plan
 
 
@@ -77,10 +79,12 @@ class Measurement:
 
     def records(self, run: str) -> Iterator[Calibration]:
         machine, device = this_machine(), torch.device("cuda", 0)
-        before = clocks(device)
+        before, looked = clocks(device), time.monotonic()
         for case in self.cases():
             figures, status, reason = self._outcome(case)
-            after = clocks(device)
+            after = before
+            if time.monotonic() - looked > CLOCKS_SECONDS:
+                after, looked = clocks(device), time.monotonic()
             more = {"parameters": case.parameters, "clocks_before": before, "clocks_after": after}
             yield self._record(machine, run, status, reason, figures=figures, **more)
             before = after

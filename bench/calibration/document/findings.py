@@ -121,12 +121,14 @@ def dependent_launch(gpu: Gpu) -> str | None:
 
 
 def cluster(gpu: Gpu) -> str | None:
-    own = gpu.value("cluster/read", "bandwidth", cluster=1)
-    others = [point for point in gpu.points("cluster/read", "bandwidth") if point[0]["cluster"] > 1]
+    own = gpu.value("cluster/read", "per_cycle", cluster=1)
+    others = [point for point in gpu.points("cluster/read", "per_cycle") if point[0]["cluster"] > 1]
     if not own or not others:
         return None
     shares = ", ".join(f"{parameters['cluster']} → {value / own:.0%}" for parameters, value in others)
-    return f"Distributed shared memory is read at this share of the block's own, by blocks of a cluster: {shares}."
+    return (
+        f"An SM reads {own:.0f} bytes of its own shared memory per cycle, and of its cluster's, by blocks of the cluster: {shares} of that."
+    )
 
 
 def tile_columns(gpu: Gpu) -> str | None:
@@ -177,12 +179,8 @@ def conversion(gpu: Gpu) -> str | None:
 
 
 def layouts(gpu: Gpu) -> str | None:
-    passed = gpu.value("layouts", "passed")
-    return (
-        None
-        if passed is None
-        else f"All {passed:.0f} layout tests pass on this GPU: what the host emulation assumes of swizzles and fragments holds."
-    )
+    count = [value for _, value in gpu.points("layouts", "as_assumed")]
+    return f"All {count[0]:.0f} layouts of swizzles, descriptors and fragments are as the host emulation assumes." if count else None
 
 
 def _best(points: list[Point]) -> Point:

@@ -93,6 +93,7 @@ void stream_matrix(const uint8_t* matrix, int64_t rows, int64_t columns, int64_t
                    int64_t blocks, cudaStream_t cuda_stream) {
     const int64_t tile_bytes = tile_rows * SPAN, tiles = rows * columns / tile_bytes;
     if (boxes) {
+        if (rows % tile_rows || columns % SPAN) throw std::invalid_argument("weight_stream: boxes do not tile the matrix");
         const hopper::TensorShape<2> shape{"weights", matrix, hopper::ElementType::uint8, {uint64_t(columns), uint64_t(rows)}, {uint64_t(columns)},
                                            {SPAN, uint32_t(tile_rows)}, hopper::Swizzle::bytes_128};
         const Boxes<HINT> source{hopper::make_tensor_map(shape), int(tile_rows), int(columns / SPAN)};

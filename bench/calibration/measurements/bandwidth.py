@@ -95,7 +95,7 @@ def blocks() -> int:
 
 @functools.cache
 def checksums() -> Tensor:
-    return torch.zeros(blocks() * WARPS_PER_BLOCK, dtype=torch.int32, device="cuda")
+    return torch.zeros(blocks() * WARPS_PER_BLOCK, dtype=torch.int32, device=gpu.DEVICE)
 
 
 def _bandwidth(access: str, title: str) -> Measurement:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from bench.calibration import gpu
 from bench.calibration.library import call
-from bench.calibration.measurement import PLANNED_SMS, Case, Figures, Measurement, WrongResult, timed
+from bench.calibration.measurement import PLANNED_SMS, Case, Figures, Measurement, WrongResult
 from bench.calibration.measurements.bandwidth import exclusive_or
+from llama4_kernels.bench.record import Figure
 
 BYTES = 64 << 10  # of each block's shared memory
 REPEATS = 511
@@ -20,17 +21,18 @@ WORD = 0xFFFFFFFF
 
 
 def cases() -> list[Case]:
-    """A cluster of 1 reads its own shared memory."""
+    """A cluster of 1 reads its own shared memory. Each block counts its own cycles, since not all clusters may run at once."""
     return [Case({"cluster": size}, bytes=PLANNED_SMS // size * size * REPEATS * BYTES) for size in (1, 2, 4, 8, 16)]
 
 
 def measure(case: Case) -> Figures:
     size = case.parameters["cluster"]
     blocks = gpu.sms() // size * size
-    checksums = torch.zeros(blocks, THREADS, dtype=torch.int32, device="cuda")
-    timing = gpu.time([functools.partial(call, "cluster_read", BYTES, REPEATS, size, checksums, blocks)], rounds=10)
+    checksums = torch.zeros(blocks, THREADS, dtype=torch.int32, device=gpu.DEVICE)
+    cycles = torch.zeros(blocks, dtype=torch.int64, device=gpu.DEVICE)
+    call("cluster_read", BYTES, REPEATS, size, checksums, cycles, blocks)
     check(checksums, size, REPEATS)
-    return timed(Case(case.parameters, bytes=blocks * REPEATS * BYTES), timing)
+    return {"per_cycle": Figure(REPEATS * BYTES / float(cycles.double().median()), "B/cycle per SM")}
 
 
 def check(checksums: Tensor, size: int, repeats: int) -> None:

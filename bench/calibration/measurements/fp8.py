@@ -14,7 +14,8 @@ from bench.calibration.measurement import Case, Figures, Measurement
 from llama4_kernels.bench.record import Figure
 
 E4M3_MAX = 448.0
-CHUNK = 1 << 26  # floats converted at once
+FLOATS = range(-(1 << 31), 1 << 31)  # the bits of every float32
+CHUNK = 1 << 26  # of them converted at once
 NEVER = 0
 PRODUCTS, ROWS = 32, 64
 DATA: dict[str, Callable[[Tensor], Tensor]] = {"normal": lambda x: x, "positive": torch.abs}
@@ -29,8 +30,8 @@ def conversion_cases() -> list[Case]:
 def measure_conversion(case: Case) -> Figures:
     """Of the hardware's saturating conversion: codes that differ from those of torch's `.to`, and of torch's after a clamp to ±448."""
     total = plain = clamped = 0
-    for first in range(-(1 << 31), 1 << 31, CHUNK):
-        floats = torch.arange(first, first + CHUNK, dtype=torch.int64, device="cuda").to(torch.int32).view(torch.float32)
+    for first in FLOATS[::CHUNK]:
+        floats = torch.arange(first, first + CHUNK, dtype=torch.int64, device=gpu.DEVICE).to(torch.int32).view(torch.float32)
         chosen = floats[_is(floats, case.parameters["floats"])]
         codes = convert(chosen)
         total += chosen.numel()
@@ -78,7 +79,7 @@ def accumulation_cases() -> list[Case]:
 
 def measure_accumulation(case: Case) -> Figures:
     dtype, k = case.parameters["dtype"], case.parameters["k"]
-    a, b = operands(case.parameters["data"], dtype, k, "cuda")
+    a, b = operands(case.parameters["data"], dtype, k)
     error = accumulate(a, b, case.parameters["promote"]).double() - (exact := a.double() @ b.double().mT)
     return {
         "relative_error": Figure(float(error.norm() / exact.norm()), "1"),
@@ -86,9 +87,9 @@ def measure_accumulation(case: Case) -> Figures:
     }
 
 
-def operands(data: str, dtype: str, k: int, device: str) -> tuple[Tensor, Tensor]:
+def operands(data: str, dtype: str, k: int) -> tuple[Tensor, Tensor]:
     """The same values for both types: those of e4m3."""
-    pair = (DATA[data](torch.randn(PRODUCTS, ROWS, k, device=device)).to(torch.float8_e4m3fn) for _ in "ab")
+    pair = (DATA[data](torch.randn(PRODUCTS, ROWS, k, device=gpu.DEVICE)).to(torch.float8_e4m3fn) for _ in "ab")
     a, b = (each if dtype == "e4m3" else each.to(torch.bfloat16) for each in pair)
     return a, b
 
@@ -108,13 +109,13 @@ def bits_cases() -> list[Case]:
 
 def measure_bits(case: Case) -> Figures:
     """1 + 2^-j for each j: the last j that is not lost is how many bits the sum keeps below its leading one."""
-    kept = kept_bits(accumulate(*bits_operands(case.parameters["where"], "cuda"), NEVER))
+    kept = kept_bits(accumulate(*bits_operands(case.parameters["where"]), NEVER))
     return {"bits_kept": Figure(kept, "bit")}
 
 
-def bits_operands(where: str, device: str) -> tuple[Tensor, Tensor]:
+def bits_operands(where: str) -> tuple[Tensor, Tensor]:
     """Their product has 1 + 2^-j at [j, j], the second term in the same instruction of 32 products as the first, or in the next."""
-    a, b = (torch.zeros(1, ROWS, 128, device=device) for _ in "ab")
+    a, b = (torch.zeros(1, ROWS, 128, device=gpu.DEVICE) for _ in "ab")
     at = 1 if where == "within an instruction" else 32
     for j in range(19):
         a[:, j, 0] = b[:, j, 0] = 1.0

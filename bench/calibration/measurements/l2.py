@@ -53,7 +53,7 @@ def hit_or_miss(kept: Tensor, other: Tensor) -> float:
 
 def probe(buffer: Tensor) -> Tensor:
     """Cycles of the load of a line in every LINE_STRIDE bytes."""
-    cycles = torch.zeros(buffer.numel() // LINE_STRIDE, dtype=torch.int32, device="cuda")
+    cycles = torch.zeros(buffer.numel() // LINE_STRIDE, dtype=torch.int32, device=gpu.DEVICE)
     call("l2_probe", buffer, cycles.numel(), LINE_STRIDE, cycles, gpu.sms())
     return cycles
 

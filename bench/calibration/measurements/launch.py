@@ -61,7 +61,7 @@ def _barriers(case: Case) -> Callable[[int], None]:
     if scope == "cluster":
         size = case.parameters["cluster"]
         return lambda repeats: call("cluster_barriers", repeats, size, threads, size)
-    counter = torch.zeros(1, dtype=torch.int32, device="cuda")
+    counter = torch.zeros(1, dtype=torch.int32, device=gpu.DEVICE)
     return lambda repeats: call("grid_barriers", repeats, counter, threads, sms)
 
 

@@ -1,39 +1,37 @@
-"""Whether the hardware lays data out as the kernels and the host emulation assume: the project's own layout tests, run on this GPU."""
+"""Whether the hardware lays data out as the kernels and the host emulation assume: the project's list of layouts, probed on this GPU."""
 
 from __future__ import annotations
 
-import os
-import subprocess
+import importlib.util
 import sys
-import tempfile
-from pathlib import Path
-from xml.etree import ElementTree
+from types import ModuleType
 
-from bench.calibration.measurement import Case, Figures, Measurement, Unavailable, WrongResult
+from bench.calibration import gpu
+from bench.calibration.library import ROOT
+from bench.calibration.measurement import Case, Figures, Measurement, WrongResult
 from llama4_kernels.bench.record import Figure
 
-ROOT = Path(__file__).parents[3]
-TESTS = "tests/test_layouts.py"
-NO_TESTS = 5  # pytest's exit code
+PROBES = ROOT / "tests" / "hopper" / "layouts.py"
 
 
 def cases() -> list[Case]:
-    return [Case({"tests": TESTS})]
+    return [Case({"list": str(PROBES.relative_to(ROOT))})]
 
 
 def measure(case: Case) -> Figures:
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "layouts.xml"
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-m", "gpu", "--junitxml", str(report), TESTS]
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONSAFEPATH": "1"}, capture_output=True, text=True)
-        if done.returncode == NO_TESTS or not report.exists():
-            raise Unavailable(f"pytest ran none of {TESTS}: {done.stdout.strip()[-200:] or done.stderr.strip()[-200:]}")
-        failed = [f"{test.get('name')}" for test in ElementTree.parse(report).iter("testcase") if test.find("failure") is not None]
-        failed += [f"{test.get('name')}" for test in ElementTree.parse(report).iter("testcase") if test.find("error") is not None]
-        count = sum(1 for _ in ElementTree.parse(report).iter("testcase"))
-    if failed or done.returncode:
-        raise WrongResult(f"{len(failed)} of {count} layout tests fail: {', '.join(failed)}")
-    return {"passed": Figure(count, "1")}
+    layouts = probes()
+    count = len(list(layouts.cases()))
+    if failed := layouts.failures(layouts.load(layouts.build_cuda()), gpu.DEVICE):
+        raise WrongResult(f"{len(failed)} of {count} layouts are otherwise: {', '.join(failed)}")
+    return {"as_assumed": Figure(count, "1")}
+
+
+def probes() -> ModuleType:
+    """The module of the layout tests that holds the list."""
+    spec = importlib.util.spec_from_file_location("calibration_layouts", PROBES)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 MEASUREMENTS = (Measurement("layouts", "Does the hardware lay data out as the kernels and the emulation assume?", 35, cases, measure),)

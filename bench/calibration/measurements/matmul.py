@@ -30,7 +30,7 @@ class Product:
 
     @classmethod
     def random(cls, dtype: str, m: int, n: int, k: int) -> Product:
-        a, b = torch.randn(m, k, device="cuda"), torch.randn(n, k, device="cuda")
+        a, b = torch.randn(m, k, device=gpu.DEVICE), torch.randn(n, k, device=gpu.DEVICE)
         to = torch.bfloat16 if dtype == "bf16" else torch.float8_e4m3fn
         return cls(a.to(to), b.to(to), dtype == "fp8_rows")
 
@@ -47,7 +47,7 @@ class Product:
 
 @functools.cache
 def _ones(rows: int, columns: int, per_row: bool) -> Tensor:
-    return torch.ones((rows, columns) if per_row else (), device="cuda")
+    return torch.ones((rows, columns) if per_row else (), device=gpu.DEVICE)
 
 
 def cases(dtype: str) -> list[Case]:

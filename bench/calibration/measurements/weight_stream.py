@@ -75,7 +75,7 @@ def blocks(parameters) -> int:
 
 @functools.cache
 def checksums() -> torch.Tensor:
-    return torch.zeros(2 * gpu.sms() * CONSUMER_WARPS, dtype=torch.int32, device="cuda")
+    return torch.zeros(2 * gpu.sms() * CONSUMER_WARPS, dtype=torch.int32, device=gpu.DEVICE)
 
 
 @functools.cache

@@ -37,8 +37,8 @@ def measure(case: Case) -> Figures:
     a, b = operands(dtype, n)
     blocks_per_sm = -(-warpgroups // 2)
     blocks, of_block = gpu.sms() * blocks_per_sm, warpgroups // blocks_per_sm
-    out = torch.zeros(2, M, n, device="cuda")
-    cycles = torch.zeros(blocks, dtype=torch.int64, device="cuda")
+    out = torch.zeros(2, M, n, device=gpu.DEVICE)
+    cycles = torch.zeros(blocks, dtype=torch.int64, device=gpu.DEVICE)
     how = (n, dtype == "bf16", case.parameters["a"] == REGISTERS)
     call("wgmma_rate", a, b, *how, B_TILES, of_block, out, cycles, blocks)
     if not (error := relative_error(out[:of_block], expected(a, b)[:of_block])) < MOST_ERROR:
@@ -50,10 +50,10 @@ def measure(case: Case) -> Figures:
     return {**timed(whole, timing), "cycles_per_wgmma": per_product}
 
 
-def operands(dtype: str, n: int, device: str = "cuda") -> tuple[Tensor, Tensor]:
+def operands(dtype: str, n: int) -> tuple[Tensor, Tensor]:
     """A of two warpgroups [2, 64, K] and B [4, n, K]: tiles of 128 bytes of K."""
     to = {"e4m3": torch.float8_e4m3fn, "bf16": torch.bfloat16}[dtype]
-    a, b = torch.randn(2, M, K[dtype], device=device), torch.randn(B_TILES, n, K[dtype], device=device)
+    a, b = (torch.randn(*shape, K[dtype], device=gpu.DEVICE) for shape in ((2, M), (B_TILES, n)))
     return a.to(to), b.to(to)
 
 
