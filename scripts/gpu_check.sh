@@ -3,7 +3,7 @@
 # network and without SGLang. Results go to OUT_DIR: a log per step, JUnit XML of tests, JSON of benchmarks, and summary.json.
 #
 # usage: scripts/gpu_check.sh OUT_DIR
-# PYTHON: the interpreter (python3). STEP_SECONDS: the most that a step may take (600).
+# PYTHON: the interpreter (python3). STEP_SECONDS: the most that a step may take (600). PEERS: folder of rivals' packages, to measure them.
 #
 # A step that fails does not stop the next; the exit code is 1 if any failed. What this host cannot run is skipped, and the table says why.
 # A new op slots in by its markers: gpu runs on the GPU; gpu and small also under compute-sanitizer; bench/bench_*.py with gpu are timed.
@@ -73,7 +73,7 @@ fi
 step package "${pytest[@]}" --junitxml "$out/package.xml" tests/test_package.py
 
 if [ -n "$no_gpu" ]; then
-    for name in tests memcheck racecheck benchmarks; do skip "$name" "$no_gpu"; done
+    for name in tests memcheck racecheck benchmarks calibration rivals; do skip "$name" "$no_gpu"; done
 else
     step tests "${pytest[@]}" -m gpu --junitxml "$out/tests.xml" tests
     sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2> /dev/null || true)
@@ -89,6 +89,12 @@ else
         step benchmarks "${pytest[@]}" -m gpu --benchmark-json "$out/benchmarks.json" --records "$out/records.json" bench/bench_*.py
     else
         skip benchmarks "bench/ holds no bench_*.py"
+    fi
+    step calibration "$python" -m bench.calibration --out "$out/calibration"
+    if [ -n "${PEERS:-}" ]; then
+        step rivals "$python" -m bench.calibration --only rivals --peers "$PEERS" --out "$out/calibration"
+    else
+        skip rivals "PEERS names no folder of their packages"
     fi
 fi
 

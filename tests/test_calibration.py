@@ -102,6 +102,18 @@ def test_a_process_that_hangs_is_killed_with_its_children(tmp_path):
     assert is_gone(int(lines[0]))
 
 
+def test_a_process_ends_with_the_one_that_runs_it():
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        raise SystemExit(1)  # as on SIGTERM
+
+    with pytest.raises(SystemExit):
+        runner.execute([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"], 60, say)
+    assert is_gone(int(lines[0]))
+
+
 def is_gone(pid: int) -> bool:
     """Whether a process ends within a second; one that was killed may be left as a zombie for its parent."""
     for _ in range(100):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -79,6 +81,7 @@ def measure(steps: Sequence[Step], out: Path) -> int:
     """Measure, print a table, and give the exit code."""
     machine, date = this_machine(), record.now()
     file, run = record.results_path(out.resolve(), machine, date), record.run_id(machine, date)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the process of a step ends with this one
     console.print(f"{machine.device}, driver {machine.driver}, torch {machine.torch}; run {run}, records in {file}")
     outcomes = list(runner.run(steps, file, machine, run, console.print))
     console.print(summary(outcomes))

@@ -72,7 +72,7 @@ def run(steps: Sequence[Step], file: Path, machine: Machine, run_id: str, say: S
 
 
 def execute(command: Sequence[str], seconds: float, say: Say) -> Ended:
-    """Run a command and give each line of its output to `say`; kill it and all its children when its time is up."""
+    """Run a command and give each line of its output to `say`; kill it and all its children when its time is up, or this call is ended."""
     started = time.monotonic()
     process = subprocess.Popen(
         command, cwd=library.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
@@ -88,10 +88,16 @@ def execute(command: Sequence[str], seconds: float, say: Say) -> Ended:
     reader.start()
     alarm = threading.Timer(seconds, stop)
     alarm.start()
-    for line in process.stdout:
-        say(line.rstrip("\n"))
-    code = process.wait()
-    alarm.cancel()
+    try:
+        for line in process.stdout:
+            say(line.rstrip("\n"))
+        code = process.wait()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    finally:
+        alarm.cancel()
     reader.join(timeout=1)
     words = next((line.strip() for line in reversed(errors) if line.strip()), "it said nothing")
     return Ended(None if late.is_set() else code, time.monotonic() - started, words[:MOST_REASON])
