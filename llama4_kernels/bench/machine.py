@@ -92,7 +92,7 @@ def _smi(device: torch.device, *fields: str) -> list[str | None]:
     program = shutil.which("nvidia-smi")
     if program is None:
         return [None] * len(fields)
-    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    uuid = "GPU-" + str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
     command = [program, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", f"--id={uuid}"]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=30)
     values = [value.strip() for value in done.stdout.strip().split(",")]

@@ -124,6 +124,7 @@ def _measure(job: Job, problem: inputs.Problem, session: Session, device: torch.
     copies = timing.calls_per_replay(single_us, problem.nbytes, device)
     cases = [case, *(_build(job, problem.copy()) for _ in range(copies - 1))]
     timed, notes = timing.time_calls([each.run for each in cases], device, session.options.rounds)
+    after = clocks(device)
     work = workloads.work(problem.workload, problem.distinct_experts)
     if is_oracle and session.options.refcheck:
         notes.append("not checked: this is what others are checked against")
@@ -142,7 +143,7 @@ def _measure(job: Job, problem: inputs.Problem, session: Session, device: torch.
         launches=timing.count_launches(case.run, device),
         peak_memory_bytes=timing.peak_memory(case.run, device),
         clocks_before=before,
-        clocks_after=clocks(device),
+        clocks_after=after,
         notes=tuple(filter(None, (case.note, *notes))),
     )
     if check is None or (check.error is not None and check.error <= check.bound):

@@ -45,6 +45,7 @@ MODELS = {
     # For tests and for trying a command: runs anywhere in no time, and says nothing about speed
     "tiny": Model(experts=4, qk_norm=True, hidden=256, intermediate=256, heads=8, kv_heads=2, head_dim=64, chunk=64),
 }
+PUBLISHED = ("scout", "maverick")
 RANKS = (1, 2, 4, 8)
 TOKENS = tuple(2**i for i in range(14))
 CONTEXTS = tuple(1024 * 4**i for i in range(6))  # 1k to 1M
@@ -160,7 +161,7 @@ def _check(workload: Workload) -> None:
         raise ValueError(f"workload is {workload.name!r}, needs fp8 for {op}")
 
 
-def named(models: Iterable[str] = ("scout", "maverick"), ranks: Iterable[int] = RANKS) -> list[Workload]:
+def named(models: Iterable[str] = PUBLISHED, ranks: Iterable[int] = RANKS) -> list[Workload]:
     """Every workload of the published grid, op by op; names outside of it are workloads too."""
     grid: list[Workload] = []
     models, ranks = tuple(models), tuple(ranks)

@@ -77,7 +77,7 @@ def tune(
     out: Annotated[Optional[Path], typer.Option(dir_okay=False, help="Table to write; the installed one of this GPU if not given.")] = None,
 ) -> None:
     """Time launch configurations of the Triton kernels on this GPU and keep the fastest for each shape."""
-    from llama4_kernels.triton import tune
+    from llama4_kernels.bench import tune
 
     raise typer.Exit(tune.run(op, workload, tokens, out))
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from llama4_kernels.triton import config, tune
+from llama4_kernels.bench import tune
+from llama4_kernels.triton import config
 
 TINY = tune.Workload(experts=2, intermediate=64, fp8=True, hidden=64)
 

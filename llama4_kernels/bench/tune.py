@@ -14,15 +14,18 @@ import torch
 import triton
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llama4_kernels.ops.types import Linear, MoEWeights
+from llama4_kernels.bench import timing
+from llama4_kernels.bench.inputs import moe_weights
+from llama4_kernels.bench.workloads import BYTES, MODELS, PUBLISHED, RANKS
+from llama4_kernels.ops.types import MoEWeights
 from llama4_kernels.triton import config
 from llama4_kernels.triton.grouped_gemm import grouped_gemm
 from llama4_kernels.triton.moe import moe_down, moe_gate_up
 from llama4_kernels.triton.quantization import quantize_per_token
 from llama4_kernels.triton.routing import route_top1
 
+ROUNDS = 20
 TOKENS = (1, 4, 16, 32, 64, 128, 256, 1024, 4096, 8192)
-_EXPERTS = {"scout": 16, "maverick": 128}
 _LANES = {4: (64, 128), 8: (128,)}  # weight rows of a tile, by warps
 
 
@@ -39,8 +42,8 @@ class Workload:
     def named(name: str) -> Workload:
         """The workload of a name such as "scout-tp8-fp8" or "maverick-tp4-bf16"; ValueError for any other."""
         names = {
-            f"{model}-tp{ranks}-{form}": Workload(experts, 8192 // ranks, form == "fp8")
-            for (model, experts), ranks, form in itertools.product(_EXPERTS.items(), (1, 2, 4, 8), ("fp8", "bf16"))
+            f"{model}-tp{ranks}-{form}": Workload(MODELS[model].experts, MODELS[model].intermediate // ranks, form == "fp8")
+            for model, ranks, form in itertools.product(PUBLISHED, RANKS, BYTES)
         }
         if name not in names:
             raise ValueError(f"workload is {name!r}, needs one of {', '.join(names)}")
@@ -86,11 +89,11 @@ def tune(
 ) -> dict[str, dict[str, dict[str, config.Config]]]:
     """Time every candidate of `ops` at every workload and number of tokens, and merge the fastest into the table at `out`.
 
-    timer: the time of one call, in any unit; by default the median of triton.testing.do_bench, which clears the L2 cache before each.
+    timer: the time of one call, in any unit; by default the median of CUDA-graph replays with a cold L2 cache, as benchmarks time it.
     Candidates that need more shared memory or registers than the GPU has are passed over. Returns the whole table.
     """
     device = torch.device("cuda", torch.cuda.current_device()) if device is None else device
-    timer = timer or (lambda call: triton.testing.do_bench(call, return_mode="median"))
+    timer = timer or (lambda call: timing.time_calls([call], device, ROUNDS)[0].median_us)
     table = json.loads(out.read_text()) if out.exists() else {}
     jobs = list(itertools.product(workloads, ops, tokens))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -125,22 +128,8 @@ def _time(call: Callable[[], object], timer: Callable[[Callable[[], object]], fl
         return None
 
 
-def _linear(*shape: int, fp8: bool, device: torch.device) -> Linear:
-    weight = torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02)
-    if not fp8:
-        return Linear(weight)
-    return Linear((weight * 1000).to(torch.float8_e4m3fn), torch.full(shape[:-1], 0.001, device=device))
-
-
 def _layer(workload: Workload, device: torch.device) -> MoEWeights:
-    experts, width, hidden = workload.experts, workload.intermediate, workload.hidden
-    return MoEWeights(
-        torch.randn(experts, hidden, device=device).bfloat16(),
-        _linear(experts, 2 * width, hidden, fp8=workload.fp8, device=device),
-        _linear(experts, hidden, width, fp8=workload.fp8, device=device),
-        _linear(2 * width, hidden, fp8=workload.fp8, device=device),
-        _linear(hidden, width, fp8=workload.fp8, device=device),
-    )
+    return moe_weights(workload.experts, workload.hidden, workload.intermediate, workload.fp8, device)
 
 
 def _call(op: str, weights: MoEWeights, x: torch.Tensor) -> Callable[[], object]:
