@@ -1,8 +1,9 @@
 // chunked_attention: prefill, decode and any mix of both, in one launch of one persistent kernel.
 //
-// A block has a warpgroup that loads tiles of K and V (attention_load.cuh) and two that attend. An item of many queries is 128 rows (a query and one of
-// the heads of a KV head), 64 per warpgroup, which both visit every tile. An item of few queries is up to 64 rows and a split of their keys, of which the
-// warpgroups take turns at the tiles; the last split of a request to be done combines them all. Tiles outside the rows' chunks are not visited.
+// A block has a warpgroup that loads tiles of K and V (attention_load.cuh) and two that attend. An item of many queries is 128 rows (a row is a
+// query and one of the heads of a KV head), 64 per warpgroup, which both visit every tile. An item of few queries is up to 64 rows and a split of
+// their keys, whose tiles the warpgroups share out; the last split of a request to be done combines them all. Tiles outside the rows' chunks are
+// not visited.
 
 #include "attention.h"
 
@@ -148,7 +149,8 @@ private:
         for (float& element : output) element = 0.0f;
     }
 
-    // Every step-th tile of the item from `first` on. The scores of a tile are computed while the softmax of the one before is being multiplied with V.
+    // Every step-th tile of the item from `first` on. The tensor cores compute a tile's scores, then multiply the weights of the one before with V;
+    // the softmax of the new scores runs beside that.
     __device__ void visit(int count, int first, int step, int first_tile, int tiles) {
         if (first > 0) pass_k(count);
         begin_scores(count + first);
@@ -230,7 +232,8 @@ private:
         hopper::wgmma_commit();
     }
 
-    // scores become weights, not yet divided by their sum; `correction` is for what was summed up before. Rows that have seen no key yet stay at −∞.
+    // scores become weights, not yet divided by their sum; `correction` is for what was summed up before. Rows that have seen no key yet stay
+    // at −∞.
     __device__ void softmax(int tile) {
         const int start = tile * ATTENTION_TILE;
         if (start < seen_by_all_from || start + ATTENTION_TILE > seen_by_all_to) mask(start);
@@ -294,7 +297,8 @@ private:
 #pragma unroll
         for (int i = 0; i < HEAD_DIM / 2; i += 2) {
             const int row = hopper::accumulator_row(thread, i), column = hopper::accumulator_column(thread, i);
-            *reinterpret_cast<uint32_t*>(shared.q[warpgroup] + chunk_in_q(row, column / 8) + column % 8 * 2) = bfloat16_pair(output[i], output[i + 1]);
+            uint8_t* to = shared.q[warpgroup] + chunk_in_q(row, column / 8) + column % 8 * 2;
+            *reinterpret_cast<uint32_t*>(to) = bfloat16_pair(output[i], output[i + 1]);
         }
         sync_warpgroup(warpgroup);
         const int first = warpgroup * ROWS;
@@ -342,7 +346,7 @@ private:
         if (shared.earlier_splits + 1 == unsigned(item.splits)) combine(item);
     }
 
-    // The parts of each row in order, weighted by their sums. A part of −∞ has seen no key, and was not divided by its sum of 0 to any use.
+    // The parts of each row in order, weighted by their sums. A part of −∞ has seen no key, and holds NaN.
     __device__ void combine(const Item& item) const {
         constexpr int DIMS = HEAD_DIM / WARP;
         const int lane = threadIdx.x % WARP, parts = item.splits * ATTENTION_PARTS;
@@ -382,7 +386,8 @@ __device__ inline void zero_padding(const AttentionArguments& a) {
 
 template <int HEAD_DIM, class Element>
 __global__ void __launch_bounds__(THREADS, 1)
-    chunked_attention_kernel(const __grid_constant__ hopper::TensorMap k_map, const __grid_constant__ hopper::TensorMap v_map, const AttentionArguments a) {
+    chunked_attention_kernel(const __grid_constant__ hopper::TensorMap k_map, const __grid_constant__ hopper::TensorMap v_map,
+                             const AttentionArguments a) {
     auto& shared = *shared_memory<SharedMemory<HEAD_DIM>>();
     const Ring<HEAD_DIM> k{shared.k[0], shared.k_full, shared.k_empty};
     const Ring<HEAD_DIM> v{shared.v[0], shared.v_full, shared.v_empty};

@@ -1,7 +1,7 @@
 // From pages to shared memory: four warps bring the tiles of K and V of each item in turn, 32 keys of a tile each.
 //
 // A warp whose 32 keys stand in consecutive slots takes them by TMA, one box per 64 dims; another gathers their rows by cp.async. Keys of fp8 go
-// through registers, where codes become bfloat16. A key that no query of the item sees is not read and becomes zeros, nor is its entry of the page table.
+// through registers, where codes become bfloat16. A key that no query of the item sees is not read, nor its entry of the page table; it is zeros.
 #pragma once
 
 #include <cuda_bf16.h>

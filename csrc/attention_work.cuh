@@ -1,7 +1,8 @@
 // How a batch becomes items of work, from sequence lengths on the device: each block counts every request's items, and takes every gridDim.x-th.
 //
-// A request of many queries has an item per block of 128 rows, a row being a query and one of the heads of a KV head; a request of few queries has
-// an item per split of its keys. Which it is, and how its keys are split, follows from the request alone, so its bits do not depend on its neighbours.
+// A request of many queries has an item per block of 128 rows, a row being a query and one of the heads of a KV head; a request of few queries
+// has an item per split of its keys. Which it is, and how its keys are split, follows from the request alone, so that its bits do not depend on
+// its neighbours.
 #pragma once
 
 #include "attention.h"

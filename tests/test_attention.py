@@ -134,7 +134,7 @@ def request(draw) -> tuple[int, int]:
     chunk_size=st.sampled_from([None, 1, 8, 12, 16, 64]),
     page_size=st.sampled_from([1, 4, 16, 7]),
     table=st.sampled_from(["pages", "slots", "mapped slots"]),
-    heads=st.sampled_from([(1, 1, 2), (5, 1, 64), (4, 2, 16), (6, 6, 20)]),
+    heads=st.sampled_from([(1, 1, 2), (5, 1, 64), (4, 2, 16), (6, 6, 20), (5, 1, 128)]),
     dtype=st.sampled_from([torch.bfloat16, torch.float32]),
     fp8=st.booleans(),
     padding=st.sampled_from([0, 3]),

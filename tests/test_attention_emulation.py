@@ -27,7 +27,7 @@ PLANTED = {  # the file, its text, the bug
     "boxes one key late": (LOAD, "load_boxes(map, int(first_slot),", "load_boxes(map, int(first_slot) + 1,"),
     "copies not waited for": (LOAD, "unsignalled = &full;", "if (lane == 0) full.arrive();"),
     "buffers not waited for": (LOAD, "                ring.wait_empty(count);\n            }", "            }"),
-    "no proxy fence": (LOAD, "            hopper::fence_async_proxy();\n            __syncwarp();\n            if (lane == 0) full", "            __syncwarp();\n            if (lane == 0) full"),
+    "no proxy fence": (LOAD, "write_bfloat16(codes, tile);\n            hopper::fence_async_proxy();", "write_bfloat16(codes, tile);"),
     "one split too few": (WORK, "return divide_up(tiles, tiles_per_split(a, tiles));", "return max(tiles / tiles_per_split(a, tiles), 1);"),
     "positions without the prefix": (WORK, "before = a.seq_lens[request] - queries;", "before = 0;"),
     "masks of boundary tiles left out": (MAIN, "if (start < seen_by_all_from || start + ATTENTION_TILE > seen_by_all_to) mask(start);", ""),
@@ -46,7 +46,8 @@ def run(op, arguments: tuple, options: dict) -> Tensor:
     """The output; elements that nothing wrote are NaN."""
     scale = {"scale": arguments[0].shape[2] ** -0.5} | options
     with Guarded() as guarded:
-        return op(*map(guarded, arguments), **{name: guarded(value) if isinstance(value, Tensor) else value for name, value in scale.items()})
+        options = {name: guarded(value) if isinstance(value, Tensor) else value for name, value in scale.items()}
+        return op(*map(guarded, arguments), **options)
 
 
 def assert_attention(op, arguments: tuple, options: dict) -> None:
@@ -140,7 +141,10 @@ def test_fewer_splits_where_memory_is_short(op, monkeypatch):
     assert_attention(op, arguments, options)
 
 
-@pytest.mark.parametrize("rows, most_keys, chunk_size, want", [(1, 1, 8192, 1), (1, 1 << 20, 8192, 33), (1, 1 << 20, 1 << 30, 128), (1 << 11, 1 << 20, 1 << 30, 64)])
+@pytest.mark.parametrize(
+    "rows, most_keys, chunk_size, want",
+    [(1, 1, 8192, 1), (1, 1 << 20, 8192, 33), (1, 1 << 20, 1 << 30, 128), (1 << 11, 1 << 20, 1 << 30, 64)],
+)
 def test_how_many_splits_there_may_be(op, rows, most_keys, chunk_size, want):
     assert op.__globals__["max_splits"](rows, 128, most_keys, chunk_size) == want
 

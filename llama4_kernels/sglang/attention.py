@@ -1,7 +1,8 @@
 """SGLang's attention backend for Llama 4: every layer, local and global, prefill, decode and mixed, through ops.chunked_attention.
 
 The kernel reads SGLang's own structures: req_to_token as the page table, one slot per position, and the full pool's mapping to the
-SWA pool for layers that live there. What a step needs beside them is made on the device, once, and recorded in CUDA graphs.
+SWA pool for layers that live there. What a step needs beside them is made on the device, once, without a look at what is there, and
+recorded in CUDA graphs.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from torch import Tensor
 
 from llama4_kernels import ops
@@ -65,13 +66,24 @@ class Llama4AttentionBackend(AttentionBackend):
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
 
+    def shared_read_ends(self, fm: ForwardMode) -> SharedReadEnds:
+        """Every layer reads req_to_token and the SWA mapping as they are, so the scheduler may change them when the last one is done."""
+        return SharedReadEnds.POST_REPLAY if fm.is_decode() or fm.is_target_verify() else SharedReadEnds.UNKNOWN
+
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
+        seq_lens = forward_batch.seq_lens
         if forward_batch.forward_mode.is_decode_or_idle():
             query_start_loc = self._one_query_each[: forward_batch.batch_size + 1]
+        elif forward_batch.forward_mode.is_target_verify():
+            if forward_batch.spec_info.tree_topk != 1:
+                raise ValueError("llama4_kernels verifies drafts that are one chain (--speculative-eagle-topk 1), these are a tree")
+            drafted = forward_batch.positions.shape[0] // forward_batch.batch_size
+            query_start_loc = self._one_query_each[: forward_batch.batch_size + 1] * drafted
+            seq_lens = seq_lens + drafted  # SGLang counts them when they are accepted
         else:
             ends = forward_batch.extend_seq_lens.cumsum(0, dtype=torch.int32)
             query_start_loc = torch.nn.functional.pad(ends, (1, 0))
-        self.forward_metadata = StepMetadata(forward_batch.seq_lens.to(torch.int32), query_start_loc)
+        self.forward_metadata = StepMetadata(seq_lens.to(torch.int32), query_start_loc)
 
     def forward_extend(
         self,

@@ -40,6 +40,9 @@ logger = logging.getLogger("llama4_kernels")
 # SGLang's overlapped schedule runs a request that has reached the context length a step or more further and drops the result.
 OVERLAP_STEPS = 8
 
+# Speculative algorithms whose drafts are one chain of tokens, with --speculative-eagle-topk 1.
+CHAIN_DRAFTS = ("EAGLE", "EAGLE3", "STANDALONE")
+
 
 class Llama4MoE(nn.Module):
     """Routed experts, top-1, and the shared expert; the output is this rank's part of the sum."""
@@ -274,7 +277,17 @@ def _check_server() -> None:
     for asked, flag in (
         (parallel.moe_ep_size > 1, f"--ep-size {parallel.moe_ep_size}"),
         (parallel.pp_size > 1, f"--pp-size {parallel.pp_size}"),
-        (get_spec().speculative_algorithm is not None, f"--speculative-algorithm {get_spec().speculative_algorithm}"),
     ):
         if asked:
             raise ValueError(f"--model-impl llama4_kernels does not serve Llama 4 with {flag}")
+    if get_spec().speculative_algorithm is not None:
+        check_speculation(get_spec().speculative_algorithm, get_spec().speculative_eagle_topk)
+
+
+def check_speculation(algorithm: str, topk: int) -> None:
+    """ValueError where drafts are not one chain of tokens. NGRAM's never are: it fills up short ones with siblings of their first token."""
+    if algorithm not in CHAIN_DRAFTS:
+        needs = " or ".join(CHAIN_DRAFTS)
+        raise ValueError(f"--model-impl llama4_kernels does not serve Llama 4 with --speculative-algorithm {algorithm}, needs {needs}")
+    if topk != 1:
+        raise ValueError(f"--model-impl llama4_kernels does not serve Llama 4 with --speculative-eagle-topk {topk}, needs 1: drafts of one chain")

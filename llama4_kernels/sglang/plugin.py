@@ -36,8 +36,8 @@ def is_registered() -> bool:
 
 
 def is_ours(model_config) -> bool:
-    """Whether the server was started with --model-impl llama4_kernels."""
-    return str(model_config.model_impl).lower() == MODEL_IMPL
+    """Whether the server was started with --model-impl llama4_kernels. The draft model of speculative decoding is SGLang's own."""
+    return str(model_config.model_impl).lower() == MODEL_IMPL and not model_config.is_draft_model
 
 
 def _derive_layers(result, model_config) -> None:
