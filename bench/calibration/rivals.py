@@ -26,17 +26,17 @@ ROUNDS = 20
 
 # The time box of each peer: those that compile or tune in their first calls have more
 SECONDS = {
-    "grouped_gemm": {"torch": 20, "sglang": 30, "fbgemm_cutlass": 20, "sgl_kernel_es": 20, "deep_gemm": 45, "fbgemm_triton": 45},
-    "fused_moe": {"sglang": 45, "sglang_one_stream": 35, "fbgemm_cutlass": 25, "fbgemm_triton": 45},
-    "route_top1": {"sglang": 25, "sglang_fused_gate": 15, "sglang_topk_sigmoid": 15, "fbgemm": 15},
+    "grouped_gemm": {"torch": 20, "sglang": 30, "fbgemm_cutlass": 20, "sgl_kernel_es": 20, "deep_gemm": 40, "fbgemm_triton": 40},
+    "fused_moe": {"sglang": 40, "sglang_one_stream": 25, "sglang_tuned": 75, "fbgemm_cutlass": 20, "fbgemm_triton": 40},
+    "route_top1": {"sglang": 22, "sglang_fused_gate": 12, "sglang_topk_sigmoid": 15, "fbgemm": 12},
     "chunked_attention": {
         "flash_attn_3": 23,
-        "flash_attn_3_chunk": 15,
-        "flash_attn_4": 30,
+        "flash_attn_3_chunk": 12,
+        "flash_attn_4": 26,
         "torch_cudnn": 23,
-        "torch_flash": 15,
-        "torch_flex": 30,
-        "flashinfer": 15,
+        "torch_flash": 12,
+        "torch_flex": 26,
+        "flashinfer": 12,
         "sglang_triton": 23,
     },
 }

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama4_kernels.bench import inputs, peers, workloads
-from llama4_kernels.bench.peers import NotInstalled, Unavailable, decode, load, prefill
+from llama4_kernels.bench import inputs, peers, timing, workloads
+from llama4_kernels.bench.peers import NotInstalled, Unavailable, decode, load, moe, prefill
 from llama4_kernels.reference.quantization import E4M3_MAX
 
 CPU = torch.device("cpu")
@@ -293,6 +293,37 @@ def test_moe_layer(name):
     assert 1e-4 < error(name, MOE) < 5e-2  # not the reference's own arithmetic
 
 
+def test_tuned_sglang_runs_with_the_fastest_tiles_that_can_be_launched(monkeypatch):
+    seen: list[tuple[int, ...]] = []
+
+    @contextlib.contextmanager
+    def tiles(config):
+        seen.append(tuple(config[name] for name in (*(f"BLOCK_SIZE_{axis}" for axis in "MNK"), "num_warps", "num_stages")))
+        if seen[-1] == moe.TILES[0]:
+            raise RuntimeError("out of shared memory")
+        yield
+
+    def estimate(run, device):
+        run()
+        return 1.0 if seen[-1] == moe.TILES[3] else 2.0
+
+    on_streams = moe._sglang  # there is none on a CPU
+    monkeypatch.setattr(moe, "_sglang", lambda problem, two_streams: on_streams(problem, two_streams=False))
+    monkeypatch.setattr(load, "sglang_tiles", tiles)
+    monkeypatch.setattr(timing, "estimate_us", estimate)
+    monkeypatch.setattr(moe, "_FASTEST", {})
+    assert 1e-4 < error("sglang_tuned", MOE) < 5e-2
+    assert set(seen) == set(moe.TILES) and seen[-1] == moe.TILES[3]
+    searched = len(seen)
+    case = peers.build("sglang_tuned", problem(MOE))
+    assert len(seen) == searched and str(moe.TILES[3]) in case.note
+
+    monkeypatch.setattr(moe, "_FASTEST", {})
+    monkeypatch.setattr(moe, "TILES", moe.TILES[:1])
+    with pytest.raises(Unavailable, match="none of its tiles can be launched: RuntimeError: out of shared memory"):
+        peers.build("sglang_tuned", problem(MOE))
+
+
 def test_moe_layer_of_sglang_in_bf16():
     assert error("sglang_one_stream", MOE.replace("fp8", "bf16")) < 2e-2
 
@@ -331,6 +362,14 @@ def test_what_attention_peers_are_not_compared_in_is_said():
 @pytest.mark.skipif(not any(importlib.metadata.distributions(name="sglang")), reason="no sglang")
 def test_what_is_used_of_sglang_stands_where_it_is_looked_for():
     """In a process of its own: an import of SGLang leaves much behind."""
-    code = "from llama4_kernels.bench.peers import load\nfor where in load._SGLANG.values(): load._from_sglang(*where)"
+    code = """
+from llama4_kernels.bench.peers import load
+for where in load._SGLANG.values():
+    load._from_sglang(*where)
+choose = load._from_sglang(*load._SGLANG["optimal_config"])
+with load.sglang_tiles({"BLOCK_SIZE_M": 32}):
+    assert choose((16, 2048, 5120), (16, 5120, 1024), 1, "fp8_w8a8", 64, per_channel_quant=True) == {"BLOCK_SIZE_M": 32}
+assert load.importlib.import_module(f"sglang.{load._TRITON_MOE}").get_config() is None
+"""
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-2000:]

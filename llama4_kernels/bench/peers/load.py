@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import pathlib
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from importlib.machinery import PathFinder
 from typing import Any
 
@@ -115,6 +116,18 @@ def sglang() -> types.SimpleNamespace:
     importlib.import_module("sglang.srt.runtime_context")._CONTEXT.set_server_args(settings)
     found = {name: _from_sglang(*where) for name, where in _SGLANG.items()}
     return types.SimpleNamespace(**found, fp8_scaled_mm=sgl_kernel().fp8_scaled_mm)
+
+
+@contextlib.contextmanager
+def sglang_tiles(config: Mapping[str, int]) -> Iterator[None]:
+    """Within it SGLang's MoE kernels are launched with these tiles instead of those that it would choose."""
+    package = importlib.import_module(f"sglang.{_TRITON_MOE}")
+    chosen = package.get_config
+    package.get_config = lambda: dict(config)
+    try:
+        yield
+    finally:
+        package.get_config = chosen
 
 
 def _from_sglang(name: str, *modules: str) -> Any:

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama4_kernels.bench import timing
 from llama4_kernels.bench.inputs import Problem
 from llama4_kernels.bench.peers import Case, Unavailable, load, peer
 from llama4_kernels.bench.peers.grouped_gemm import whole
+from llama4_kernels.bench.workloads import Workload
 from llama4_kernels.ops import Linear, MoEWeights
 
 # They round s · x and h to bf16 and quantise h with one scale per token: that differs from the reference by more than rounding once
@@ -83,6 +85,51 @@ def _sglang_two_streams(problem: Problem) -> Case:
 @peer("sglang_one_stream", "fused_moe", about="SGLang's Llama 4 MoE on one stream", bound=BOUND)
 def _sglang_one_stream(problem: Problem) -> Case:
     return _sglang(problem, two_streams=False)
+
+
+# Of the space that SGLang's own tuner searches, the corners that fp8 weights on Hopper are likely to want: M, N, K, warps, stages
+TILES = (
+    (16, 64, 128, 4, 5),
+    (16, 128, 128, 4, 4),
+    (16, 128, 256, 8, 3),
+    (32, 128, 128, 4, 4),
+    (64, 128, 128, 4, 4),
+    (64, 256, 128, 8, 3),
+    (128, 128, 128, 8, 3),
+    (128, 256, 128, 8, 3),
+)
+_FASTEST: dict[Workload, tuple[int, ...]] = {}
+
+
+@peer("sglang_tuned", "fused_moe", about="SGLang's Llama 4 MoE with the fastest of a few tiles, for each workload", bound=BOUND)
+def _sglang_tuned(problem: Problem) -> Case:
+    case, device = _sglang(problem, two_streams=True), problem.arguments["x"].device
+
+    def with_tiles(tiles: tuple[int, ...]) -> Callable[[], Tensor]:
+        m, n, k, warps, stages = tiles
+        blocks = {"BLOCK_SIZE_M": m, "BLOCK_SIZE_N": n, "BLOCK_SIZE_K": k, "GROUP_SIZE_M": 1 if m < 64 else 16}
+
+        def run() -> Tensor:
+            with load.sglang_tiles({**blocks, "num_warps": warps, "num_stages": stages}):
+                return case.run()
+
+        return run
+
+    if problem.workload not in _FASTEST:
+        times: dict[tuple[int, ...], float] = {}
+        refused = ""
+        for tiles in TILES:
+            run = with_tiles(tiles)
+            try:
+                run()
+                times[tiles] = min(timing.estimate_us(run, device) for _ in range(3))
+            except Exception as error:  # tiles may not fit this GPU
+                refused = timing.one_line(error)
+        if not times:
+            raise Unavailable(f"none of its tiles can be launched: {refused}")
+        _FASTEST[problem.workload] = min(times, key=times.__getitem__)
+    tiles = _FASTEST[problem.workload]
+    return Case(with_tiles(tiles), case.result, f"{case.note} replaced by the fastest of {len(TILES)}: M, N, K, warps, stages {tiles}")
 
 
 def _fbgemm(problem: Problem, cutlass: bool) -> Case:
