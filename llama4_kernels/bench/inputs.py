@@ -52,11 +52,6 @@ class Problem:
         """The same values in other memory."""
         return dataclasses.replace(self, arguments=_cloned(self.arguments))
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of the arguments."""
-        return _nbytes(self.arguments)
-
     def canonical(self, result: Any) -> Any:
         """What `error` compares of a result of `call`: tensors, or for route_top1 the whole result."""
         if self.workload.op == "rope_qk_norm":
@@ -286,12 +281,6 @@ def _attention_part(w: Workload, random: Random, x: Tensor | None = None) -> dic
 
 def _cloned(value: Any) -> Any:
     return _mapped(torch.clone, value)
-
-
-def _nbytes(value: Any) -> int:
-    sizes: list[int] = []
-    _mapped(lambda tensor: sizes.append(tensor.nbytes), value)
-    return sum(sizes)
 
 
 def _mapped(function: Callable[[Tensor], Any], value: Any) -> Any:

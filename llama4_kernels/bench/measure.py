@@ -114,14 +114,16 @@ def _measure(job: Job, problem: inputs.Problem, session: Session, device: torch.
         torch.cuda.empty_cache()  # what an earlier job held counts as free again
     before = clocks(device)
     # Ops that write into a cache must not write into the inputs of the next job
+    held = _allocated(device)
     mine = problem.copy()
     case = _build(job, mine)
+    footprint = _allocated(device) - held
     result = case.result(case.run())
     is_oracle = not job.peer and job.backend == "reference"
     check = _check(job, problem, result) if session.options.refcheck and not is_oracle else None
     del result
     single_us = timing.estimate_us(case.run, device)
-    copies = timing.calls_per_replay(single_us, problem.nbytes, device)
+    copies = 1 if case.single else timing.calls_per_replay(single_us, footprint, device)
     cases = [case, *(_build(job, problem.copy()) for _ in range(copies - 1))]
     timed, notes = timing.time_calls([each.run for each in cases], device, session.options.rounds)
     after = clocks(device)
@@ -150,6 +152,10 @@ def _measure(job: Job, problem: inputs.Problem, session: Session, device: torch.
         return done
     found = "not a finite number" if check.error is None else f"{check.error:.1e}"
     return replace(done, status="wrong", reason=f"its error against the reference is {found}, needs at most {check.bound:.0e}")
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def _check(job: Job, problem: inputs.Problem, result: object) -> Check:

@@ -30,13 +30,13 @@ def time_calls(calls: Sequence[Call], device: torch.device, rounds: int | None =
     return _time_cpu(calls[0], rounds or CPU_ROUNDS), []
 
 
-def calls_per_replay(single_us: float, nbytes: int, device: torch.device) -> int:
-    """How many calls one replay needs so that its launch does not count, and as many as fit in a quarter of the free memory."""
+def calls_per_replay(single_us: float, footprint: int, device: torch.device) -> int:
+    """How many calls, each of `footprint` bytes of its own, one replay needs so that its launch does not count, while free memory lasts."""
     if device.type != "cuda":
         return 1
     free, _ = torch.cuda.mem_get_info(device)
     wanted = -(-REPLAY_US // max(single_us, 1.0))
-    return int(max(1, min(wanted, MAX_CALLS, free // 4 // max(nbytes, 1))))
+    return int(max(1, min(wanted, MAX_CALLS, free // 4 // max(footprint, 1))))
 
 
 def estimate_us(call: Call, device: torch.device) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -92,3 +95,19 @@ def test_without_refcheck_nothing_is_checked(monkeypatch):
     session = measure.start(Options(refcheck=False, rounds=3))
     done = measure.run(Job(FOUR, "wrong", peer=True), session)
     assert (done.status, done.check) == ("ok", None)
+
+
+def test_measuring_needs_no_package_of_the_extra():
+    """As on a GPU host without network: torch is there, what reads results and draws is not."""
+    code = """
+import sys
+for name in ("jsonschema_rs", "jinja2", "plotly", "rich", "scipy", "typer", "numpy", "sglang"):
+    sys.modules[name] = None
+from llama4_kernels.bench import measure, plan, record, runner
+(job,) = plan.plan(patterns=["quantize_per_token/fp8/tiny/tp1/t4"], backends=["reference"])
+done = measure.run(job, measure.start(measure.Options(rounds=3)))
+record.to_json(done)
+print(done.status, done.reason)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.stdout.split() == ["ok"], ran.stdout + ran.stderr

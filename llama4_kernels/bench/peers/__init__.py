@@ -29,12 +29,13 @@ class Case:
     """One implementation, prepared for one problem.
 
     run: what is timed. result: what run gives, in the form of Problem.canonical; never timed. note: what was prepared outside the timed
-    region, and what else sets the figure apart.
+    region, and what else sets the figure apart. single: whether another one would compile anew, so that only one is timed.
     """
 
     run: Callable[[], Any]
     result: Callable[[Any], Any]
     note: str = ""
+    single: bool = False
 
 
 @dataclass(frozen=True)

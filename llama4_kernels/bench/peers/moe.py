@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from collections.abc import Callable
 
@@ -20,6 +21,7 @@ from llama4_kernels.ops import Linear, MoEWeights
 BOUND = 5e-2
 
 
+@functools.cache
 def llama4_routing(fast_topk: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """What SGLang's Llama 4 compiles as its routing function: logits [T, E] -> top-1 scores [T, 1] and int32 ids [T, 1]."""
 

@@ -130,7 +130,7 @@ def flex(problem: Problem) -> Case:
     mask = make_mask(visible, None, None, len(piece), len(piece), device=p.q.device)
     q, k, v = (t.transpose(0, 1)[None].contiguous() for t in (p.q, p.k, p.v))
     run = functools.partial(attend, q, k, v, block_mask=mask, scale=p.scale, enable_gqa=True)
-    return Case(run, lambda raw: [raw[0].transpose(0, 1)], f"{CUT}, block mask and heads-first layout too")
+    return Case(run, lambda raw: [raw[0].transpose(0, 1)], f"{CUT}, block mask and heads-first layout too", single=True)
 
 
 def sglang(problem: Problem) -> Case:
