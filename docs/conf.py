@@ -8,7 +8,7 @@ from pathlib import Path
 import llama4_kernels
 
 sys.path.insert(0, str(Path(__file__).parent))
-import docstrings  # noqa: E402
+import docstrings
 
 project = "llama4_kernels"
 version = release = llama4_kernels.__version__

@@ -107,9 +107,9 @@ def _demo(console: Console, folder: Path, like: str, fp8: bool, vision: bool, tp
     """The demo in `folder`; what went wrong, if anything."""
     console.print(f"writing a tiny random checkpoint like Llama 4 {like.capitalize()}{' in FP8' if fp8 else ''}")
     path = checkpoint.make(folder / "checkpoint", like, fp8="compressed-tensors-experts" if fp8 else None, vision=vision)
-    reference = _reference(path, folder, fp8)
+    reference = reference_for(path, folder, fp8)
     flags = [*FLAGS, *(VISION_FLAGS if vision else ())]
-    with _progress(console) as progress, serve(path, *flags, log=folder / "server.log", tp=tp, port=port, progress=progress) as server:
+    with start_progress(console) as progress, serve(path, *flags, log=folder / "server.log", tp=tp, port=port, progress=progress) as server:
         progress(server.seconds_to_start, "")
         console.print(f"the server is up after {server.seconds_to_start:.0f} s")
         if server.serving() is None:
@@ -127,7 +127,7 @@ def _demo(console: Console, folder: Path, like: str, fp8: bool, vision: bool, tp
     return _judge(console, comparisons, reference)
 
 
-def _reference(path: Path, folder: Path, fp8: bool) -> Reference:
+def reference_for(path: Path, folder: Path, fp8: bool) -> Reference:
     from llama4_kernels.cli.oracle import Oracle
 
     if not fp8:
@@ -233,7 +233,7 @@ def _folder(keep: Path | None) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _progress(console: Console) -> Iterator[Callable[[float, str], None]]:
+def start_progress(console: Console) -> Iterator[Callable[[float, str], None]]:
     """A reporter of the server's start: one live line on a terminal, else a line every ten seconds. An empty line of log ends it."""
     if not console.is_terminal:
         printed = 0.0

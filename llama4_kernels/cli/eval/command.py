@@ -1,0 +1,131 @@
+"""From the options of `llama4-kernels eval` to the evaluation that they ask for, and from what stops it to one line."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from llama4_kernels.cli import checkpoint
+from llama4_kernels.cli.eval import accuracy, guide, needle, parity
+from llama4_kernels.cli.eval.target import EvalError, Target, reach, started
+from llama4_kernels.cli.server import ServerError
+
+CPU_SERVER = ("--dtype=float32", "--max-running-requests=8")
+TINY_MAX_GEN_TOKS = 32
+TINY_CONTEXT = 2048
+NEEDLE_MARGIN = 1.1  # a server's context, per token of the longest prompt asked for
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was given on the command line; exactly one of model, url and tiny is not None. See cli/main.py for what each means."""
+
+    model: str | None
+    url: str | None
+    tiny: checkpoint.Like | None
+    fp8: bool
+    tp: int
+    server: tuple[str, ...]
+    out: Path
+
+
+def run_accuracy(
+    options: Options, task: str | None, limit: int | None, max_gen_toks: int | None, concurrency: int, model: str | None
+) -> int:
+    """The default: lm_eval. model: the guide's, or None to read it off the server's model name."""
+
+    def ask(console: Console) -> int:
+        accuracy.check_installed()
+        tiny, name = options.tiny is not None, _name(options)
+        protocol = accuracy.Protocol(
+            task=task or ("own_questions" if tiny else "mmlu_pro"),
+            max_gen_toks=max_gen_toks or (TINY_MAX_GEN_TOKS if tiny else accuracy.GUIDE_MAX_GEN_TOKS),
+            concurrency=concurrency,
+            limit=limit,
+            model=model or guide.model_in(name),
+        )
+        server = _target(console, options, accuracy.GUIDE_SERVER, TINY_CONTEXT)
+        return accuracy.run(console, name, server, protocol, options.out)
+
+    return _one_line(ask)
+
+
+def run_needle(options: Options, lengths: list[int], depths: list[float]) -> int:
+    """--needle."""
+    context = round(max(lengths) * NEEDLE_MARGIN) + 256
+
+    def ask(console: Console) -> int:
+        server = _target(console, options, (f"--context-length={context}",), context)
+        return needle.run(console, _name(options), server, lengths, depths, options.out)
+
+    return _one_line(ask)
+
+
+def run_parity(options: Options, text: Path | None, tokens: int | None, dtype: str, against: list[str] | None) -> int:
+    """--parity."""
+
+    def compare(console: Console) -> int:
+        parity.check_installed()
+        with contextlib.ExitStack() as stack:
+            model = Path(options.model) if options.tiny is None else _tiny(stack, options)
+            everything = ["transformers", *(["stock"] if torch.cuda.is_available() else [])]
+            return parity.run(
+                console,
+                model,
+                options.out,
+                text=text,
+                tokens=tokens,
+                dtype=dtype,
+                tp=options.tp,
+                against=against or everything,
+                flags=options.server,
+            )
+
+    return _one_line(compare)
+
+
+def _one_line(evaluate) -> int:
+    """The exit code of evaluate(console); what stops it is printed and makes it 1."""
+    try:
+        return evaluate(Console())
+    except (EvalError, ServerError, OSError) as error:
+        print(f"FAIL: {error}", file=sys.stderr)
+        return 1
+
+
+def _name(options: Options) -> str:
+    """What the answers in options.out belong to."""
+    if options.url is not None:
+        return reach(options.url).model
+    return options.model if options.tiny is None else f"tiny-{options.tiny}{'-fp8' if options.fp8 else ''}"
+
+
+@contextlib.contextmanager
+def _target(console: Console, options: Options, flags: tuple[str, ...], tiny_context: int) -> Iterator[Target]:
+    """The server at options.url, or one started with `flags` and those of the command line, which come last and so prevail."""
+    if options.url is not None:
+        yield reach(options.url)
+        return
+    with contextlib.ExitStack() as stack:
+        model = options.model
+        if options.tiny is not None:
+            model = _tiny(stack, options, max_position_embeddings=tiny_context)
+            flags = (f"--context-length={tiny_context}", f"--max-total-tokens={max(4 * TINY_CONTEXT, tiny_context + 1024)}")
+        cpu = () if torch.cuda.is_available() else CPU_SERVER
+        log = options.out / "server.log"
+        yield stack.enter_context(started(console, model, *cpu, *flags, *options.server, log=log, tp=options.tp))
+
+
+def _tiny(stack: contextlib.ExitStack, options: Options, **config: Any) -> Path:
+    """A tiny random checkpoint in a folder that is gone with `stack`."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llama4_kernels-eval-")))
+    form = "compressed-tensors-experts" if options.fp8 else None
+    return checkpoint.make(folder / _name(options), options.tiny, fp8=form, **config)

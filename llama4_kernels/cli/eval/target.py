@@ -1,0 +1,109 @@
+"""The server that is asked: one that runs already, or one started here for the length of a command."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from llama4_kernels.cli import demo
+from llama4_kernels.cli.server import Server, serve
+
+START = 1800  # seconds that loading a checkpoint may take
+
+
+class EvalError(RuntimeError):
+    """What stops an evaluation: one line that says what to change."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """url: of an OpenAI-compatible server, without a path. model: the name that it serves under. server: where it was started here."""
+
+    url: str
+    model: str
+    server: Server | None = None
+
+    def implementation(self) -> str:
+        """What computes the model, as far as the server tells: SGLang's --model-impl, or "unknown"."""
+        import requests
+
+        with contextlib.suppress(requests.RequestException, ValueError, AttributeError):
+            return str(requests.get(f"{self.url}/server_info", timeout=10).json().get("model_impl", "unknown"))
+        return "unknown"
+
+
+def reach(url: str) -> Target:
+    """The running server at `url`; EvalError where none answers, or not as an OpenAI-compatible one does."""
+    import requests
+
+    url = url.rstrip("/").removesuffix("/v1")
+    route = f"{url}/v1/models"
+    try:
+        answer = requests.get(route, timeout=10)
+        return Target(url, answer.json()["data"][0]["id"])
+    except requests.JSONDecodeError as error:
+        raise EvalError(f"{route} answered {answer.status_code} without JSON: --url needs an OpenAI-compatible server") from error
+    except (requests.RequestException, ValueError) as error:
+        raise EvalError(f"no server answers at {url} ({type(error).__name__}): start it, or correct --url") from error
+    except (KeyError, IndexError, TypeError) as error:
+        raise EvalError(f"{route} names no model: --url needs an OpenAI-compatible server, such as http://127.0.0.1:30000") from error
+
+
+@contextlib.contextmanager
+def started(console: Console, model: str | Path, *flags: str, log: Path, tp: int = 1, stock: bool = False) -> Iterator[Target]:
+    """A server of `model` with this plugin, or SGLang's own implementation where `stock`; gone after the block.
+
+    Raises EvalError where sglang or the model is not there, or where the plugin did not build the model; ServerError where it dies.
+    """
+    if importlib.util.find_spec("sglang") is None:
+        raise EvalError('sglang is not installed: pip install "llama4_kernels[sglang]", or give --url of a running server')
+    check_model(model)
+    implementation = "auto" if stock else "llama4_kernels"
+    flags = (f"--model-impl={implementation}", *flags)
+    with demo.start_progress(console) as progress, serve(model, *flags, log=log, tp=tp, timeout=START, progress=progress) as server:
+        progress(server.seconds_to_start, "")
+        if not stock and server.serving() is None:
+            raise EvalError(f"the server runs SGLang's own model, see {log}: `llama4-kernels doctor` says why")
+        yield Target(server.url, reach(server.url).model, server)
+
+
+def check_model(model: str | Path) -> None:
+    """EvalError where `model` is neither the folder of a Llama 4 checkpoint nor in the Hugging Face cache."""
+    config = Path(model) / "config.json"
+    if not Path(model).is_dir():
+        if not _is_cached(str(model)):
+            raise EvalError(
+                f"{model} is neither a folder nor a model in the Hugging Face cache: correct the path, or run `hf download {model}`"
+            )
+        return
+    if not config.is_file():
+        raise EvalError(f"{model} holds no config.json: give the folder of a checkpoint")
+    try:
+        architectures = json.loads(config.read_text()).get("architectures")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise EvalError(f"{config} is no JSON object ({error}): download the checkpoint again") from error
+    if not any(str(name).startswith("Llama4") for name in architectures or []):
+        raise EvalError(f"{model} is a checkpoint of {architectures}: give one of Llama 4")
+
+
+def chunk_size(model: str | Path) -> int | None:
+    """The attention chunk of the checkpoint in the folder `model`."""
+    config: dict[str, Any] = json.loads((Path(model) / "config.json").read_text())
+    return config.get("text_config", config).get("attention_chunk_size")
+
+
+def _is_cached(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:
+        return False
