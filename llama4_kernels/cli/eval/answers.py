@@ -14,7 +14,7 @@ from llama4_kernels.cli.eval.target import EvalError
 class AnswerLog:
     """The file `path`: a line that says which run it belongs to, then a line per answer. A context manager that holds its lock.
 
-    run: what the answers depend on; a file of another run is left alone.
+    run: what the answers depend on; a file with answers of another run is left alone.
     answers: key -> answer, of this run and those before it.
     note: "", or what was amiss with the file and what was done about it.
     Raises EvalError for a file that another process writes, that belongs to another run, or that is no such file.
@@ -64,8 +64,12 @@ class AnswerLog:
         other = [
             f"{name} {first.get(name)!r}, not {self.run.get(name)!r}" for name in first | self.run if first.get(name) != self.run.get(name)
         ]
-        if other:
+        if other and len(lines) > 2:
             raise EvalError(f"{self.path} holds answers of another run ({'; '.join(other)}): give another --out")
+        if other:  # a run that got no answer
+            self._file.truncate(0)
+            self._write({"run": self.run})
+            return
         damaged = 0
         for line in lines[1:-1]:
             entry = _parsed(line)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from llama4_kernels.cli import checkpoint
 from llama4_kernels.cli.eval import accuracy, guide, needle, parity
-from llama4_kernels.cli.eval.target import EvalError, Target, reach, started
+from llama4_kernels.cli.eval.target import EvalError, Target, check_model, reach, started
 from llama4_kernels.cli.server import ServerError
 
 CPU_SERVER = ("--dtype=float32", "--max-running-requests=8")
@@ -102,10 +102,13 @@ def _one_line(evaluate) -> int:
 
 
 def _name(options: Options) -> str:
-    """What the answers in options.out belong to."""
+    """Of the model, which the answers in options.out belong to; EvalError where there is none."""
     if options.url is not None:
         return reach(options.url).model
-    return options.model if options.tiny is None else f"tiny-{options.tiny}{'-fp8' if options.fp8 else ''}"
+    if options.model is not None:
+        check_model(options.model)
+        return options.model
+    return f"tiny-{options.tiny}{'-fp8' if options.fp8 else ''}"
 
 
 @contextlib.contextmanager

@@ -117,28 +117,28 @@ class _Client:
         key = os.environ.get("OPENAI_API_KEY", "none")
         self.api = openai.OpenAI(base_url=f"{target.url}/v1", api_key=key, timeout=TIMEOUT, max_retries=0)
         self.target, self.log = target, log
-        self._characters_per_token: float | None = None
+        self._line: tuple[int, int, float] | None = None
 
     def outcome(self, probe: Probe) -> Outcome:
         """From the log, or asked."""
         if probe.key not in self.log.answers:
             try:
-                tokens, text = self._ask(probe.prompt(round(probe.length * self._density())), ANSWER_TOKENS)
+                tokens, text = self._ask(probe.prompt(self._characters(probe.length)), ANSWER_TOKENS)
                 self.log.add(probe.key, {"tokens": tokens, "text": text}, number=probe.number)
             except _Refused as refused:
                 return Outcome(probe.length, probe.depth, 0, None, False, str(refused))
         answer = self.log.answers[probe.key]
         return Outcome(probe.length, probe.depth, answer["tokens"], answer["text"], is_found(answer["text"], probe.number))
 
-    def _density(self) -> float:
-        """Characters of the haystack per token, from the difference of two prompts."""
-        if self._characters_per_token is None:
-            short, long = (Probe(0, 0.5).prompt(characters) for characters in (500, 2500))
-            tokens = self._ask(long, 1)[0] - self._ask(short, 1)[0]
-            if tokens <= 0:
+    def _characters(self, length: int) -> int:
+        """How long the haystack must be for a prompt of `length` tokens: a line through two prompts, which are asked for once."""
+        if self._line is None:
+            (few, short), (many, long) = ((self._ask(Probe(0, 0.5).prompt(n), 1)[0], n) for n in (1000, 9000))
+            if many <= few:
                 raise EvalError(f"{self.target.url} reports no usage.prompt_tokens that grow with the prompt: they are needed")
-            self._characters_per_token = (len(long) - len(short)) / tokens
-        return self._characters_per_token
+            self._line = few, short, (long - short) / (many - few)
+        few, short, per_token = self._line
+        return max(0, round(short + (length - few) * per_token))
 
     def _ask(self, prompt: str, max_tokens: int) -> tuple[int, str]:
         """Tokens of the prompt, and the answer."""

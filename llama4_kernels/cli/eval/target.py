@@ -60,11 +60,10 @@ def reach(url: str) -> Target:
 def started(console: Console, model: str | Path, *flags: str, log: Path, tp: int = 1, stock: bool = False) -> Iterator[Target]:
     """A server of `model` with this plugin, or SGLang's own implementation where `stock`; gone after the block.
 
-    Raises EvalError where sglang or the model is not there, or where the plugin did not build the model; ServerError where it dies.
+    Raises EvalError where sglang is not there, or where the plugin did not build the model; ServerError where it dies.
     """
     if importlib.util.find_spec("sglang") is None:
         raise EvalError('sglang is not installed: pip install "llama4_kernels[sglang]", or give --url of a running server')
-    check_model(model)
     implementation = "auto" if stock else "llama4_kernels"
     flags = (f"--model-impl={implementation}", *flags)
     with demo.start_progress(console) as progress, serve(model, *flags, log=log, tp=tp, timeout=START, progress=progress) as server:
