@@ -1,0 +1,426 @@
+"""The evaluations over servers that answer as a test wants: right, wrong, half, or not at all. tests/sglang has the real one."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from llama4_kernels.cli import checkpoint
+from llama4_kernels.cli.eval import guide, needle, parity
+from llama4_kernels.cli.eval.answers import AnswerLog
+from llama4_kernels.cli.eval.target import EvalError
+from llama4_kernels.cli.main import app
+from standin import CHARACTERS_PER_TOKEN, serving
+
+has_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason='lm_eval is not installed: pip install ".[eval]"')
+has_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason='matplotlib is not installed: ".[eval]"')
+has_transformers = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
+
+QUESTIONS = 20
+
+
+def run_eval(*arguments):
+    return CliRunner().invoke(app, ["eval", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
+def only_line(result) -> str:
+    """The one line on stderr of an evaluation that stopped."""
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("FAIL: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def right(prompt: str) -> str:
+    """A model that knows our questions."""
+    from llama4_kernels.cli.eval.harness import own_questions
+
+    question = next(q for q in own_questions() if q["question"] in prompt)
+    return f"This takes one step. The answer is ({question['answer']})."
+
+
+def wrong(prompt: str) -> str:
+    return re.sub(r"\((\w)\)", lambda m: "(A)" if m[1] != "A" else "(B)", right(prompt))
+
+
+def after(count: int, answer, then):
+    """`answer` for the first `count` prompts, then `then`."""
+    numbers = itertools.count(1)
+    return lambda prompt: answer(prompt) if next(numbers) <= count else then(prompt)
+
+
+def ask_own_questions(stand_in, out, *more):
+    return run_eval("--url", stand_in.url, "--task", "own_questions", "--out", out, *more)
+
+
+@has_lm_eval
+@pytest.mark.parametrize("answer, score", [(right, 100.0), (wrong, 0.0), (lambda prompt: "I do not know.", 0.0)], ids=["right", "wrong", "none"])
+def test_the_score_is_what_was_right(answer, score, tmp_path):
+    with serving(answer) as stand_in:
+        result = ask_own_questions(stand_in, tmp_path)
+    assert result.exit_code == 0
+    total = json.loads((tmp_path / "results.json").read_text())["scores"][0]
+    assert (total["accuracy"], total["questions"]) == (score, QUESTIONS)
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [sample["metrics"]["exact_match"] for sample in samples] == [score / 100] * QUESTIONS
+    assert f"| own_questions | {QUESTIONS} | {score:.1f} |" in (tmp_path / "results.md").read_text()
+
+
+@has_lm_eval
+def test_some_right_give_their_share_with_its_standard_error(tmp_path):
+    with serving(after(15, right, wrong)) as stand_in:
+        ask_own_questions(stand_in, tmp_path)
+    total = json.loads((tmp_path / "results.json").read_text())["scores"][0]
+    assert total["accuracy"] == pytest.approx(75)
+    assert total["stderr"] == pytest.approx(100 * math.sqrt(0.75 * 0.25 / (QUESTIONS - 1)))
+
+
+@has_lm_eval
+def test_questions_are_put_as_the_guide_puts_them(tmp_path):
+    with serving(right) as stand_in:
+        ask_own_questions(stand_in, tmp_path)
+    assert len(stand_in.requests) == QUESTIONS and stand_in.at_once > 1
+    body = stand_in.requests[0]
+    assert (body["max_tokens"], body["temperature"], body["model"]) == (2048, 0, "stand-in")
+    assert [message["role"] for message in body["messages"]] == ["system", "user"]
+    assert "Think step by step" in body["messages"][0]["content"]
+    assert body["messages"][1]["content"].count("Question:") == 1  # no examples before it
+
+
+@has_lm_eval
+def test_a_broken_run_goes_on_where_it_was(tmp_path):
+    with serving(after(7, right, lambda prompt: 500)) as broken:
+        result = ask_own_questions(broken, tmp_path)
+    line = only_line(result)
+    assert "answered 500" in line and "7 of 20 answers are kept" in line
+    with serving(right) as whole:
+        result = ask_own_questions(whole, tmp_path)
+    assert result.exit_code == 0 and len(whole.requests) == QUESTIONS - 7
+    assert json.loads((tmp_path / "results.json").read_text())["scores"][0]["accuracy"] == 100
+
+
+@has_lm_eval
+def test_a_server_that_dies_leaves_what_it_answered(tmp_path):
+    def die(prompt):
+        raise ConnectionResetError
+
+    with serving(after(5, right, die)) as stand_in:
+        line = only_line(ask_own_questions(stand_in, tmp_path))
+    assert "stopped answering" in line and "5 of 20 answers are kept" in line
+
+
+@has_lm_eval
+def test_a_half_written_file_loses_nothing(tmp_path):
+    with serving(right) as stand_in:
+        ask_own_questions(stand_in, tmp_path)
+    answers = tmp_path / "answers.jsonl"
+    lines = answers.read_bytes().splitlines(keepends=True)
+    lines[5] = b"\x00\xff not a line of ours\n"
+    before = b"".join(lines)[:-30]  # a damaged line, and the last one cut off
+    answers.write_bytes(before)
+    with serving(right) as stand_in:
+        result = ask_own_questions(stand_in, tmp_path)
+    assert result.exit_code == 0 and len(stand_in.requests) == 2
+    assert "2 line(s) of" in result.stdout and (tmp_path / "answers.jsonl.damaged-1").read_bytes() == before
+    with serving(right) as stand_in:
+        assert ask_own_questions(stand_in, tmp_path).exit_code == 0 and stand_in.requests == []
+
+
+@has_lm_eval
+@pytest.mark.parametrize(
+    "content, says",
+    [(b"my diary\n", "does not begin as a file of answers"), (b'{"run": {"model": "another"}}\n', "'another', not 'stand-in'")],
+    ids=["something else", "another run's"],
+)
+def test_the_file_of_something_else_is_left_alone(content, says, tmp_path):
+    (tmp_path / "answers.jsonl").write_bytes(content)
+    with serving(right) as stand_in:
+        line = only_line(ask_own_questions(stand_in, tmp_path))
+    assert says in line and "give another --out" in line
+    assert stand_in.requests == [] and (tmp_path / "answers.jsonl").read_bytes() == content
+
+
+def test_two_runs_do_not_write_one_file(tmp_path):
+    with AnswerLog(tmp_path / "a", {}), pytest.raises(EvalError, match="another run writes"), AnswerLog(tmp_path / "a", {}):
+        pass
+
+
+@has_lm_eval
+def test_an_unknown_task_names_a_near_one(tmp_path):
+    with serving(right) as stand_in:
+        line = only_line(run_eval("--url", stand_in.url, "--task", "mmlu_prp", "--out", tmp_path))
+    assert "no task mmlu_prp" in line and "mmlu_pro" in line.removeprefix("FAIL: lm_eval has no task mmlu_prp")
+    assert stand_in.requests == []
+
+
+@has_lm_eval
+def test_data_that_cannot_be_had_name_the_task_that_needs_none(tmp_path):
+    with serving(right) as stand_in:
+        code = "from llama4_kernels.cli.main import app; app()"
+        command = [sys.executable, "-c", code, "eval", "--url", stand_in.url, "--out", tmp_path / "out"]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert "the data of mmlu_pro cannot be loaded" in result.stderr and "--task own_questions" in result.stderr
+
+
+@pytest.mark.parametrize("mode", [(), ("--needle",)])
+def test_an_unreachable_server(mode, tmp_path):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        line = only_line(run_eval("--url", url, "--out", tmp_path, *mode))
+    assert f"no server answers at {url}" in line and "correct --url" in line
+
+
+def test_a_server_of_something_else(tmp_path):
+    with serving(right) as stand_in:
+        line = only_line(run_eval("--url", f"{stand_in.url}/shop", "--out", tmp_path))
+    assert "/shop/v1/models names no model" in line
+
+
+@pytest.mark.parametrize("mode", [("--task", "own_questions"), ("--needle",), ("--parity",)])
+@pytest.mark.parametrize(
+    "config, says",
+    [
+        (None, "holds no config.json"),
+        ("{", "is no JSON object"),
+        ('{"architectures": ["LlamaForCausalLM"]}', "is a checkpoint of ['LlamaForCausalLM']"),
+    ],
+    ids=["empty", "cut off", "another model"],
+)
+def test_a_wrong_folder(mode, config, says, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    if config is not None:
+        (model / "config.json").write_text(config)
+    assert says in only_line(run_eval(model, "--out", tmp_path / "out", *mode))
+    assert f"{tmp_path / 'nowhere'} is neither a folder nor" in only_line(run_eval(tmp_path / "nowhere", "--out", tmp_path / "out", *mode))
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ([], "give one of MODEL, --url and --tiny"),
+        (["model", "--tiny", "scout"], "give one of MODEL, --url and --tiny"),
+        (["--tiny", "scout", "--needle", "--parity"], "exclude each other"),
+        (["--url", "http://x", "--parity"], "give MODEL or --tiny"),
+        (["model", "--fp8"], "only with --tiny"),
+        (["--tiny", "scout", "--depth", "1.5"], "--depth"),
+        (["--tiny", "scout", "--parity", "--text", "/nowhere/text"], "does not exist"),
+    ],
+)
+def test_options_that_do_not_go_together(arguments, says):
+    result = run_eval(*arguments)
+    assert result.exit_code == 2 and says in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("package, mode", [("lm_eval", ()), ("matplotlib", ("--parity",)), ("sglang", ("--needle",))])
+def test_a_missing_package_names_the_extra(package, mode, monkeypatch, tmp_path):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find_spec(name, *rest))
+    line = only_line(run_eval("--tiny", "scout", "--out", tmp_path, *mode))
+    assert f"{package} is not installed" in line and "pip install" in line
+
+
+def test_the_guides_scores_are_compared_statistically():
+    same = guide.compare(75.2, 0.39, 75.2)
+    assert same.verdict == "agrees" and same.low == pytest.approx(-same.high)
+    assert same.stderr == pytest.approx(math.hypot(0.39, 100 * math.sqrt(0.752 * 0.248 / 12032)))
+    assert guide.compare(60.0, 0.4, 75.2).verdict == "lower" and guide.compare(80.0, 0.4, 75.2).verdict == "higher"
+
+
+def test_verdicts_are_as_often_wrong_as_they_say():
+    """Simulated runs over the same number of questions: the true score, and one lower by what is called detectable."""
+    random, n, theirs = np.random.default_rng(0), guide.QUESTIONS, 75.2
+
+    def share_lower(truth: float) -> float:
+        measured = random.binomial(n, truth / 100, 2000) / n
+        published = random.binomial(n, theirs / 100, 2000) / n
+        verdicts = [guide.compare(100 * m, 100 * math.sqrt(m * (1 - m) / (n - 1)), 100 * p).verdict for m, p in zip(measured, published)]
+        return verdicts.count("lower") / len(verdicts)
+
+    assert 0.015 < share_lower(theirs) < 0.037
+    drop = guide.compare(theirs, 100 * math.sqrt(0.752 * 0.248 / n), theirs).detectable
+    assert 0.77 < share_lower(theirs - drop) < 0.83
+
+
+@pytest.mark.parametrize(
+    "name, model",
+    [
+        ("meta-llama/Llama-4-Scout-17B-16E-Instruct", "scout"),
+        ("nvidia/Llama-4-Maverick-17B-128E-Instruct-FP8", "maverick"),
+        ("stand-in", None),
+        ("scout-or-maverick", None),
+    ],
+)
+def test_the_guides_model_is_read_off_the_name(name, model):
+    assert guide.model_in(name) == model
+
+
+@has_lm_eval
+@pytest.mark.parametrize(
+    "changed, why",
+    [({}, ""), ({"task": "own_questions"}, "own_questions"), ({"limit": 3}, "first 3"), ({"max_gen_toks": 64}, "64"), ({"model": None}, "--guide")],
+)
+def test_only_the_guides_own_protocol_is_compared(changed, why):
+    from llama4_kernels.cli.eval.accuracy import Protocol
+
+    protocol = Protocol(**({"task": "mmlu_pro", "max_gen_toks": 2048, "concurrency": 128, "limit": None, "model": "scout"} | changed))
+    assert bool(protocol.not_comparable()) == bool(why) and why in protocol.not_comparable()
+
+
+@has_lm_eval
+@pytest.mark.parametrize("accuracy, code, verdict", [(75.0, 0, "agrees"), (70.0, 1, "lower"), (79.0, 0, "higher")])
+def test_a_lower_score_fails(accuracy, code, verdict, tmp_path, capsys):
+    from rich.console import Console
+
+    from llama4_kernels.cli.eval import accuracy as module
+    from llama4_kernels.cli.eval.harness import Score
+
+    protocol = module.Protocol("mmlu_pro", 2048, 128, None, "scout")
+    total = Score("mmlu_pro", accuracy, 0.39, guide.QUESTIONS)
+    comparisons = module._compare(total, protocol)
+    assert module._report(Console(width=200), [total], comparisons, protocol, tmp_path) == code
+    assert comparisons["sglang"].verdict == verdict and comparisons["official"].theirs == 74.3
+    assert f"scout, sglang: 75.2 %; difference {accuracy - 75.2:+.1f}" in capsys.readouterr().out
+
+
+def reader(memory: int | None = None):
+    """A model that finds the number in the last `memory` tokens of the prompt."""
+
+    def answer(prompt: str) -> str:
+        seen = prompt if memory is None else prompt[-memory * CHARACTERS_PER_TOKEN :]
+        found = re.search(r"locker is (\d+)", seen)
+        return f"The number is {found[1]}." if found else "12345"
+
+    return answer
+
+
+def seek(stand_in, out, *more):
+    depths = itertools.chain.from_iterable(("--depth", depth) for depth in (0, 0.5, 1))
+    return run_eval("--url", stand_in.url, "--needle", "--length", 1000, "--length", 9000, *depths, "--out", out, *more)
+
+
+def probes(out):
+    return {(p["length"], p["depth"]): p for p in json.loads((out / "results.json").read_text())["probes"]}
+
+
+def test_a_model_that_reads_everything_finds_every_number(tmp_path):
+    with serving(reader()) as stand_in:
+        result = seek(stand_in, tmp_path)
+    assert result.exit_code == 0 and "OK: found 6 of 6; 3 of 3 in prompts of more than 8192 tokens" in result.stdout
+    for (length, _), probe in probes(tmp_path).items():
+        assert 0.99 * length <= probe["tokens"] <= 1.01 * length + 60
+
+
+def test_a_model_that_forgets_what_is_a_chunk_back_is_found_out(tmp_path):
+    with serving(reader(memory=4000)) as stand_in:
+        result = seek(stand_in, tmp_path)
+    assert result.exit_code == 1 and "FAIL: found 4 of 6; 1 of 3 in prompts of more than 8192 tokens" in result.stdout
+    assert [probe["found"] for probe in probes(tmp_path).values()] == [True, True, True, False, False, True]
+
+
+@pytest.mark.parametrize("answer", ["12345", "", "I cannot tell.", "Some 48 of them"])
+def test_another_answer_is_not_found(answer, tmp_path):
+    with serving(lambda prompt: answer) as stand_in:
+        assert "FAIL: found 0 of 6" in seek(stand_in, tmp_path).stdout
+
+
+def test_a_prompt_that_is_too_long_is_shown_and_the_others_are_asked(tmp_path):
+    with serving(lambda prompt: 400 if len(prompt) > 8000 * CHARACTERS_PER_TOKEN else reader()(prompt)) as stand_in:
+        result = seek(stand_in, tmp_path)
+    assert result.exit_code == 1 and "FAIL: found 3 of 6; 0 of 0" in result.stdout and "refused: Error code: 400" in result.stdout
+
+
+def test_a_search_that_broke_goes_on(tmp_path):
+    with serving(after(4, reader(), lambda prompt: 503)) as stand_in:  # two prompts measure tokens
+        line = only_line(seek(stand_in, tmp_path))
+    assert "answered 503" in line and "2 answers are kept" in line
+    with serving(reader()) as stand_in:
+        result = seek(stand_in, tmp_path)
+    assert result.exit_code == 0 and len(stand_in.requests) == 2 + 4
+
+
+def test_the_haystack_holds_no_number_and_the_needle_stands_where_it_should():
+    probe = needle.Probe(1000, 0.5)
+    prompt = probe.prompt(20000)
+    assert re.findall(r"\d+", prompt) == [probe.number]
+    assert prompt.index(probe.number) == pytest.approx(len(prompt) / 2, rel=0.05)
+    assert len({needle.Probe(length, depth).number for length in (1, 2, 3) for depth in (0.0, 0.5)}) == 6
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A checkpoint, and transformers' logprobs of its first 200 tokens of the essay."""
+    from llama4_kernels.cli.oracle import Oracle
+
+    path = checkpoint.make(tmp_path_factory.mktemp("parity") / "tiny", "scout", num_hidden_layers=2)
+    ids = parity._tokenise(path, None)[:200]
+    return path, Oracle(path).logprobs(ids)[0]
+
+
+def judge(monkeypatch, tmp_path, compared, logprobs, dtype="float32"):
+    path, _ = compared
+    monkeypatch.setattr(parity, "_logprobs", lambda *arguments, **options: logprobs)
+    return run_eval(path, "--parity", "--tokens", 200, "--dtype", dtype, "--out", tmp_path)
+
+
+@has_transformers
+@has_matplotlib
+def test_parity_holds_where_the_logprobs_are_the_same(compared, monkeypatch, tmp_path):
+    result = judge(monkeypatch, tmp_path, compared, compared[1] + 5e-5)
+    assert result.exit_code == 0 and "agrees with transformers" in result.stdout
+    record = json.loads((tmp_path / "parity.json").read_text())
+    assert record["chunk"] == 64 and len(record["against"]["transformers"]["difference"]) == 199
+    assert (tmp_path / "parity.png").read_bytes().startswith(b"\x89PNG")
+
+
+@has_transformers
+@has_matplotlib
+@pytest.mark.parametrize("error", [2e-4, -0.5, math.nan])
+def test_parity_fails_for_one_token_past_the_chunk(error, compared, monkeypatch, tmp_path):
+    logprobs = compared[1].clone()
+    logprobs[70] += error
+    result = judge(monkeypatch, tmp_path, compared, logprobs)
+    assert result.exit_code == 1 and "FAIL: max |Δlogprob| from transformers" in result.stdout
+
+
+@has_transformers
+@has_matplotlib
+def test_parity_in_bfloat16_is_shown_and_not_judged(compared, monkeypatch, tmp_path):
+    result = judge(monkeypatch, tmp_path, compared, compared[1] + 0.1, dtype="bfloat16")
+    assert result.exit_code == 0 and "nothing was judged" in result.stdout
+
+
+@has_matplotlib
+def test_stock_sglang_needs_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    line = only_line(run_eval("--tiny", "scout", "--parity", "--against", "stock", "--out", tmp_path))
+    assert "needs a GPU" in line and "leave out --against stock" in line
+
+
+@has_transformers
+@has_matplotlib
+@pytest.mark.parametrize("content, says", [(b"\xff\xfe", "is not UTF-8"), (b"", "needs at least 2")])
+def test_a_text_that_is_none(content, says, compared, tmp_path):
+    (tmp_path / "text").write_bytes(content)
+    assert says in only_line(run_eval(compared[0], "--parity", "--text", tmp_path / "text", "--out", tmp_path / "out"))
+
+
+def test_differences_go_to_the_chunk_of_the_token_that_predicts():
+    parts = parity.per_chunk(torch.arange(10.0), 4)
+    assert [(first, part.tolist()) for first, part in parts] == [(0, [0, 1, 2, 3]), (4, [4, 5, 6, 7]), (8, [8, 9])]
+    assert len(parity.per_chunk(torch.arange(10.0), None)) == 1
