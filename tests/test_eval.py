@@ -66,7 +66,9 @@ def ask_own_questions(stand_in, out, *more):
 
 
 @has_lm_eval
-@pytest.mark.parametrize("answer, score", [(right, 100.0), (wrong, 0.0), (lambda prompt: "I do not know.", 0.0)], ids=["right", "wrong", "none"])
+@pytest.mark.parametrize(
+    "answer, score", [(right, 100.0), (wrong, 0.0), (lambda prompt: "I do not know.", 0.0)], ids=["right", "wrong", "none"]
+)
 def test_the_score_is_what_was_right(answer, score, tmp_path):
     with serving(answer) as stand_in:
         result = ask_own_questions(stand_in, tmp_path)
@@ -141,7 +143,10 @@ def test_a_half_written_file_loses_nothing(tmp_path):
 @has_lm_eval
 @pytest.mark.parametrize(
     "content, says",
-    [(b"my diary\n", "does not begin as a file of answers"), (b'{"run": {"model": "another"}}\n', "'another', not 'stand-in'")],
+    [
+        (b"my diary\n", "does not begin as a file of answers"),
+        (b'{"run": {"model": "another"}}\n{"key": "a", "answer": "b"}\n', "'another', not 'stand-in'"),
+    ],
     ids=["something else", "another run's"],
 )
 def test_the_file_of_something_else_is_left_alone(content, says, tmp_path):
@@ -150,6 +155,16 @@ def test_the_file_of_something_else_is_left_alone(content, says, tmp_path):
         line = only_line(ask_own_questions(stand_in, tmp_path))
     assert says in line and "give another --out" in line
     assert stand_in.requests == [] and (tmp_path / "answers.jsonl").read_bytes() == content
+
+
+def test_a_run_that_got_no_answer_makes_way_for_another(tmp_path):
+    for run in ({"model": "a"}, {"model": "b"}):
+        with AnswerLog(tmp_path / "a", run):
+            pass
+    with AnswerLog(tmp_path / "a", {"model": "b"}) as log:
+        log.add("key", "answer")
+    with pytest.raises(EvalError, match="'b', not 'a'"), AnswerLog(tmp_path / "a", {"model": "a"}):
+        pass
 
 
 def test_two_runs_do_not_write_one_file(tmp_path):
@@ -273,7 +288,13 @@ def test_the_guides_model_is_read_off_the_name(name, model):
 @has_lm_eval
 @pytest.mark.parametrize(
     "changed, why",
-    [({}, ""), ({"task": "own_questions"}, "own_questions"), ({"limit": 3}, "first 3"), ({"max_gen_toks": 64}, "64"), ({"model": None}, "--guide")],
+    [
+        ({}, ""),
+        ({"task": "own_questions"}, "own_questions"),
+        ({"limit": 3}, "first 3"),
+        ({"max_gen_toks": 64}, "64"),
+        ({"model": None}, "--guide"),
+    ],
 )
 def test_only_the_guides_own_protocol_is_compared(changed, why):
     from llama4_kernels.cli.eval.accuracy import Protocol

@@ -11,6 +11,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
+import sys
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -114,11 +115,13 @@ def _evaluate(tasks: list[Any], target: Target, protocol: Protocol, log: AnswerL
     try:
         return harness.evaluate(tasks, chat, max_gen_toks=protocol.max_gen_toks, limit=protocol.limit)
     except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+        print(file=sys.stderr)  # ends the line of the progress bar
         kept = f"{len(log.answers)} of {chat.wanted} answers are kept in {log.path}, the same command goes on from there"
         if isinstance(error, aiohttp.ClientResponseError):
             raise EvalError(f"{target.url} answered {error.status} {error.message}, see {out / 'lm_eval.log'}: {kept}") from error
         raise EvalError(f"{target.url} stopped answering ({type(error).__name__}): {kept}") from error
     except KeyboardInterrupt as error:
+        print(file=sys.stderr)
         raise EvalError(f"interrupted: {len(log.answers)} answers are kept in {log.path}, the same command goes on from there") from error
 
 

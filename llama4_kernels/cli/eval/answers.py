@@ -64,7 +64,7 @@ class AnswerLog:
         other = [
             f"{name} {first.get(name)!r}, not {self.run.get(name)!r}" for name in first | self.run if first.get(name) != self.run.get(name)
         ]
-        if other and len(lines) > 2:
+        if other and (len(lines) > 2 or lines[-1]):
             raise EvalError(f"{self.path} holds answers of another run ({'; '.join(other)}): give another --out")
         if other:  # a run that got no answer
             self._file.truncate(0)

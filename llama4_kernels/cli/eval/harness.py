@@ -116,12 +116,13 @@ class RecordedChat(LocalChatCompletion):
 
 
 def log_to(file: Path) -> None:
-    """Send what lm_eval logs, each failed request of a broken run for one, to `file` instead of the terminal."""
+    """Send what lm_eval logs, and asyncio of its requests that fail, to `file` instead of the terminal, from now on."""
     datasets.disable_progress_bars()
-    logger = logging.getLogger("lm_eval")
-    logger.handlers = [logging.FileHandler(file, mode="w")]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
+    handler = logging.FileHandler(file, mode="w")
+    for name, level in (("lm_eval", logging.INFO), ("asyncio", logging.ERROR)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
 
 
 def scores(results: dict[str, Any], task: str) -> list[Score]:
