@@ -15,6 +15,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from standin import CHARACTERS_PER_TOKEN, serving
 from typer.testing import CliRunner
 
 from llama4_kernels.cli import checkpoint
@@ -22,7 +23,6 @@ from llama4_kernels.cli.eval import guide, needle, parity
 from llama4_kernels.cli.eval.answers import AnswerLog
 from llama4_kernels.cli.eval.target import EvalError
 from llama4_kernels.cli.main import app
-from standin import CHARACTERS_PER_TOKEN, serving
 
 has_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason='lm_eval is not installed: pip install ".[eval]"')
 has_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason='matplotlib is not installed: ".[eval]"')
