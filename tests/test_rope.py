@@ -98,6 +98,25 @@ def test_temperature_is_exact_at_far_positions(backend, floor_scale):
     torch.testing.assert_close(q[:, 0, 0].double(), torch.tensor(want, dtype=torch.float64), rtol=2e-7, atol=0)
 
 
+def far_rope(position_dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], dict, list[Tensor]]:
+    """Arguments at positions up to ten million, and what is to come out. All rows of the table but three are never touched, so that their
+    memory is never there."""
+    far, near, qkv = [1_000_000, 2_500_000, 9_999_999], cos_sin_table(3, 128), torch.randn(3, 7 * 128)
+    table = torch.empty(10_000_000, 128)
+    table[far] = near
+    options = dict(num_heads=5, num_kv_heads=1, head_dim=128, qk_norm_eps=1e-5)
+    q, k, v = oracle(qkv, torch.arange(3), **options, cos_sin=near)
+    factors = torch.tensor([1 + 0.1 * math.log1p((position + 1) // 8192) for position in far], dtype=torch.float64)
+    arguments = qkv, torch.tensor(far, dtype=position_dtype)
+    return arguments, dict(**options, cos_sin=table, temperature=(0.1, 8192)), [q * factors[:, None, None], k, v]
+
+
+def test_rope_at_far_positions(backend):
+    arguments, options, want = far_rope(torch.int32)
+    for got, expected in zip(compute(backend, "rope_qk_norm", *arguments, **options), want, strict=True):
+        assert_within(got, expected, bound(expected))
+
+
 def test_rope_and_qk_norm_follow_transformers(backend):
     config = Llama4TextConfig(hidden_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=32, rms_norm_eps=1e-5)
     positions, qkv = torch.tensor([0, 1, 77, 8191, 8192]), torch.randn(5, 8 * 32)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import emulation
 import pytest
 import torch
 from guards import Guarded
-from test_rope import bound, cos_sin_table, oracle
+from test_rope import bound, cos_sin_table, far_rope, oracle
 from torch import Tensor
 
 from backends import assert_same_bits, assert_within
@@ -18,7 +16,6 @@ from weights import FP8, e4m3
 pytestmark = pytest.mark.skipif(bool(emulation.why_not()), reason=emulation.why_not() or "-")
 
 SCOUT = dict(num_heads=5, num_kv_heads=1, head_dim=128)
-FAR = [1_000_000, 2_500_000, 9_999_999]
 
 PLANTED = {
     "interleaved pairs as halves": ("? Places{start + 2 * pair, start + 2 * pair + WIDTH}", "? Places{start + pair, start + pair + WIDTH}"),
@@ -140,16 +137,9 @@ def test_a_head_of_nan_stays_alone(op):
 
 @pytest.mark.parametrize("position_dtype", [torch.int32, torch.int64])
 def test_far_positions(op, position_dtype):
-    """A table of ten million rows of which three are looked at: the others are never touched, so that the memory is never there."""
-    near, qkv = cos_sin_table(3, 128), torch.randn(3, 7 * 128)
-    table = torch.empty(10_000_000, 128)
-    table[FAR] = near
-    options = dict(**SCOUT, qk_norm_eps=1e-5)
-    got = op(qkv, torch.tensor(FAR, dtype=position_dtype), **options, cos_sin=table, temperature=(0.1, 8192))
-    want = oracle(qkv, torch.arange(3), **options, cos_sin=near)
-    factors = torch.tensor([1 + 0.1 * math.log1p((position + 1) // 8192) for position in FAR], dtype=torch.float64)
-    for result, expected in zip(got, (want[0] * factors[:, None, None], *want[1:]), strict=True):
-        assert_within(result, expected, bound(expected))
+    arguments, options, want = far_rope(position_dtype)
+    for got, expected in zip(op(*arguments, **options), want, strict=True):
+        assert_within(got, expected, bound(expected))
 
 
 def test_same_bits_again(op):
