@@ -5,6 +5,10 @@ Unused slots hold NaN and unused entries of page tables garbage (test_attention.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import emulation
 import pytest
 import torch
@@ -203,3 +207,45 @@ def test_a_planted_bug_is_noticed(bug):
     with pytest.raises((AssertionError, RuntimeError)):
         for arguments, options in (mapped, paged, fp8, mapped):
             assert_attention(broken, *without_wild_entries(arguments, options))
+
+
+def test_sanitizers_watch_every_path():
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_SANITIZED, str(emulation.build(sanitize=True))],
+        env=os.environ | {"LD_PRELOAD": emulation.sanitizer_library(), "ASAN_OPTIONS": "detect_leaks=0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+RUN_SANITIZED = """
+import ctypes, importlib.util, sys
+spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
+kernels = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kernels)
+libc = ctypes.CDLL(None)
+libc.memalign.restype = ctypes.c_void_p
+def zeros(size):
+    address = libc.memalign(ctypes.c_size_t(16), ctypes.c_size_t(size))
+    ctypes.memset(address, 0, size)
+    return address
+def ints(*values):
+    address = zeros(4 * len(values))
+    ctypes.memmove(address, (ctypes.c_int * len(values))(*values), 4 * len(values))
+    return address
+requests, width, tokens, splits, none = 4, 300, 20, 2, kernels.Indices(0, False)
+for head_dim in (64, 128):
+    for dtype, size in (("bfloat16", 2), ("float8_e4m3fn", 1)):
+        for page_size, holds_slots in ((1, True), (50, False)):
+            columns = width if holds_slots else width // page_size
+            cache = width * 2 * head_dim * size
+            kernels.chunked_attention(
+                q=zeros(tokens * 6 * head_dim * 2), k_cache=zeros(cache), v_cache=zeros(cache), kv_dtype=getattr(kernels.Dtype, dtype),
+                out=zeros(tokens * 6 * head_dim * 2), tokens=tokens, num_heads=6, num_kv_heads=2, head_dim=head_dim, slots=width,
+                page_size=page_size, holds_slots=holds_slots, page_table=ints(*range(columns), *[2**30] * columns, *range(columns), *range(columns)),
+                row_stride=columns, requests=requests, page_table_rows=none, slot_map=none, seq_lens=ints(300, 9, 200, 1),
+                query_start_loc=ints(0, 5, 5, 17, 18), chunk_size=190, scale=0.1, k_scale=zeros(4), v_scale=zeros(4),
+                partial=zeros(tokens * 6 * splits * kernels.ATTENTION_PARTS * head_dim * 4),
+                lse=zeros(tokens * 6 * splits * kernels.ATTENTION_PARTS * 4), tickets=zeros(requests * 2 * 4), max_splits=splits, stream=0)
+"""
