@@ -42,6 +42,7 @@ def run(
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
     try:
+        before = None if base is None else _read(base)  # first: new records may go to the same file
         if measured is not None:
             records: Sequence[Record] = _read(measured)
         else:
@@ -49,8 +50,7 @@ def run(
             with Runner(options, peer_modules, job_seconds) as runner:
                 path = out or record.results_path(RESULTS, runner.session.machine, record.now())
                 records = _measure(jobs, runner, path, console)
-        before = None if base is None else _read(base)
-    except (ValueError, ModuleNotFoundError) as error:
+    except (ValueError, ModuleNotFoundError, RuntimeError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     benchmarks = [each for each in records if isinstance(each, Benchmark)]
@@ -136,6 +136,8 @@ def _compare(records: Sequence[Record], before: Sequence[Record], console: Conso
     for title in ("workload", "by", "before µs", "now µs", "ratio", "interval", ""):
         table.add_column(title, overflow="fold")
     for each in found:
+        if each.verdict == "gone":  # counted below: a run of few workloads leaves most of its base alone
+            continue
         times = [f"{side.timing.median_us:.4g}" if side and side.timing else "" for side in (each.before, each.now)]
         ratio = "" if each.ratio is None else f"{each.ratio:.3f}"
         interval = " to ".join(f"{end:.3f}" for end in each.interval or ())

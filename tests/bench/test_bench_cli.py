@@ -13,7 +13,7 @@ import pytest
 import synthetic
 from typer.testing import CliRunner
 
-from llama4_kernels.bench import formats, plan, readme, record
+from llama4_kernels.bench import formats, machine, plan, readme, record
 from llama4_kernels.cli.main import app
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +86,16 @@ def test_compare_names_a_backend_that_broke_and_reads_round_a_bad_line(tmp_path)
     ran = invoke("--measured", now, "--compare", base)
     assert ran.exit_code == 1
     assert f"{base}:2: not JSON" in ran.output and "is broken: llama4-kernels bench" in ran.output
+
+
+def test_what_is_measured_now_is_compared_with_what_the_same_file_held_before(tmp_path):
+    """The reference has become slower than a record of a microsecond says, and a record is added to that file."""
+    path = tmp_path / "results.json"
+    past = synthetic.benchmark(TINY, "reference", us=1.0, noise=0, machine=machine.this_machine(), date="2020-01-01T00:00:00Z")
+    record.append(path, [past])
+    ran = invoke("--workload", TINY, "--backend", "reference", "--out", path, "--compare", path)
+    assert ran.exit_code == 1 and "1 slower" in ran.output, ran.output
+    assert len(record.read(path).records) == 2
 
 
 def test_compare_with_another_gpu_says_that_nothing_was_measured_again(tmp_path):

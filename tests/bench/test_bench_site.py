@@ -211,7 +211,7 @@ class Watched:
 
     def scroll_through(self) -> None:
         """Charts are drawn when they come into view."""
-        for chart in self.page.query_selector_all("article:not([hidden]) .charts:not([hidden]) .chart"):
+        for chart in self.page.query_selector_all("article:not([hidden]) .chart"):
             chart.scroll_into_view_if_needed()
             self.page.wait_for_function("chart => chart.dataset.drawn !== undefined", arg=chart)
 
@@ -280,6 +280,9 @@ def test_filters_leave_what_they_name(browser, served):
     watched.choose(model="maverick", tp="all", implementation="all")
     assert watched.rows() and all("/maverick/" in row for row in watched.rows())
     watched.choose(device="NVIDIA H100", model="all")
+    assert "The filters leave no result of" not in watched.page.inner_text("main")
+    watched.choose(op="all")
+    assert "The filters leave no result of chunked_attention" in watched.page.inner_text("main")
     assert len(watched.rows()) == 1 and REGRESSED in watched.rows()[0]
     address = watched.page.url
     watched.page.click("button[type=reset]")

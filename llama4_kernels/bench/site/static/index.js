@@ -161,6 +161,7 @@ function rooflineChart(rows) {
 // ---------------------------------------------------------------- table
 
 const number = (value, digits = 4) => (value === null ? "–" : value.toLocaleString("en", { maximumSignificantDigits: digits }));
+const times = (ratio) => (ratio === null ? "" : `${ratio.toFixed(3)}×`);
 const SORTS = {
   name: (r) => r.w.name, implementation: (r) => r.by.label, median: (r) => r.median, spread: (r) => (r.p90 - r.p10) / r.median, gb: (r) => r.gb,
   tflop: (r) => r.tflop, floor: (r) => r.floor, verdict: (r) => r.ratio,
@@ -192,7 +193,7 @@ function fillTable(rows) {
     const cells = r.status === "ok"
       ? [number(r.median), `${number(r.p10)}–${number(r.p90)}`, number(r.gb), number(r.tflop), number(r.floor, 3)]
       : [r.status, "", "", "", ""];
-    const since = r.verdict && r.verdict !== "same" ? `${r.verdict}${r.ratio === null ? "" : ` ${number(r.ratio, 3)}×`}` : r.ratio === null ? "" : `${number(r.ratio, 3)}×`;
+    const since = r.verdict && r.verdict !== "same" ? `${r.verdict} ${times(r.ratio)}` : times(r.ratio);
     const link = element("a", { href: r.w.href, textContent: r.w.name });
     return element("tr", { className: `${r.status} ${r.verdict}` }, element("td", {}, link), ...[r.by.label, ...cells, since].map((text) => element("td", { textContent: text })));
   }));
@@ -222,20 +223,25 @@ function show() {
   const rows = chosen();
   // A peer is set against ours even where the filter shows one of them only
   const beside = chosen(["implementation"]);
+  const without = [];
   for (const article of document.querySelectorAll("article.op")) {
     const op = article.dataset.op;
     const mine = op === "*" ? rows : rows.filter((row) => row.w.op === op);
     const any = mine.some((row) => row.status === "ok");
-    article.hidden = op !== "*" && form.elements.op.value !== "all" && form.elements.op.value !== op;
-    article.querySelector(".empty").hidden = any;
-    article.querySelector(".charts").hidden = !any;
-    if (!any) continue;
+    article.hidden = !any;
+    if (!any) {
+      if (op !== "*" && ["all", op].includes(form.elements.op.value)) without.push(op);
+      continue;
+    }
     for (const target of article.querySelectorAll(".chart")) {
       const kind = target.dataset.chart;
       const given = kind === "peers" ? beside.filter((row) => row.w.op === op) : mine;
       chart(target, () => DRAWERS[kind](op, given));
     }
   }
+  const none = document.getElementById("without");
+  none.hidden = without.length === 0;
+  none.textContent = `The filters leave no result of ${without.join(", ")}.`;
   fillTable(rows);
   fillAbsent();
 }
