@@ -50,7 +50,8 @@ __device__ T* shared_memory() {
 
 inline void check(cudaError_t error, const char* op, const char* what) {
     if (error == cudaSuccess) return;
-    throw std::runtime_error(std::string(op) + ": CUDA refused " + what + ": " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
+    throw std::runtime_error(std::string(op) + ": CUDA refused " + what + ": " + cudaGetErrorName(error) + ", " +
+                             cudaGetErrorString(error));
 }
 
 // Throws std::runtime_error where the launch is refused.
@@ -58,7 +59,8 @@ template <class... Parameters, class... Arguments>
 void launch(const LaunchConfig& config, void (*kernel)(Parameters...), Arguments... arguments) {
     constexpr size_t DEFAULT_SHARED_BYTES = 48 << 10;
     if (config.shared_bytes > DEFAULT_SHARED_BYTES) {
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.shared_bytes)), config.op, "the shared memory");
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.shared_bytes)), config.op,
+              "the shared memory");
     }
     constexpr unsigned PORTABLE_CLUSTER_BLOCKS = 8;
     if (config.cluster_blocks > PORTABLE_CLUSTER_BLOCKS) {

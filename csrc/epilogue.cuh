@@ -11,8 +11,8 @@ namespace llama4_kernels {
 // How an operand is scaled as a whole: activations per row, weights per output channel.
 enum class ScaleForm { none, per_tensor, per_row, per_block };
 
-// Where a warpgroup's part of a tile goes: `rows` rows of `columns` elements in an output whose rows are `stride` elements apart. What lies beyond
-// in the tile is not written.
+// Where a warpgroup's part of a tile goes: `rows` rows of `columns` elements in an output whose rows are `stride` elements apart. What lies
+// beyond in the tile is not written.
 template <class T>
 struct OutputTile {
     T* first;

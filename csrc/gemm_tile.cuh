@@ -1,5 +1,5 @@
-// One output tile of weights · activationsᵀ by a warp-specialised block: CHANNELS rows of weights on the M side of wgmma, TOKENS rows of activations on
-// its N side, so that 16 tokens waste no more than 8. Two consumer warpgroups of 64 channels each, and a loader warpgroup.
+// One output tile of weights · activationsᵀ by a warp-specialised block: CHANNELS rows of weights on the M side of wgmma, TOKENS rows of
+// activations on its N side, so that 16 tokens waste no more than 8. Two consumer warpgroups of 64 channels each, and a loader warpgroup.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -64,7 +64,8 @@ public:
         for (int i = 0; i < SHARE; ++i) {
             if (row_of(i) >= Shape::TOKENS) continue;
             const bool valid = from_[i] != nullptr && at < row_bytes_;
-            hopper::cp_async_16(tile + hopper::swizzled(Shape::SWIZZLE, row_of(i) * Shape::ROW_BYTES + byte), valid ? from_[i] + at : nullptr, valid);
+            hopper::cp_async_16(tile + hopper::swizzled(Shape::SWIZZLE, row_of(i) * Shape::ROW_BYTES + byte),
+                                valid ? from_[i] + at : nullptr, valid);
         }
     }
 

@@ -1,5 +1,6 @@
-// grouped_gemm: a persistent grid whose blocks walk the output tiles of all groups. In a block, a loader warpgroup fills a ring of stages, with TMA or
-// where rows are gathered with cp.async, and runs ahead over the ends of tiles; two consumer warpgroups multiply, scale and store.
+// grouped_gemm: a persistent grid whose blocks walk the output tiles of all groups. In a block, a loader warpgroup fills a ring of stages,
+// with TMA or where rows are gathered with cp.async, and runs ahead over the ends of tiles; two consumer warpgroups multiply, scale and
+// store.
 
 #include "grouped_gemm.h"
 
@@ -45,7 +46,8 @@ struct SharedMemory {
 
 // One thread: weights and activations of every step by TMA.
 template <class Shape>
-__device__ void load_with_tma(GemmStages<Shape>& stages, const GroupTiles<Shape::TOKENS>& tiles, const TensorMap& weights, const TensorMap& tokens, int steps) {
+__device__ void load_with_tma(GemmStages<Shape>& stages, const GroupTiles<Shape::TOKENS>& tiles, const TensorMap& weights,
+                              const TensorMap& tokens, int steps) {
     constexpr L2 WEIGHT_HINT = Shape::TOKENS <= 16 ? L2::evict_first : L2::normal;
     PipelinePosition<Shape::STAGES> at;
     for (int64_t index = blockIdx.x; index < tiles.count(); index += gridDim.x) {
@@ -54,17 +56,18 @@ __device__ void load_with_tma(GemmStages<Shape>& stages, const GroupTiles<Shape:
             stages.pipeline.wait_until_empty(at);
             Barrier& full = stages.pipeline.full[at.stage];
             full.arrive_expect(Shape::WEIGHT_BYTES + Shape::TOKEN_BYTES);
-            tma_load<WEIGHT_HINT>(stages.weights[at.stage], weights, full, step * Shape::STAGE_K, tile.column_tile * Shape::CHANNELS, tile.group);
+            tma_load<WEIGHT_HINT>(stages.weights[at.stage], weights, full, step * Shape::STAGE_K, tile.column_tile * Shape::CHANNELS,
+                                  tile.group);
             tma_load<L2::evict_last>(stages.tokens[at.stage], tokens, full, step * Shape::STAGE_K, tile.first_row);
         }
     }
 }
 
-// All threads of the warpgroup: they gather rows and fetch the steps' scales, and one of them loads what TMA can. A stage's copies are waited for
-// LAG stages later, so that several are under way.
+// All threads of the warpgroup: they gather rows and fetch the steps' scales, and one of them loads what TMA can. A stage's copies are
+// waited for LAG stages later, so that several are under way.
 template <class Shape, bool GATHER>
-__device__ void load_with_all_threads(GemmStages<Shape>& stages, const GroupTiles<Shape::TOKENS>& tiles, const TensorMap& weights, const TensorMap& tokens,
-                                      const Problem& problem) {
+__device__ void load_with_all_threads(GemmStages<Shape>& stages, const GroupTiles<Shape::TOKENS>& tiles, const TensorMap& weights,
+                                      const TensorMap& tokens, const Problem& problem) {
     constexpr int LAG = GATHER ? 3 : 0;
     static_assert(LAG < Shape::STAGES);
     const int thread = threadIdx.x % WARPGROUP;
@@ -93,7 +96,9 @@ __device__ void load_with_all_threads(GemmStages<Shape>& stages, const GroupTile
             if constexpr (Shape::KIND == GemmKind::fp8_scaled_steps) {
                 if (thread < Shape::TOKENS) {
                     const bool per_block = problem.a_scale.form == ScaleForm::per_block;
-                    stages.token_scales[at.stage][thread] = !has_row ? 0.0f : per_block ? problem.a_scale.values[source * problem.steps + step] : 1.0f;
+                    stages.token_scales[at.stage][thread] = !has_row    ? 0.0f
+                                                            : per_block ? problem.a_scale.values[source * problem.steps + step]
+                                                                        : 1.0f;
                 }
             }
             if (GATHER) {
@@ -120,7 +125,8 @@ __device__ inline float weight_step_scale(const Problem& problem, const GroupTil
 
 __device__ inline float channel_scale(const Problem& problem, int group, int channel) {
     if (problem.b_scale.form == ScaleForm::per_tensor) return problem.b_scale.values[group];
-    if (problem.b_scale.form == ScaleForm::per_row && channel < problem.n) return problem.b_scale.values[int64_t(group) * problem.n + channel];
+    if (problem.b_scale.form == ScaleForm::per_row && channel < problem.n)
+        return problem.b_scale.values[int64_t(group) * problem.n + channel];
     return 1.0f;
 }
 
@@ -137,11 +143,12 @@ __device__ void multiply_and_store(SharedMemory<Shape>& shared, const GroupTiles
         const int rows = tile.end_row - tile.first_row;
         if constexpr (Shape::FP8) {
             const int channel = first_channel + accumulator_row(threadIdx.x % WARPGROUP, 0);
-            scale_accumulators<Shape::TOKENS>(sums, channel_scale(problem, tile.group, channel), channel_scale(problem, tile.group, channel + 8), [&](int token) {
-                if (problem.a_scale.form == ScaleForm::per_tensor) return *problem.a_scale.values;
-                if (problem.a_scale.form != ScaleForm::per_row || token >= rows) return 1.0f;
-                return problem.a_scale.values[problem.source_row(tile.first_row + token)];
-            });
+            scale_accumulators<Shape::TOKENS>(sums, channel_scale(problem, tile.group, channel),
+                                              channel_scale(problem, tile.group, channel + 8), [&](int token) {
+                                                  if (problem.a_scale.form == ScaleForm::per_tensor) return *problem.a_scale.values;
+                                                  if (problem.a_scale.form != ScaleForm::per_row || token >= rows) return 1.0f;
+                                                  return problem.a_scale.values[problem.source_row(tile.first_row + token)];
+                                              });
         }
         const int64_t first = int64_t(tile.first_row) * problem.n + first_channel;
         const int columns = problem.n - first_channel;
@@ -149,7 +156,8 @@ __device__ void multiply_and_store(SharedMemory<Shape>& shared, const GroupTiles
             const OutputTile<__nv_bfloat16> out{static_cast<__nv_bfloat16*>(problem.out) + first, problem.n, rows, columns};
             store_tile<Shape::TOKENS>(sums, out, shared.staging[warpgroup], 1 + warpgroup);
         } else {
-            store_tile<Shape::TOKENS>(sums, OutputTile<float>{static_cast<float*>(problem.out) + first, problem.n, rows, columns}, nullptr, 0);
+            store_tile<Shape::TOKENS>(sums, OutputTile<float>{static_cast<float*>(problem.out) + first, problem.n, rows, columns}, nullptr,
+                                      0);
         }
     }
 }
@@ -158,7 +166,8 @@ __device__ void multiply_and_store(SharedMemory<Shape>& shared, const GroupTiles
 
 template <class Shape, bool GATHER>
 __global__ void __launch_bounds__(Shape::CONSUMERS + Shape::LOADERS, 1)
-    grouped_gemm_kernel(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap tokens, const __grid_constant__ Problem problem) {
+    grouped_gemm_kernel(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap tokens,
+                        const __grid_constant__ Problem problem) {
     constexpr bool ALL_LOAD = GATHER || Shape::KIND == GemmKind::fp8_scaled_steps;
     auto& shared = *shared_memory<SharedMemory<Shape>>();
     const int column_tiles = (problem.n + Shape::CHANNELS - 1) / Shape::CHANNELS;
@@ -190,12 +199,14 @@ template <class Shape>
 void launch_shape(const GroupedGemmArguments& a, const Problem& problem, cudaStream_t stream) {
     const auto type = Shape::FP8 ? ElementType::uint8 : ElementType::bfloat16;
     const uint64_t row_bytes = problem.row_bytes, k = a.k, n = a.n;
-    const TensorMap weights = make_tensor_map<3>({"b", a.b, type, {k, n, uint64_t(a.groups)}, {row_bytes, n * row_bytes}, {Shape::STAGE_K, Shape::CHANNELS, 1},
-                                                  Shape::SWIZZLE});
-    const TensorMap tokens = make_tensor_map<2>({"a", a.a, type, {k, uint64_t(a.a_rows)}, {row_bytes}, {Shape::STAGE_K, Shape::TOKENS}, Shape::SWIZZLE});
+    const TensorMap weights = make_tensor_map<3>(
+        {"b", a.b, type, {k, n, uint64_t(a.groups)}, {row_bytes, n * row_bytes}, {Shape::STAGE_K, Shape::CHANNELS, 1}, Shape::SWIZZLE});
+    const TensorMap tokens =
+        make_tensor_map<2>({"a", a.a, type, {k, uint64_t(a.a_rows)}, {row_bytes}, {Shape::STAGE_K, Shape::TOKENS}, Shape::SWIZZLE});
     const int64_t tiles = most_row_tiles(a.m, a.groups, Shape::TOKENS) * ceil_div(a.n, Shape::CHANNELS);
     const size_t shared_bytes = sizeof(SharedMemory<Shape>) + (a.groups + 1) * sizeof(int);
-    const LaunchConfig config{"grouped_gemm", grid_of(std::min<int64_t>(tiles, multiprocessors())), dim3(Shape::CONSUMERS + Shape::LOADERS), shared_bytes, stream};
+    const LaunchConfig config{"grouped_gemm", grid_of(std::min<int64_t>(tiles, multiprocessors())), dim3(Shape::CONSUMERS + Shape::LOADERS),
+                              shared_bytes, stream};
     launch(config, a.rows ? &grouped_gemm_kernel<Shape, true> : &grouped_gemm_kernel<Shape, false>, weights, tokens, problem);
 }
 
@@ -214,14 +225,28 @@ void grouped_gemm(const GroupedGemmArguments& a, cudaStream_t stream) {
     if (a.m == 0 || a.n == 0 || a.groups == 0 || a.a_rows == 0) return;
     const bool fp8 = a.dtype == Dtype::float8_e4m3fn;
     const auto form = [&](int dimensions, int blocks) {
-        return !fp8 ? ScaleForm::none : dimensions == blocks ? ScaleForm::per_block : dimensions == blocks - 1 ? ScaleForm::per_row : ScaleForm::per_tensor;
+        return !fp8                       ? ScaleForm::none
+               : dimensions == blocks     ? ScaleForm::per_block
+               : dimensions == blocks - 1 ? ScaleForm::per_row
+                                          : ScaleForm::per_tensor;
     };
     const Scale a_scale{a.a_scale, form(a.a_scale_dimensions, 2)}, b_scale{a.b_scale, form(a.b_scale_dimensions, 3)};
     const bool scaled_steps = a_scale.form == ScaleForm::per_block || b_scale.form == ScaleForm::per_block;
     const int64_t row_bytes = a.k * (fp8 ? 1 : 2);
-    const Problem problem{static_cast<const uint8_t*>(a.a), row_bytes, int(a.n), int(ceil_div(row_bytes, 128)), a.groups, a.offsets, a.rows,
-                          a_scale, b_scale, a.out, a.out_dtype == Dtype::bfloat16};
-    const auto launch_dtype = !fp8 ? &launch_kind<GemmKind::bf16> : scaled_steps ? &launch_kind<GemmKind::fp8_scaled_steps> : &launch_kind<GemmKind::fp8>;
+    const Problem problem{static_cast<const uint8_t*>(a.a),
+                          row_bytes,
+                          int(a.n),
+                          int(ceil_div(row_bytes, 128)),
+                          a.groups,
+                          a.offsets,
+                          a.rows,
+                          a_scale,
+                          b_scale,
+                          a.out,
+                          a.out_dtype == Dtype::bfloat16};
+    const auto launch_dtype = !fp8           ? &launch_kind<GemmKind::bf16>
+                              : scaled_steps ? &launch_kind<GemmKind::fp8_scaled_steps>
+                                             : &launch_kind<GemmKind::fp8>;
     launch_dtype(a, problem, stream);
 }
 

@@ -1,4 +1,5 @@
-// Output tiles of rows sorted into groups whose sizes only the device knows, in an order that lets the blocks of a persistent grid share L2.
+// Output tiles of rows sorted into groups whose sizes only the device knows, in an order that lets the blocks of a persistent grid share
+// L2.
 #pragma once
 
 #include <cstdint>
@@ -14,9 +15,9 @@ struct GroupTile {
     int column_tile;
 };
 
-// Tiles of ROWS rows by one column tile, numbered by group; in a group by bands of BAND row tiles; in a band by column and then by row. So blocks
-// that run together read one band's rows again and again, and each column tile's weights once per band. Every tile costs the same, so that blocks
-// that take every gridDim-th tile are balanced whatever the sizes of the groups.
+// Tiles of ROWS rows by one column tile, numbered by group; in a group by bands of BAND row tiles; in a band by column and then by row. So
+// blocks that run together read one band's rows again and again, and each column tile's weights once per band. Every tile costs the same,
+// so that blocks that take every gridDim-th tile are balanced whatever the sizes of the groups.
 template <int ROWS>
 class GroupTiles {
 public:

@@ -8,11 +8,11 @@ gpu: needs a Hopper GPU. There, a test parametrised with a backend that runs on 
 import importlib.metadata
 import os
 
+import backends
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-import backends
 from llama4_kernels.ops.backend import BACKENDS, OPS
 
 settings.register_profile(

@@ -27,7 +27,8 @@ inline void complete_phase_if_over(MemoryBarrier& barrier) {
 
 inline void arrive(const void* word, Site site) {
     MemoryBarrier& barrier = memory_barrier(word, site);
-    if (barrier.pending == 0) scheduler().fail(site, "more arrivals at the mbarrier than the " + std::to_string(barrier.arrivals) + " of its phase");
+    if (barrier.pending == 0)
+        scheduler().fail(site, "more arrivals at the mbarrier than the " + std::to_string(barrier.arrivals) + " of its phase");
     --barrier.pending;
     complete_phase_if_over(barrier);
 }
@@ -52,10 +53,12 @@ struct Barrier {
     void init(unsigned arrivals, Site site = Site::here()) {
         emulation::Block& block = emulation::scheduler().owner(this, site, "the mbarrier");
         if (reinterpret_cast<uintptr_t>(this) % 8) emulation::scheduler().fail(site, "the mbarrier's address is not a multiple of 8");
-        if (arrivals == 0 || arrivals >= 1u << 20) emulation::scheduler().fail(site, "an mbarrier of " + std::to_string(arrivals) + " arrivals");
+        if (arrivals == 0 || arrivals >= 1u << 20)
+            emulation::scheduler().fail(site, "an mbarrier of " + std::to_string(arrivals) + " arrivals");
         emulation::MemoryBarrier barrier;
         barrier.arrivals = barrier.pending = arrivals;
-        if (!block.memory_barriers.emplace(block.address(this), barrier).second) emulation::scheduler().fail(site, "the mbarrier is initialised twice");
+        if (!block.memory_barriers.emplace(block.address(this), barrier).second)
+            emulation::scheduler().fail(site, "the mbarrier is initialised twice");
         state = block.address(this);
     }
 
@@ -70,7 +73,8 @@ struct Barrier {
 
     void arrive_remote(unsigned rank, Site site = Site::here()) {
         emulation::Block& block = emulation::scheduler().block(rank);
-        const bool ended = std::all_of(block.threads.begin(), block.threads.end(), [](const emulation::Thread& thread) { return thread.done; });
+        const bool ended =
+            std::all_of(block.threads.begin(), block.threads.end(), [](const emulation::Thread& thread) { return thread.done; });
         if (ended) emulation::scheduler().fail(site, "an arrival in block " + std::to_string(rank) + " of the cluster, which has ended");
         emulation::arrive(block.shared.get() + (shared_address(this) - emulation::FIRST_SHARED_ADDRESS), site);
     }
@@ -94,7 +98,8 @@ struct Barrier {
 private:
     bool is_complete(unsigned parity, Site site) {
         if (parity > 1) emulation::scheduler().fail(site, "the parity " + std::to_string(parity) + " is neither 0 nor 1");
-        if (!emulation::current().block->holds(this)) emulation::scheduler().fail(site, "an mbarrier of another block can only be arrived at");
+        if (!emulation::current().block->holds(this))
+            emulation::scheduler().fail(site, "an mbarrier of another block can only be arrived at");
         return (emulation::memory_barrier(this, site).phase & 1) != parity;
     }
 };
@@ -110,7 +115,8 @@ inline emulation::Rendezvous& named_barrier(unsigned id, unsigned threads, Site 
     emulation::Rendezvous& barrier = emulation::current().block->barriers[id];
     if (barrier.arrived == 0) barrier.count = threads;
     if (barrier.count != threads) {
-        emulation::scheduler().fail(site, "barrier " + std::to_string(id) + " of " + std::to_string(threads) + " threads, others say " + std::to_string(barrier.count));
+        emulation::scheduler().fail(site, "barrier " + std::to_string(id) + " of " + std::to_string(threads) + " threads, others say " +
+                                              std::to_string(barrier.count));
     }
     return barrier;
 }
@@ -119,7 +125,9 @@ inline void named_barrier_sync(unsigned id, unsigned threads, Site site = Site::
     emulation::scheduler().arrive_and_wait(named_barrier(id, threads, site), site, "named barrier", id);
 }
 
-inline void named_barrier_arrive(unsigned id, unsigned threads, Site site = Site::here()) { emulation::scheduler().arrive(named_barrier(id, threads, site)); }
+inline void named_barrier_arrive(unsigned id, unsigned threads, Site site = Site::here()) {
+    emulation::scheduler().arrive(named_barrier(id, threads, site));
+}
 
 inline bool elect_one() { return threadIdx.x % WARP == 0; }
 

@@ -139,8 +139,14 @@ struct Warpgroup {
 
 struct Block {
     Block(dim3 index, unsigned threads, size_t shared_bytes)
-        : index(index), threads(threads), exchanges(threads / WARP), warpgroups((threads + WARPGROUP - 1) / WARPGROUP), shared_bytes(shared_bytes),
-          shared(allocate(shared_bytes), &std::free), fenced(shared_bytes, POISON), fence_of(shared_bytes / PAGE + 1),
+        : index(index),
+          threads(threads),
+          exchanges(threads / WARP),
+          warpgroups((threads + WARPGROUP - 1) / WARPGROUP),
+          shared_bytes(shared_bytes),
+          shared(allocate(shared_bytes), &std::free),
+          fenced(shared_bytes, POISON),
+          fence_of(shared_bytes / PAGE + 1),
           owners(shared_bytes / CHUNK + 1) {
         std::memset(shared.get(), POISON, shared_bytes);
         for (unsigned i = 0; i < threads; ++i) {
@@ -154,7 +160,9 @@ struct Block {
         return byte >= shared.get() && byte < shared.get() + shared_bytes;
     }
 
-    uint32_t address(const void* pointer) const { return uint32_t(static_cast<const uint8_t*>(pointer) - shared.get()) + FIRST_SHARED_ADDRESS; }
+    uint32_t address(const void* pointer) const {
+        return uint32_t(static_cast<const uint8_t*>(pointer) - shared.get()) + FIRST_SHARED_ADDRESS;
+    }
 
     // An asynchronous unit writes to shared memory; a null source poisons.
     void write(uint32_t address, const void* from, size_t bytes) {
@@ -294,7 +302,10 @@ public:
     }
 
     Block& block(unsigned rank) { return *blocks_.at(rank); }
-    unsigned rank() { return unsigned(std::find_if(blocks_.begin(), blocks_.end(), [&](auto& block) { return block.get() == current_->block; }) - blocks_.begin()); }
+    unsigned rank() {
+        return unsigned(std::find_if(blocks_.begin(), blocks_.end(), [&](auto& block) { return block.get() == current_->block; }) -
+                        blocks_.begin());
+    }
     unsigned blocks() { return unsigned(blocks_.size()); }
 
     [[noreturn]] void fail(Site site, const std::string& what) {
@@ -365,8 +376,9 @@ private:
         const auto barrier = thread.block->memory_barriers.find(thread.waits_on);
         if (barrier != thread.block->memory_barriers.end()) {
             const MemoryBarrier& at = barrier->second;
-            text << " at shared byte " << thread.waits_on - FIRST_SHARED_ADDRESS << ", parity " << thread.waits_parity << "; it is in phase " << at.phase
-                 << " and lacks " << at.pending << " of " << at.arrivals << " arrivals and " << at.bytes << " bytes";
+            text << " at shared byte " << thread.waits_on - FIRST_SHARED_ADDRESS << ", parity " << thread.waits_parity
+                 << "; it is in phase " << at.phase << " and lacks " << at.pending << " of " << at.arrivals << " arrivals and " << at.bytes
+                 << " bytes";
         } else if (thread.waits_on) {
             text << " " << thread.waits_on;
         }
@@ -380,7 +392,8 @@ private:
             std::map<std::string, std::vector<unsigned>> places;
             for (const Thread& thread : block->threads) places[describe(thread)].push_back(thread.index);
             for (const auto& [place, threads] : places) {
-                text << "\n  block " << block->index.x << ", " << threads.size() << " threads from " << threads.front() << " to " << threads.back() << ": " << place;
+                text << "\n  block " << block->index.x << ", " << threads.size() << " threads from " << threads.front() << " to "
+                     << threads.back() << ": " << place;
             }
         }
         return text.str();
@@ -424,7 +437,8 @@ inline void Scheduler::body() {
 
 inline void Scheduler::end_thread() {
     const Site end;
-    if (!current_->open_stores.empty() || !current_->stores.empty()) fail(end, "a thread ends before its bulk stores have read shared memory");
+    if (!current_->open_stores.empty() || !current_->stores.empty())
+        fail(end, "a thread ends before its bulk stores have read shared memory");
     if (!current_->accumulators.empty()) fail(end, "a thread ends with products of wgmma under way");
     for (const TransferGroup& group : current_->unwritten_stores) {
         for (const Transfer& store : group) store.write();
@@ -444,13 +458,16 @@ inline void Scheduler::end_block(Block& block) {
         if (barrier.bytes != 0) fail(end, "the block ends with " + std::to_string(barrier.bytes) + " bytes expected at an mbarrier");
     }
     for (size_t id = 0; id < block.barriers.size(); ++id) {
-        if (block.barriers[id].arrived) fail(end, "the block ends with " + std::to_string(block.barriers[id].arrived) + " threads at barrier " + std::to_string(id));
+        if (block.barriers[id].arrived)
+            fail(end, "the block ends with " + std::to_string(block.barriers[id].arrived) + " threads at barrier " + std::to_string(id));
     }
     unsigned registers = 0;
     for (const Thread& thread : block.threads) registers += unsigned(thread.registers);
     const unsigned threads = unsigned(block.threads.size());
     const unsigned at_launch = std::min(255u, (65536 / threads) & ~7u);
-    if (registers > at_launch * threads) fail(end, "setmaxnreg gives out " + std::to_string(registers) + " registers, the launch had " + std::to_string(at_launch * threads));
+    if (registers > at_launch * threads)
+        fail(end,
+             "setmaxnreg gives out " + std::to_string(registers) + " registers, the launch had " + std::to_string(at_launch * threads));
 }
 
 }  // namespace emulation

@@ -53,7 +53,8 @@ inline void take_over(Block& block, void* to, size_t bytes, Site site) {
 
 inline void begin_load(void* to, size_t bytes, const void* barrier, Site site, std::function<void(Block&, uint32_t)> write) {
     Block& block = shared_range(to, bytes, site, "the destination");
-    if (!memory_barrier(barrier, site).visible) scheduler().fail(site, "the mbarrier was not made visible to copies: fence_barrier_init is missing");
+    if (!memory_barrier(barrier, site).visible)
+        scheduler().fail(site, "the mbarrier was not made visible to copies: fence_barrier_init is missing");
     take_over(block, to, bytes, site);
     const uint32_t address = block.address(to);
     const auto complete = [&block, address, bytes, barrier, site, write = std::move(write)] {
@@ -64,10 +65,12 @@ inline void begin_load(void* to, size_t bytes, const void* barrier, Site site, s
     scheduler().loads.push_back({complete, &block, site});
 }
 
-// Calls row(offset in the box, first byte in the tensor or null, bytes within bounds, bytes out of bounds before them) for each row of a box.
+// Calls row(offset in the box, first byte in the tensor or null, bytes within bounds, bytes out of bounds before them) for each row of a
+// box.
 template <class Row>
 void for_each_row(const TensorMap& map, const std::array<int64_t, 4>& at, Row row) {
-    const int64_t begin = std::clamp<int64_t>(at[0], 0, int64_t(map.sizes[0])), end = std::clamp<int64_t>(at[0] + map.box[0], 0, int64_t(map.sizes[0]));
+    const int64_t begin = std::clamp<int64_t>(at[0], 0, int64_t(map.sizes[0])),
+                  end = std::clamp<int64_t>(at[0] + map.box[0], 0, int64_t(map.sizes[0]));
     size_t offset = 0;
     for (uint32_t l = 0; l < map.box[3]; ++l) {
         for (uint32_t k = 0; k < map.box[2]; ++k) {
@@ -110,11 +113,13 @@ inline std::vector<uint8_t> read_box(const TensorMap& map, const Block& block, u
     return bytes;
 }
 
-inline void begin_store(const void* from, size_t bytes, Site site, std::function<std::vector<uint8_t>()> read, std::function<void(const uint8_t*)> write) {
+inline void begin_store(const void* from, size_t bytes, Site site, std::function<std::vector<uint8_t>()> read,
+                        std::function<void(const uint8_t*)> write) {
     Block& block = shared_range(from, bytes, site, "the source");
     auto taken = std::make_shared<std::vector<uint8_t>>();
     const auto check_and_read = [&block, from, bytes, site, taken, read = std::move(read)] {
-        if (!block.is_fenced(from, bytes)) scheduler().fail(site, "the store reads plain writes to shared memory without a fence_async_proxy after them");
+        if (!block.is_fenced(from, bytes))
+            scheduler().fail(site, "the store reads plain writes to shared memory without a fence_async_proxy after them");
         *taken = read();
         block.own(block.address(from), bytes, Owner::nobody);
     };
@@ -156,7 +161,9 @@ using emulation::TensorMap;
 template <int RANK>
 TensorMap make_tensor_map(const TensorShape<RANK>& shape) {
     check(shape);
-    TensorMap map{shape.name, static_cast<uint8_t*>(const_cast<void*>(shape.data)), RANK, element_bytes(shape.type), {1, 1, 1, 1}, {}, {1, 1, 1, 1}, shape.swizzle};
+    TensorMap map{
+        shape.name,   static_cast<uint8_t*>(const_cast<void*>(shape.data)), RANK, element_bytes(shape.type), {1, 1, 1, 1}, {}, {1, 1, 1, 1},
+        shape.swizzle};
     std::copy(shape.sizes.begin(), shape.sizes.end(), map.sizes.begin());
     std::copy(shape.strides.begin(), shape.strides.end(), map.strides.begin() + 1);
     std::copy(shape.box.begin(), shape.box.end(), map.box.begin());

@@ -1,5 +1,6 @@
-// CUDA on the host, for tests without a GPU: the blocks of a grid run one after another (those of a cluster together), each thread as a fiber.
-// What a GPU leaves undefined shows: shared memory starts as NaNs and is exactly as large as asked for, so that AddressSanitizer guards it.
+// CUDA on the host, for tests without a GPU: the blocks of a grid run one after another (those of a cluster together), each thread as a
+// fiber. What a GPU leaves undefined shows: shared memory starts as NaNs and is exactly as large as asked for, so that AddressSanitizer
+// guards it.
 #pragma once
 
 #include "emulation/warp.h"
@@ -23,16 +24,20 @@ inline void* shared_memory() { return current().block->shared.get(); }
 
 inline void run(const char* op, dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster_blocks, const std::function<void()>& kernel) {
     const auto refuse = [&](const std::string& why) { throw std::runtime_error(std::string(op) + ": CUDA refused the launch: " + why); };
-    if (block.x % WARP || block.x == 0 || block.x > 1024 || block.y * block.z != 1) refuse("the emulation needs 1-D blocks of whole warps, at most 1024 threads");
-    if (shared_bytes > MAX_SHARED_BYTES) refuse(std::to_string(shared_bytes) + " bytes of shared memory exceed " + std::to_string(MAX_SHARED_BYTES));
-    if (cluster_blocks == 0 || cluster_blocks > 8 || grid.x % cluster_blocks) refuse("clusters of " + std::to_string(cluster_blocks) + " blocks do not divide the grid");
+    if (block.x % WARP || block.x == 0 || block.x > 1024 || block.y * block.z != 1)
+        refuse("the emulation needs 1-D blocks of whole warps, at most 1024 threads");
+    if (shared_bytes > MAX_SHARED_BYTES)
+        refuse(std::to_string(shared_bytes) + " bytes of shared memory exceed " + std::to_string(MAX_SHARED_BYTES));
+    if (cluster_blocks == 0 || cluster_blocks > 8 || grid.x % cluster_blocks)
+        refuse("clusters of " + std::to_string(cluster_blocks) + " blocks do not divide the grid");
     gridDim = grid;
     blockDim = block;
     for (unsigned z = 0; z < grid.z; ++z) {
         for (unsigned y = 0; y < grid.y; ++y) {
             for (unsigned x = 0; x < grid.x; x += cluster_blocks) {
                 std::vector<std::unique_ptr<Block>> blocks;
-                for (unsigned rank = 0; rank < cluster_blocks; ++rank) blocks.push_back(std::make_unique<Block>(dim3(x + rank, y, z), block.x, shared_bytes));
+                for (unsigned rank = 0; rank < cluster_blocks; ++rank)
+                    blocks.push_back(std::make_unique<Block>(dim3(x + rank, y, z), block.x, shared_bytes));
                 scheduler().run(std::move(blocks), kernel);
             }
         }

@@ -44,7 +44,8 @@ private:
     static size_t guard_bytes() { return size_t(sysconf(_SC_PAGESIZE)); }
 
     static char* allocate() {
-        void* memory = mmap(nullptr, guard_bytes() + STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void* memory =
+            mmap(nullptr, guard_bytes() + STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (memory == MAP_FAILED || mprotect(memory, guard_bytes(), PROT_NONE) != 0) throw std::bad_alloc();
         return static_cast<char*>(memory) + guard_bytes();
     }

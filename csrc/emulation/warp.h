@@ -1,4 +1,5 @@
-// CUDA's intrinsics as kernels use them: the block's barrier, warp shuffles, votes and reductions, atomics, and bit and arithmetic functions.
+// CUDA's intrinsics as kernels use them: the block's barrier, warp shuffles, votes and reductions, atomics, and bit and arithmetic
+// functions.
 #pragma once
 
 #include <cmath>
@@ -84,7 +85,9 @@ inline void __syncthreads(emulation::Site site = emulation::Site::here()) {
     emulation::scheduler().arrive_and_wait(barrier, site, "__syncthreads");
 }
 
-inline void __syncwarp(unsigned mask = ~0u, emulation::Site site = emulation::Site::here()) { emulation::exchange(mask, 0, site, "__syncwarp"); }
+inline void __syncwarp(unsigned mask = ~0u, emulation::Site site = emulation::Site::here()) {
+    emulation::exchange(mask, 0, site, "__syncwarp");
+}
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int lane, int width = 32, emulation::Site site = emulation::Site::here()) {
@@ -115,14 +118,19 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, emulation::Site site
     return result;
 }
 
-inline int __any_sync(unsigned mask, int predicate, emulation::Site site = emulation::Site::here()) { return __ballot_sync(mask, predicate, site) != 0; }
-inline int __all_sync(unsigned mask, int predicate, emulation::Site site = emulation::Site::here()) { return __ballot_sync(mask, predicate, site) == mask; }
+inline int __any_sync(unsigned mask, int predicate, emulation::Site site = emulation::Site::here()) {
+    return __ballot_sync(mask, predicate, site) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate, emulation::Site site = emulation::Site::here()) {
+    return __ballot_sync(mask, predicate, site) == mask;
+}
 
 template <class T>
 unsigned __match_any_sync(unsigned mask, T value, emulation::Site site = emulation::Site::here()) {
     const auto values = emulation::exchange(mask, emulation::to_lane(value), site, "a match");
     unsigned result = 0;
-    for (unsigned lane = 0; lane < emulation::WARP; ++lane) result |= unsigned((mask >> lane & 1) && values[lane] == emulation::to_lane(value)) << lane;
+    for (unsigned lane = 0; lane < emulation::WARP; ++lane)
+        result |= unsigned((mask >> lane & 1) && values[lane] == emulation::to_lane(value)) << lane;
     return result;
 }
 

@@ -25,8 +25,11 @@ struct Operand {
     bool mn_major;
 
     Operand(uint64_t descriptor, bool mn_major)
-        : address(uint32_t(descriptor & 0x3fff) << 4), leading(uint32_t(descriptor >> 16 & 0x3fff) << 4), stride(uint32_t(descriptor >> 32 & 0x3fff) << 4),
-          swizzle(descriptor >> 62 ? Swizzle(4 - (descriptor >> 62)) : Swizzle::none), mn_major(mn_major) {}
+        : address(uint32_t(descriptor & 0x3fff) << 4),
+          leading(uint32_t(descriptor >> 16 & 0x3fff) << 4),
+          stride(uint32_t(descriptor >> 32 & 0x3fff) << 4),
+          swizzle(descriptor >> 62 ? Swizzle(4 - (descriptor >> 62)) : Swizzle::none),
+          mn_major(mn_major) {}
 
     uint32_t span() const { return llama4_kernels::hopper::span_bytes(swizzle); }
 
@@ -44,11 +47,13 @@ struct Operand {
     const uint8_t* chunk_at(Block& block, uint32_t row, uint32_t chunk, Site site) const {
         const uint32_t at = chunk_address(row, chunk);
         if (at < FIRST_SHARED_ADDRESS || at - FIRST_SHARED_ADDRESS + 16 > block.shared_bytes) {
-            scheduler().fail(site, "out of bounds: wgmma reads past the block's " + std::to_string(block.shared_bytes) + " bytes of shared memory");
+            scheduler().fail(
+                site, "out of bounds: wgmma reads past the block's " + std::to_string(block.shared_bytes) + " bytes of shared memory");
         }
         const uint8_t* bytes = block.shared.get() + (at - FIRST_SHARED_ADDRESS);
         if (block.owner_of(at) == Owner::written) scheduler().fail(site, "wgmma reads shared memory that a copy under way still writes");
-        if (!block.is_fenced(bytes, 16)) scheduler().fail(site, "wgmma reads plain writes to shared memory without a fence_async_proxy after them");
+        if (!block.is_fenced(bytes, 16))
+            scheduler().fail(site, "wgmma reads plain writes to shared memory without a fence_async_proxy after them");
         return bytes;
     }
 };
@@ -107,7 +112,8 @@ inline void decode_registers(const Product& product, float (*values)[ROWS]) {
 }
 
 inline std::vector<InFlight>::iterator find_accumulators(Thread& thread, const float* registers) {
-    return std::find_if(thread.accumulators.begin(), thread.accumulators.end(), [&](const InFlight& held) { return held.registers == registers; });
+    return std::find_if(thread.accumulators.begin(), thread.accumulators.end(),
+                        [&](const InFlight& held) { return held.registers == registers; });
 }
 
 // sums += aᵀ · b, in the order of k.
@@ -137,10 +143,14 @@ inline void compute(const Product& product, Block& block, unsigned first_thread)
     const int values = product.columns / 2;
     for (int thread = 0; thread < int(WARPGROUP); ++thread) {
         const float* held = find_accumulators(block.threads[first_thread + thread], product.accumulators[thread])->values.data();
-        for (int i = 0; i < values; ++i) sums[accumulator_row(thread, i)][accumulator_column(thread, i)] = product.accumulate ? held[i] : 0.0f;
+        for (int i = 0; i < values; ++i)
+            sums[accumulator_row(thread, i)][accumulator_column(thread, i)] = product.accumulate ? held[i] : 0.0f;
     }
     const int k = product.k_bytes / product.element_bytes;
-    const auto multiply_columns = product.columns <= 32 ? &multiply<32> : product.columns <= 64 ? &multiply<64> : product.columns <= 128 ? &multiply<128> : &multiply<256>;
+    const auto multiply_columns = product.columns <= 32    ? &multiply<32>
+                                  : product.columns <= 64  ? &multiply<64>
+                                  : product.columns <= 128 ? &multiply<128>
+                                                           : &multiply<256>;
     multiply_columns(k, a, b, sums);
     for (int thread = 0; thread < int(WARPGROUP); ++thread) {
         float* held = find_accumulators(block.threads[first_thread + thread], product.accumulators[thread])->values.data();
@@ -163,14 +173,16 @@ inline void complete_groups(Warpgroup& group, Block& block, unsigned first_threa
             const Product& product = *group.products.front();
             if (product.threads != WARPGROUP) scheduler().fail(product.site, "not all threads of the warpgroup issued this product");
             compute(product, block, first_thread);
-            for (unsigned thread = 0; thread < WARPGROUP; ++thread) release(block.threads[first_thread + thread], product.accumulators[thread]);
+            for (unsigned thread = 0; thread < WARPGROUP; ++thread)
+                release(block.threads[first_thread + thread], product.accumulators[thread]);
         }
     }
 }
 
 inline bool same(const Product& x, const Product& y) {
     return x.columns == y.columns && x.k_bytes == y.k_bytes && x.element_bytes == y.element_bytes && x.a_in_registers == y.a_in_registers &&
-           x.a_is_mn_major == y.a_is_mn_major && x.b_is_mn_major == y.b_is_mn_major && x.accumulate == y.accumulate && x.a == y.a && x.b == y.b;
+           x.a_is_mn_major == y.a_is_mn_major && x.b_is_mn_major == y.b_is_mn_major && x.accumulate == y.accumulate && x.a == y.a &&
+           x.b == y.b;
 }
 
 inline void issue(Product product, float* accumulators, const uint32_t* a_registers) {
@@ -187,7 +199,8 @@ inline void issue(Product product, float* accumulators, const uint32_t* a_regist
 
     auto held = find_accumulators(thread, accumulators);
     if (held == thread.accumulators.end()) {
-        if (!thread.product_fence) scheduler().fail(product.site, "wgmma_fence is missing between the last use of the accumulators and this product");
+        if (!thread.product_fence)
+            scheduler().fail(product.site, "wgmma_fence is missing between the last use of the accumulators and this product");
         thread.accumulators.push_back({accumulators, 0, std::vector<float>(accumulators, accumulators + product.columns / 2)});
         held = std::prev(thread.accumulators.end());
         std::memset(accumulators, POISON, held->values.size() * sizeof(float));
@@ -211,7 +224,8 @@ inline void check_no_product_reads(Block& block, uint32_t address, size_t bytes,
                 }
                 return false;
             };
-            if ((!product->a_in_registers && reads(product->a, product->a_is_mn_major, ROWS)) || reads(product->b, product->b_is_mn_major, product->columns)) {
+            if ((!product->a_in_registers && reads(product->a, product->a_is_mn_major, ROWS)) ||
+                reads(product->b, product->b_is_mn_major, product->columns)) {
                 scheduler().fail(site, "a copy to shared memory that the wgmma at " + product->site.text() + " may still read");
             }
         }
@@ -219,7 +233,8 @@ inline void check_no_product_reads(Block& block, uint32_t address, size_t bytes,
 }
 
 template <int N, int BYTES>
-void issue(float (&d)[N / 2], const uint64_t* a, const uint32_t* a_registers, uint64_t b, Major a_major, Major b_major, bool accumulate, Site site) {
+void issue(float (&d)[N / 2], const uint64_t* a, const uint32_t* a_registers, uint64_t b, Major a_major, Major b_major, bool accumulate,
+           Site site) {
     Product product;
     product.columns = N;
     product.k_bytes = 32;
@@ -245,7 +260,8 @@ inline void wgmma_commit(Site site = Site::here()) {
     emulation::Warpgroup& group = emulation::warpgroup();
     const uint64_t number = thread.groups_committed++ - group.first_group;
     if (number == group.groups.size()) group.groups.push_back(thread.products_issued);
-    if (group.groups[number] != thread.products_issued) emulation::scheduler().fail(site, "wgmma: the threads of the warpgroup commit different products");
+    if (group.groups[number] != thread.products_issued)
+        emulation::scheduler().fail(site, "wgmma: the threads of the warpgroup commit different products");
 }
 
 template <int PENDING>

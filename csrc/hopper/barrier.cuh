@@ -15,7 +15,9 @@ __device__ inline uint32_t shared_address(const void* pointer) { return uint32_t
 // An mbarrier, in shared memory. Its phases complete one after another, each when all arrivals and all expected bytes have come.
 struct Barrier {
     // arrivals: how many each phase waits for. By one thread, which then calls fence_barrier_init before the block's next barrier.
-    __device__ void init(unsigned arrivals) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(arrivals)); }
+    __device__ void init(unsigned arrivals) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(arrivals));
+    }
 
     __device__ void arrive() { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(this)) : "memory"); }
 
@@ -29,11 +31,13 @@ struct Barrier {
         asm volatile(
             "{\n.reg .b32 remote;\n"
             "mapa.shared::cluster.u32 remote, %0, %1;\n"
-            "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(this)), "r"(rank)
+            "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(this)),
+            "r"(rank)
             : "memory");
     }
 
-    // Whether the phase of this parity has completed. The first phase has parity 0; a new barrier counts as having completed one of parity 1.
+    // Whether the phase of this parity has completed. The first phase has parity 0; a new barrier counts as having completed one of parity
+    // 1.
     __device__ bool try_wait(unsigned parity) {
         unsigned done;
         asm volatile(
@@ -47,7 +51,8 @@ struct Barrier {
     }
 
     __device__ void wait(unsigned parity) {
-        while (!try_wait(parity)) {}
+        while (!try_wait(parity)) {
+        }
     }
 
     // wait, that also sees what threads of other blocks of the cluster wrote before they arrived.
@@ -55,7 +60,8 @@ struct Barrier {
         asm volatile(
             "{\n.reg .pred done;\n"
             "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-            "@!done bra again;\n}" ::"r"(shared_address(this)), "r"(parity)
+            "@!done bra again;\n}" ::"r"(shared_address(this)),
+            "r"(parity)
             : "memory");
     }
 
@@ -66,10 +72,14 @@ struct Barrier {
 __device__ inline void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 // Barrier `id` (1–15; 0 is __syncthreads) among `threads` threads, whole warps, of the block.
-__device__ inline void named_barrier_sync(unsigned id, unsigned threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+__device__ inline void named_barrier_sync(unsigned id, unsigned threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 // Count as one of the `threads` of named_barrier_sync without waiting for them.
-__device__ inline void named_barrier_arrive(unsigned id, unsigned threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+__device__ inline void named_barrier_arrive(unsigned id, unsigned threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 // True in one thread of a converged warp.
 __device__ inline bool elect_one() {

@@ -31,7 +31,8 @@ __device__ inline void cluster_sync() {
     cluster_wait();
 }
 
-// The counterpart, in block `rank`, of `local` in this block's shared memory; may be read and written like any pointer until that block ends.
+// The counterpart, in block `rank`, of `local` in this block's shared memory; may be read and written like any pointer until that block
+// ends.
 template <class T>
 __device__ T* remote_shared(T* local, unsigned rank) {
     uint64_t remote;

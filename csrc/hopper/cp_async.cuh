@@ -11,7 +11,8 @@ namespace llama4_kernels::hopper {
 
 // Copy 16 bytes, or write zeros where `valid` is false; `from` is not read then. Both addresses are multiples of 16.
 __device__ inline void cp_async_16(void* to, const void* from, bool valid = true) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0)
+                 : "memory");
 }
 
 // End this thread's group of copies.
@@ -23,13 +24,14 @@ __device__ inline void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// Arrive at `barrier`, as one of the arrivals that it was initialised with, once all copies of this thread so far are complete. wgmma and TMA
-// stores must not read the data before a fence_async_proxy that follows their completion.
+// Arrive at `barrier`, as one of the arrivals that it was initialised with, once all copies of this thread so far are complete. wgmma and
+// TMA stores must not read the data before a fence_async_proxy that follows their completion.
 __device__ inline void cp_async_arrive(Barrier& barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
 
-// Orders this thread's plain and cp.async accesses to shared memory before later ones by TMA and wgmma. Follows the writes, precedes the barrier.
+// Orders this thread's plain and cp.async accesses to shared memory before later ones by TMA and wgmma. Follows the writes, precedes the
+// barrier.
 __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 }  // namespace llama4_kernels::hopper

@@ -14,7 +14,9 @@ __device__ inline unsigned load_acquire(const unsigned* from) {
     return value;
 }
 
-__device__ inline void store_release(unsigned* to, unsigned value) { asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory"); }
+__device__ inline void store_release(unsigned* to, unsigned value) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
 
 // Add and give the old value: a ticket. Publishes this thread's writes, and sees those published by earlier tickets.
 __device__ inline unsigned add_acquire_release(unsigned* to, unsigned value) {

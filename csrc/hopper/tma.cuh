@@ -24,47 +24,51 @@ TensorMap make_tensor_map(const TensorShape<RANK>& shape) {
     static const Encode encode = [] {
         void* function = nullptr;
         cudaDriverEntryPointQueryResult found;
-        if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found) != cudaSuccess || !function) {
+        if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found) != cudaSuccess ||
+            !function) {
             throw std::runtime_error("this CUDA driver has no cuTensorMapEncodeTiled");
         }
         return reinterpret_cast<Encode>(function);
     }();
-    constexpr CUtensorMapDataType types[] = {CU_TENSOR_MAP_DATA_TYPE_UINT8, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_DATA_TYPE_FLOAT32};
+    constexpr CUtensorMapDataType types[] = {CU_TENSOR_MAP_DATA_TYPE_UINT8, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                                             CU_TENSOR_MAP_DATA_TYPE_FLOAT32};
     constexpr CUtensorMapSwizzle swizzles[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_32B, CU_TENSOR_MAP_SWIZZLE_64B,
                                                CU_TENSOR_MAP_SWIZZLE_128B};
     cuuint32_t steps[RANK];
     for (cuuint32_t& step : steps) step = 1;
     TensorMap map;
-    const CUresult result = encode(&map, types[int(shape.type)], RANK, const_cast<void*>(shape.data), shape.sizes.data(), shape.strides.data(),
-                                   shape.box.data(), steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzles[int(shape.swizzle)],
-                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (result != CUDA_SUCCESS) throw std::runtime_error(std::string("tensor map of ") + shape.name + ": the driver gives error " + std::to_string(result));
+    const CUresult result = encode(&map, types[int(shape.type)], RANK, const_cast<void*>(shape.data), shape.sizes.data(),
+                                   shape.strides.data(), shape.box.data(), steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                   swizzles[int(shape.swizzle)], CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result != CUDA_SUCCESS)
+        throw std::runtime_error(std::string("tensor map of ") + shape.name + ": the driver gives error " + std::to_string(result));
     return map;
 }
 
 __device__ inline void prefetch_tensor_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
 
-// Copy the box whose first element has these coordinates (dimension 0 first; they may lie out of bounds) to shared memory: 128-byte aligned, or
-// 8 spans of the swizzle. `barrier` gets the whole box's bytes.
+// Copy the box whose first element has these coordinates (dimension 0 first; they may lie out of bounds) to shared memory: 128-byte
+// aligned, or 8 spans of the swizzle. `barrier` gets the whole box's bytes.
 template <L2 HINT = L2::normal, class... Coordinates>
 __device__ inline void tma_load(void* to, const TensorMap& map, Barrier& barrier, Coordinates... coordinates) {
     static_assert(sizeof...(coordinates) >= 2 && sizeof...(coordinates) <= 4);
     const int at[] = {int(coordinates)...};
     if constexpr (sizeof...(coordinates) == 2) {
-        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(
-                         shared_address(to)),
-                     "l"(&map), "r"(at[0]), "r"(at[1]), "r"(shared_address(&barrier)), "l"(uint64_t(HINT))
-                     : "memory");
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::
+                "r"(shared_address(to)),
+            "l"(&map), "r"(at[0]), "r"(at[1]), "r"(shared_address(&barrier)), "l"(uint64_t(HINT))
+            : "memory");
     } else if constexpr (sizeof...(coordinates) == 3) {
         asm volatile(
-            "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(
-                shared_address(to)),
+            "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;" ::
+                "r"(shared_address(to)),
             "l"(&map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(shared_address(&barrier)), "l"(uint64_t(HINT))
             : "memory");
     } else {
         asm volatile(
-            "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(
-                shared_address(to)),
+            "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::
+                "r"(shared_address(to)),
             "l"(&map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(shared_address(&barrier)), "l"(uint64_t(HINT))
             : "memory");
     }
@@ -78,15 +82,17 @@ __device__ inline void tma_prefetch(const TensorMap& map, Coordinates... coordin
     if constexpr (sizeof...(coordinates) == 2) {
         asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(&map), "r"(at[0]), "r"(at[1]) : "memory");
     } else if constexpr (sizeof...(coordinates) == 3) {
-        asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(&map), "r"(at[0]), "r"(at[1]), "r"(at[2]) : "memory");
+        asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(&map), "r"(at[0]), "r"(at[1]), "r"(at[2])
+                     : "memory");
     } else {
-        asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(&map), "r"(at[0]), "r"(at[1]), "r"(at[2]),
-                     "r"(at[3])
+        asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(&map), "r"(at[0]), "r"(at[1]),
+                     "r"(at[2]), "r"(at[3])
                      : "memory");
     }
 }
 
-// Copy a box from shared memory to the tensor, as part of this thread's open bulk group. Plain writes to `from` need a fence_async_proxy first.
+// Copy a box from shared memory to the tensor, as part of this thread's open bulk group. Plain writes to `from` need a fence_async_proxy
+// first.
 template <class... Coordinates>
 __device__ inline void tma_store(const TensorMap& map, const void* from, Coordinates... coordinates) {
     static_assert(sizeof...(coordinates) >= 2 && sizeof...(coordinates) <= 4);
@@ -96,12 +102,12 @@ __device__ inline void tma_store(const TensorMap& map, const void* from, Coordin
                      "r"(shared_address(from))
                      : "memory");
     } else if constexpr (sizeof...(coordinates) == 3) {
-        asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(&map), "r"(at[0]), "r"(at[1]),
-                     "r"(at[2]), "r"(shared_address(from))
+        asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(&map), "r"(at[0]),
+                     "r"(at[1]), "r"(at[2]), "r"(shared_address(from))
                      : "memory");
     } else {
-        asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&map), "r"(at[0]), "r"(at[1]),
-                     "r"(at[2]), "r"(at[3]), "r"(shared_address(from))
+        asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&map), "r"(at[0]),
+                     "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(shared_address(from))
                      : "memory");
     }
 }
@@ -109,7 +115,8 @@ __device__ inline void tma_store(const TensorMap& map, const void* from, Coordin
 // Copy plain bytes; addresses and `bytes` are multiples of 16. `barrier` gets the bytes.
 template <L2 HINT = L2::normal>
 __device__ inline void bulk_load(void* to, const void* from, unsigned bytes, Barrier& barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+                     shared_address(to)),
                  "l"(from), "r"(bytes), "r"(shared_address(&barrier)), "l"(uint64_t(HINT))
                  : "memory");
 }

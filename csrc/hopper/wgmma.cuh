@@ -47,13 +47,14 @@ __device__ inline void wgmma_bf16(float (&d)[N / 2], const uint32_t (&a)[4], uin
 
 namespace llama4_kernels::hopper {
 
-// Descriptor of a K-major operand in a tile [rows, span] of a swizzle of 32, 64 or 128 bytes, as TMA writes it; K step j starts 32 · j bytes on.
+// Descriptor of a K-major operand in a tile [rows, span] of a swizzle of 32, 64 or 128 bytes, as TMA writes it; K step j starts 32 · j
+// bytes on.
 __device__ inline uint64_t k_major(const void* tile, Swizzle swizzle) {
     return matrix_descriptor(shared_address(tile), swizzle, 16, 8 * span_bytes(swizzle));
 }
 
-// Descriptor of an MN-major bf16 operand in swizzled tiles [K, span], the tiles of successive span / 2 elements of M or N `tile_bytes` apart; K step j
-// starts 16 · j rows on.
+// Descriptor of an MN-major bf16 operand in swizzled tiles [K, span], the tiles of successive span / 2 elements of M or N `tile_bytes`
+// apart; K step j starts 16 · j rows on.
 __device__ inline uint64_t mn_major(const void* tile, Swizzle swizzle, unsigned tile_bytes) {
     return matrix_descriptor(shared_address(tile), swizzle, tile_bytes, 8 * span_bytes(swizzle));
 }

@@ -1,5 +1,5 @@
-// The text of wgmma.mma_async for each number of columns N. Inline assembly numbers its operands, so each N spells out its own: N / 2 accumulators,
-// then A (one descriptor or four registers), B, whether to accumulate, and which operands are MN-major.
+// The text of wgmma.mma_async for each number of columns N. Inline assembly numbers its operands, so each N spells out its own: N / 2
+// accumulators, then A (one descriptor or four registers), B, whether to accumulate, and which operands are MN-major.
 #pragma once
 
 #include "hopper/layout.cuh"

@@ -103,11 +103,18 @@ def _cubin_kernels(extension: Path) -> list[tuple[str, Kernel]]:
     from llama4_kernels.triton import offline
 
     with tempfile.TemporaryDirectory() as folder:
-        run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, cwd=folder)
-        run([offline.BINARIES / "cuobjdump", "--extract-elf", "all", extension.resolve()])
-        cubins = sorted(Path(folder).glob("*.cubin"))
-        usage = "".join(run([offline.BINARIES / "cuobjdump", "--dump-resource-usage", cubin]).stdout for cubin in cubins)
-        listing = "".join(run([offline.BINARIES / "nvdisasm", "-c", cubin]).stdout for cubin in cubins)
+        extract = [offline.BINARIES / "cuobjdump", "--extract-elf", "all", extension.resolve()]
+        subprocess.run(extract, capture_output=True, check=True, cwd=folder)
+        return [found for cubin in sorted(Path(folder).glob("*.cubin")) for found in kernels_of(cubin)]
+
+
+def kernels_of(cubin: Path) -> list[tuple[str, Kernel]]:
+    """The stem of the source file, where the name tells it, and every kernel of a cubin."""
+    from llama4_kernels.triton import offline
+
+    run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
+    usage = run([offline.BINARIES / "cuobjdump", "--dump-resource-usage", cubin]).stdout
+    listing = run([offline.BINARIES / "nvdisasm", "-c", cubin]).stdout
     code = {
         name: offline.opcodes(body)
         for name, body in re.findall(r"^\s*\.section\s+\.text\.(\S+?),(.*?)(?=^\s*\.section|\Z)", listing, re.MULTILINE | re.DOTALL)

@@ -1,5 +1,5 @@
-// A small warp-specialised GEMM, C [M, N] bf16 = A [M, K] · B [N, K]ᵀ of e4m3, and the bugs that such a kernel may have, each by its name. One block
-// per 64 × 64 tile: a warpgroup multiplies and stores, one more warp loads; A by TMA, or gathered row by row with cp.async.
+// A small warp-specialised GEMM, C [M, N] bf16 = A [M, K] · B [N, K]ᵀ of e4m3, and the bugs that such a kernel may have, each by its name.
+// One block per 64 × 64 tile: a warpgroup multiplies and stores, one more warp loads; A by TMA, or gathered row by row with cp.async.
 
 #include <string_view>
 
@@ -42,7 +42,8 @@ __device__ void load_tiles(SharedMemory& shared, const TensorMap& map_a, const T
         if (GATHER) {
             for (int chunk = lane; chunk < TILE_BYTES / 16; chunk += WARP) {
                 const int row = chunk / 8, byte = chunk % 8 * 16;
-                cp_async_16(shared.a[stage] + swizzled(SWIZZLE, row * BLOCK_K + byte), a + int64_t(rows[blockIdx.y * TILE + row]) * k + step * BLOCK_K + byte);
+                cp_async_16(shared.a[stage] + swizzled(SWIZZLE, row * BLOCK_K + byte),
+                            a + int64_t(rows[blockIdx.y * TILE + row]) * k + step * BLOCK_K + byte);
             }
             cp_async_commit();
             if (!has("no wait for cp.async")) cp_async_wait<0>();
@@ -65,7 +66,8 @@ __device__ inline void multiply(SharedMemory& shared, float (&sums)[TILE / 2], i
         if (!has("no wait for the data")) shared.full[stage].wait(has("a parity that never turns") ? 0 : step / STAGES % 2);
         if (!has("no fence before wgmma")) wgmma_fence();
         for (int byte = 0; byte < BLOCK_K; byte += 32) {
-            const uint64_t a = k_major(shared.a[stage] + byte, SWIZZLE), b = k_major(shared.b[stage] + byte + (has("unequal descriptors") ? threadIdx.x % 2 * 32 : 0), SWIZZLE);
+            const uint64_t a = k_major(shared.a[stage] + byte, SWIZZLE),
+                           b = k_major(shared.b[stage] + byte + (has("unequal descriptors") ? threadIdx.x % 2 * 32 : 0), SWIZZLE);
             if (has("a product that one thread leaves out") && byte == 96 && threadIdx.x == 5) continue;
             wgmma_e4m3<TILE>(sums, a, b, step > 0 || byte > 0);
         }
@@ -91,7 +93,9 @@ __device__ inline void store(SharedMemory& shared, const TensorMap& map_c, const
     }
     if (has("a write past the end")) reinterpret_cast<uint8_t*>(&shared)[sizeof(SharedMemory) + threadIdx.x] = 0;
     if (!has("plain writes before a store")) fence_async_proxy();
-    const unsigned threads = has("a barrier of another size") ? WARPGROUP + WARP : has("a barrier of two sizes") ? WARP * (1 + threadIdx.x / WARP) : WARPGROUP;
+    const unsigned threads = has("a barrier of another size") ? WARPGROUP + WARP
+                             : has("a barrier of two sizes")  ? WARP * (1 + threadIdx.x / WARP)
+                                                              : WARPGROUP;
     named_barrier_sync(1, threads);
     if (threadIdx.x == 0) {
         tma_store(map_c, shared.c, blockIdx.x * TILE, blockIdx.y * TILE);
@@ -102,8 +106,8 @@ __device__ inline void store(SharedMemory& shared, const TensorMap& map_c, const
 
 template <bool GATHER>
 __global__ void __launch_bounds__(WARPGROUP + WARP)
-    gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_c, const uint8_t* a,
-         const int* rows, int k) {
+    gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_c,
+         const uint8_t* a, const int* rows, int k) {
     SharedMemory& shared = *shared_memory<SharedMemory>();
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
@@ -129,14 +133,16 @@ TensorMap map_of(const char* name, const void* data, ElementType type, uint64_t 
 }  // namespace
 
 // a [a_rows, K], b [N, K] e4m3; c [M, N] bf16; rows [M], or null with a_rows = M; bug: its name or "". "" or an error.
-extern "C" __attribute__((visibility("default"))) const char* run_gemm(const uint8_t* a, const uint8_t* b, void* c, const int* rows, int a_rows, int m, int n,
-                                                                       int k, const char* bug) {
+extern "C" __attribute__((visibility("default"))) const char* run_gemm(const uint8_t* a, const uint8_t* b, void* c, const int* rows,
+                                                                       int a_rows, int m, int n, int k, const char* bug) {
     static std::string error;
     planted = bug;
     try {
-        const TensorMap map_a = map_of("a", a, ElementType::uint8, a_rows, k, BLOCK_K), map_b = map_of("b", b, ElementType::uint8, n, k, BLOCK_K);
+        const TensorMap map_a = map_of("a", a, ElementType::uint8, a_rows, k, BLOCK_K),
+                        map_b = map_of("b", b, ElementType::uint8, n, k, BLOCK_K);
         const TensorMap map_c = map_of("c", c, ElementType::bfloat16, m, n, TILE);
-        const LaunchConfig config{"gemm", dim3(n / TILE, m / TILE), dim3(WARPGROUP + WARP), sizeof(SharedMemory) - (has("too little shared memory") ? 1024 : 0), nullptr};
+        const LaunchConfig config{"gemm", dim3(n / TILE, m / TILE), dim3(WARPGROUP + WARP),
+                                  sizeof(SharedMemory) - (has("too little shared memory") ? 1024 : 0), nullptr};
         launch(config, rows ? &gemm<true> : &gemm<false>, map_a, map_b, map_c, a, rows, k);
         error.clear();
     } catch (const std::exception& caught) {

@@ -1,5 +1,5 @@
-// Probes of every layout that csrc/hopper/layout.cuh assumes: each kernel lets one unit of the hardware, or of the emulation, move or multiply known
-// numbers, and gives back the raw bytes. layouts.py knows what they should be.
+// Probes of every layout that csrc/hopper/layout.cuh assumes: each kernel lets one unit of the hardware, or of the emulation, move or
+// multiply known numbers, and gives back the raw bytes. layouts.py knows what they should be.
 
 #include <cstring>
 #include <utility>
@@ -124,8 +124,9 @@ template <int N>
 void launch_multiply(bool fp8, int a, int b, const Product& product) {
     auto kernel = &multiply<N, true, Major::k, Major::k>;
     if (!fp8) {
-        kernel = a ? b ? &multiply<N, false, Major::mn, Major::mn> : &multiply<N, false, Major::mn, Major::k>
-                   : b ? &multiply<N, false, Major::k, Major::mn> : &multiply<N, false, Major::k, Major::k>;
+        kernel = a   ? b ? &multiply<N, false, Major::mn, Major::mn> : &multiply<N, false, Major::mn, Major::k>
+                 : b ? &multiply<N, false, Major::k, Major::mn>
+                     : &multiply<N, false, Major::k, Major::k>;
     }
     launch(config(128), kernel, product);
 }
@@ -152,8 +153,13 @@ const char* report(Function function) {
 
 TensorMap map_of(const void* tensor, int element, int rows, int columns, int box_rows, int box_columns, int swizzle) {
     const auto type = element == 1 ? ElementType::uint8 : element == 2 ? ElementType::bfloat16 : ElementType::float32;
-    return make_tensor_map<2>({"tensor", tensor, type, {uint64_t(columns), uint64_t(rows)}, {uint64_t(columns) * element},
-                               {uint32_t(box_columns), uint32_t(box_rows)}, Swizzle(swizzle)});
+    return make_tensor_map<2>({"tensor",
+                               tensor,
+                               type,
+                               {uint64_t(columns), uint64_t(rows)},
+                               {uint64_t(columns) * element},
+                               {uint32_t(box_columns), uint32_t(box_rows)},
+                               Swizzle(swizzle)});
 }
 
 }  // namespace
@@ -162,22 +168,25 @@ TensorMap map_of(const void* tensor, int element, int rows, int columns, int box
 
 // Each gives "" or an error. Pointers are device addresses.
 
-EXPORT probe_load(const void* tensor, int element, int rows, int columns, int box_rows, int box_columns, int swizzle, int x, int y, void* out) {
+EXPORT probe_load(const void* tensor, int element, int rows, int columns, int box_rows, int box_columns, int swizzle, int x, int y,
+                  void* out) {
     return report([&] {
         const TensorMap map = map_of(tensor, element, rows, columns, box_rows, box_columns, swizzle);
         launch(config(32), &load_box, map, x, y, box_rows * box_columns * element, static_cast<uint8_t*>(out));
     });
 }
 
-EXPORT probe_store(void* tensor, int element, int rows, int columns, int box_rows, int box_columns, int swizzle, int x, int y, const void* in) {
+EXPORT probe_store(void* tensor, int element, int rows, int columns, int box_rows, int box_columns, int swizzle, int x, int y,
+                   const void* in) {
     return report([&] {
         const TensorMap map = map_of(tensor, element, rows, columns, box_rows, box_columns, swizzle);
         launch(config(32), &store_box, map, x, y, box_rows * box_columns * element, static_cast<const uint8_t*>(in));
     });
 }
 
-EXPORT probe_wgmma(int n, int fp8, int a_major, int b_major, int swizzle, int steps, const void* a, int a_bytes, int a_leading, int a_stride, int a_step,
-                   const void* b, int b_bytes, int b_leading, int b_stride, int b_step, const void* a_registers, void* out) {
+EXPORT probe_wgmma(int n, int fp8, int a_major, int b_major, int swizzle, int steps, const void* a, int a_bytes, int a_leading,
+                   int a_stride, int a_step, const void* b, int b_bytes, int b_leading, int b_stride, int b_step, const void* a_registers,
+                   void* out) {
     return report([&] {
         const Operand operand_a{static_cast<const uint8_t*>(a), a_bytes, a_leading, a_stride, a_step};
         const Operand operand_b{static_cast<const uint8_t*>(b), b_bytes, b_leading, b_stride, b_step};

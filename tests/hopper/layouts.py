@@ -86,7 +86,7 @@ _SOURCES = {"k": "K-major", "m": "MN-major", "r": "in registers"}
 
 
 def permute_chunks(rows: Tensor, swizzle: int) -> Tensor:
-    """Rows [R, span] of bytes as a swizzle lays them out: chunk c of the row in 128-byte line l moves to chunk c ^ l, modulo the span's chunks."""
+    """Rows [R, span] of bytes as a swizzle lays them out: chunk c of a row in 128-byte line l moves to chunk c ^ l, modulo its chunks."""
     span = SPANS[swizzle]
     chunks = span // 16
     lines = torch.arange(len(rows)) * span // 128

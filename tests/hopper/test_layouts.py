@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import emulation
+import layouts
 import pytest
 import torch
-
-import layouts
 
 
 @pytest.mark.skipif(bool(emulation.why_not()), reason=emulation.why_not() or "-")

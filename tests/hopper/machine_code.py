@@ -1,0 +1,63 @@
+"""Every CUDA kernel that ships, compiled by nvcc without a GPU: what ptxas says of it, and what its machine code needs.
+
+    python tests/hopper/machine_code.py [stem ...]     rewrites baseline_<stem>.json, by default of every csrc/<stem>.cu
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from llama4_kernels.bench import static
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+CSRC = ROOT / "csrc"
+STEMS = sorted(path.stem for path in CSRC.glob("*.cu"))
+FLAGS = re.search(r"COMPILE_LANGUAGE:CUDA>:SHELL:(.*?)>", (ROOT / "CMakeLists.txt").read_text())[1].split()
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """notices: what ptxas says beyond the resources. kernels: name -> registers, spilled bytes, and instruction counts by kind."""
+
+    notices: list[str]
+    kernels: dict[str, dict[str, int]]
+
+
+def baseline(stem: str) -> Path:
+    return HERE / f"baseline_{stem}.json"
+
+
+def nvcc_version(nvcc: str) -> str:
+    return re.search(r"release ([\d.]+)", subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout)[1]
+
+
+def compile_stem(nvcc: str, stem: str) -> Compiled:
+    """Compile csrc/<stem>.cu with the flags of CMakeLists.txt; RuntimeError where nvcc refuses it, as it does where a kernel spills."""
+    headers = [path for path in sorted(CSRC.rglob("*.*h")) if "emulation" not in path.parts]
+    text = b"".join(path.read_bytes() for path in [*headers, CSRC / f"{stem}.cu"]) + "".join([nvcc_version(nvcc), *FLAGS]).encode()
+    cubin = ROOT / "build" / "cubins" / f"{stem}-{hashlib.sha256(text).hexdigest()[:16]}.cubin"
+    said = cubin.with_suffix(".txt")
+    if not said.exists():
+        cubin.parent.mkdir(parents=True, exist_ok=True)
+        command = [nvcc, "-std=c++17", "-arch=sm_90a", *FLAGS, f"-I{CSRC}", "-cubin", str(CSRC / f"{stem}.cu"), "-o", str(cubin)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stdout + done.stderr)
+        said.write_text(done.stdout + done.stderr)
+    found = [kernel for _, kernel in static.kernels_of(cubin)]
+    kernels = {kernel.name: {"registers": kernel.registers, "spill_bytes": kernel.spill_bytes} | kernel.instructions for kernel in found}
+    return Compiled([line for line in said.read_text().splitlines() if re.search(r"\(C75\d\d\)|warning", line)], kernels)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or STEMS:
+        measured = {"nvcc": nvcc_version("nvcc"), "kernels": dict(sorted(compile_stem("nvcc", name).kernels.items()))}
+        baseline(name).write_text(json.dumps(measured, indent=1) + "\n")
+        print(f"{len(measured['kernels'])} kernels written to {baseline(name)}")

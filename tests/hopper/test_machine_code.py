@@ -1,0 +1,102 @@
+"""Every CUDA kernel that ships, compiled as the build does, against the committed baseline_<stem>.json.
+
+Margins: registers and instructions may grow by a tenth; nothing spills, ptxas serialises no wgmma nor puts waits of its own between them,
+and no kernel loses its wgmma or TMA loads. On purpose worse, or better: `python tests/hopper/machine_code.py <stem>` rewrites the baseline.
+Another nvcc than the baseline's is held to the absolute rules only.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import machine_code
+import pytest
+
+NVCC = shutil.which("nvcc")
+
+pytestmark = [pytest.mark.compile, pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH")]
+
+GROWTH = 1.1
+
+
+@pytest.fixture(scope="module", params=machine_code.STEMS)
+def stem(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def compiled(stem):
+    return machine_code.compile_stem(NVCC, stem)
+
+
+def test_ptxas_has_nothing_to_say(compiled):
+    assert compiled.notices == []
+
+
+def test_no_kernel_spills(compiled):
+    assert compiled.kernels and {name: kernel for name, kernel in compiled.kernels.items() if kernel["spill_bytes"]} == {}
+
+
+def test_no_worse_than_the_baseline(stem, compiled):
+    baseline = json.loads(machine_code.baseline(stem).read_text())
+    expected = baseline["kernels"]
+    assert sorted(compiled.kernels) == sorted(expected), f"other kernels ship than in the baseline: machine_code.py {stem} rewrites it"
+    growth = GROWTH if baseline["nvcc"] == machine_code.nvcc_version(NVCC) else float("inf")
+    worse = [
+        f"{name}: {what} {expected[name][what]} -> {kernel[what]}"
+        for name, kernel in compiled.kernels.items()
+        for what in ("registers", "instructions", "wgmma", "tma_load")
+        if (not kernel[what] and expected[name][what] if what in ("wgmma", "tma_load") else kernel[what] > growth * expected[name][what])
+    ]
+    assert worse == []
+
+
+def test_every_grouped_gemm_multiplies_on_wgmma_what_tma_loads():
+    kernels = machine_code.compile_stem(NVCC, "grouped_gemm").kernels
+    assert len(kernels) == 18 and all(kernel["wgmma"] and kernel["tma_load"] for kernel in kernels.values())
+
+
+def test_a_spill_and_a_serialised_wgmma_are_seen(tmp_path, monkeypatch):
+    """What the rules above forbid, planted in a kernel, does not pass."""
+    shutil.copytree(machine_code.CSRC, tmp_path / "csrc", ignore=shutil.ignore_patterns("*.cu"))
+    monkeypatch.setattr(machine_code, "CSRC", tmp_path / "csrc")
+    monkeypatch.setattr(machine_code, "ROOT", tmp_path)
+    (tmp_path / "csrc/spills.cu").write_text(SPILLS)
+    with pytest.raises(RuntimeError, match="spilled"):
+        machine_code.compile_stem(NVCC, "spills")
+    (tmp_path / "csrc/serialised.cu").write_text(SERIALISED)
+    assert "wgmma.mma_async instructions are serialized" in " ".join(machine_code.compile_stem(NVCC, "serialised").notices)
+
+
+SPILLS = """
+__global__ void __launch_bounds__(1024) spills(float* x) {
+    float held[128];
+    for (float& value : held) value = x[&value - held];
+    __syncthreads();
+    for (int round = 0; round < 9; ++round) {
+#pragma unroll
+        for (int i = 0; i < 128; ++i) held[i] = held[i] * held[(i * 7 + 3) % 128] + x[round];
+    }
+#pragma unroll
+    for (int i = 0; i < 128; ++i) x[i * 1024 + threadIdx.x] = held[i];
+}
+"""
+SERIALISED = """
+#include "device.h"
+#include "hopper/wgmma.cuh"
+using namespace llama4_kernels;
+__global__ void __launch_bounds__(128) serialised(float* out, int steps) {
+    const uint64_t tile = hopper::k_major(shared_memory<uint8_t>(), hopper::Swizzle::bytes_128);
+    float sums[32];
+    for (float& value : sums) value = 0.0f;
+    hopper::wgmma_fence();
+    for (int i = 0; i < steps; ++i) {
+        hopper::wgmma_e4m3<64>(sums, tile, tile, true);
+        hopper::wgmma_commit();
+        sums[3] += 1.0f;
+    }
+    hopper::wgmma_wait<0>();
+    for (int i = 0; i < 32; ++i) out[threadIdx.x * 32 + i] = sums[i];
+}
+"""
