@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -46,6 +47,13 @@ class StandIn:
         return 200, {"id": "0", "object": "chat.completion", "created": 0, "model": self.model, "choices": [choice], "usage": usage}
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        """A client that hangs up is not worth a word."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 @contextlib.contextmanager
 def serving(answer: Callable[[str], str | int], model: str = "stand-in") -> Iterator[StandIn]:
     """A stand-in that serves within the block."""
@@ -71,13 +79,12 @@ def serving(answer: Callable[[str], str | int], model: str = "stand-in") -> Iter
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            with contextlib.suppress(BrokenPipeError):
-                self.wfile.write(body)
+            self.wfile.write(body)
 
         def log_message(self, *arguments):
             pass
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http = _Server(("127.0.0.1", 0), Handler)
     stand_in.url = f"http://127.0.0.1:{http.server_port}"
     thread = threading.Thread(target=http.serve_forever, daemon=True)
     thread.start()
