@@ -5,6 +5,7 @@
 #include "grouped_gemm.h"
 #include "quantization.h"
 #include "rope.h"
+#include "routing.h"
 
 namespace py = pybind11;
 using namespace llama4_kernels;
@@ -98,4 +99,22 @@ PYBIND11_MODULE(_C, module) {
         py::arg("page_table"), py::arg("row_stride"), py::arg("requests"), py::arg("page_table_rows"), py::arg("slot_map"), py::arg("seq_lens"),
         py::arg("query_start_loc"), py::arg("chunk_size"), py::arg("scale"), py::arg("k_scale"), py::arg("v_scale"), py::arg("partial"),
         py::arg("lse"), py::arg("tickets"), py::arg("max_splits"), py::arg("stream"));
+
+    module.attr("ROUTE_MAX_EXPERTS") = ROUTE_MAX_EXPERTS;
+    module.attr("ROUTE_MAX_HIDDEN") = ROUTE_MAX_HIDDEN;
+    module.attr("ROUTE_ONE_LAUNCH_TOKENS") = ROUTE_ONE_LAUNCH_TOKENS;
+    module.def("route_slices", &route_slices, py::arg("experts"));
+    module.def(
+        "route_top1",
+        [](uintptr_t x, Dtype x_dtype, uintptr_t router, Dtype router_dtype, int tokens, int hidden, int experts, uintptr_t expert_ids, uintptr_t scores,
+           uintptr_t order, uintptr_t offsets, uintptr_t codes, uintptr_t scale, uintptr_t best, uintptr_t tickets, bool dependent, uintptr_t stream) {
+            const RouteArguments arguments{
+                pointer<void>(x), x_dtype, pointer<void>(router), router_dtype, tokens, hidden, experts, pointer<int>(expert_ids),
+                pointer<float>(scores), pointer<int>(order), pointer<int>(offsets), pointer<uint8_t>(codes), pointer<float>(scale),
+                pointer<unsigned long long>(best), pointer<unsigned>(tickets), dependent};
+            route_top1(arguments, pointer<CUstream_st>(stream));
+        },
+        py::kw_only(), py::arg("x"), py::arg("x_dtype"), py::arg("router"), py::arg("router_dtype"), py::arg("tokens"), py::arg("hidden"),
+        py::arg("experts"), py::arg("expert_ids"), py::arg("scores"), py::arg("order"), py::arg("offsets"), py::arg("codes"), py::arg("scale"),
+        py::arg("best"), py::arg("tickets"), py::arg("dependent"), py::arg("stream"));
 }

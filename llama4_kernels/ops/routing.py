@@ -39,7 +39,7 @@ def route_top1(x: Tensor, router: Tensor, *, quantize: bool = False) -> tuple[Ro
 
 @torch.library.custom_op("llama4_kernels::route_top1", mutates_args=())
 def _route_top1(x: Tensor, router: Tensor, quantize: bool) -> list[Tensor]:
-    routing, quantized = backend.implementation("route_top1", x.device)(x, router, quantize=quantize)
+    routing, quantized = backend.call("route_top1", x.device, x, router, quantize=quantize)
     outputs = [routing.expert_ids, routing.scores, routing.order, routing.offsets]
     return outputs if quantized is None else [*outputs, quantized.codes, quantized.scale]
 

@@ -1,0 +1,136 @@
+"""csrc/routing.cu itself, built for the host and called through llama4_kernels/cuda/routing.py, between guard bytes, against the reference."""
+
+from __future__ import annotations
+
+import emulation
+import pytest
+import torch
+from guards import Guarded
+from torch import Tensor
+
+from backends import assert_same_bits
+from llama4_kernels import ops, use_backend
+from llama4_kernels.ops import backend
+from llama4_kernels.reference import routing as reference
+
+pytestmark = pytest.mark.skipif(bool(emulation.why_not()), reason=emulation.why_not() or "-")
+
+BF16, FP32 = torch.bfloat16, torch.float32
+PLANTED = {  # the text in routing.cu, the bug
+    "ties to the highest index": ("(~0u - unsigned(expert))", "unsigned(expert)"),
+    "a rank's sums left out": ("for (int from = 0; from < RANKS; ++from) logit +=", "for (int from = 1; from < RANKS; ++from) logit +="),
+    "the cluster not waited for": ("            shared.largest[thread] = most;\n        }\n        hopper::cluster_sync();", "            shared.largest[thread] = most;\n        }"),
+    "ticket not given back": ("if (shared.is_last) *a.tickets = 0;", ""),
+    "order not stable": ("ids[token] == ids[thread] && token < thread", "ids[token] == ids[thread] && token > thread"),
+    "experts past the last one": ("expert < a.experts ? columns : 0", "columns"),
+    "barrier left out": ("sum;\n        }\n#pragma unroll\n        for (int token = 0; token < TOKENS; ++token) {\n            const unsigned most", "sum;\n        }\n        if (lane) __syncthreads();\n#pragma unroll\n        for (int token = 0; token < TOKENS; ++token) {\n            const unsigned most"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def module():
+    return emulation.op_module("routing", emulation.load(emulation.build()))
+
+
+@pytest.fixture(scope="module")
+def op(module):
+    return module.route_top1
+
+
+def run(op, x: Tensor, router: Tensor, **options):
+    with Guarded() as guarded:
+        return op(guarded(x), guarded(router), **options)
+
+
+def integers(*shape: int, dtype=FP32) -> Tensor:
+    """Numbers whose sums of products are exact, with many ties."""
+    return torch.randint(-1, 2, shape).to(dtype)
+
+
+def assert_like_reference(op, x: Tensor, router: Tensor) -> None:
+    """For exact logits."""
+    (got, codes), (want, want_codes) = run(op, x, router, quantize=True), reference.route_top1(x, router, quantize=True)
+    assert_same_bits([got.expert_ids, got.order, got.offsets], [want.expert_ids, want.order, want.offsets])
+    torch.testing.assert_close(got.scores, want.scores, rtol=1e-6, atol=0)
+    assert_same_bits([codes.codes, codes.scale], [want_codes.codes, want_codes.scale])
+    alone, none = run(op, x, router)
+    assert none is None
+    assert_same_bits(alone, got)
+
+
+@pytest.mark.parametrize("experts", [1, 16, 17, 128])
+@pytest.mark.parametrize("tokens", [0, 1, 7, 64, 65])
+def test_sizes(op, tokens, experts):
+    assert_like_reference(op, integers(tokens, 160, dtype=BF16), integers(experts, 160, dtype=BF16))
+
+
+@pytest.mark.parametrize(("tokens", "experts"), [(300, 16), (1100, 3)])
+def test_many_tokens_are_sorted_by_a_second_launch(op, tokens, experts):
+    assert_like_reference(op, integers(tokens, 24), integers(experts, 24))
+
+
+@pytest.mark.parametrize("dtypes", [(BF16, FP32), (FP32, BF16), (FP32, FP32)], ids=str)
+@pytest.mark.parametrize("hidden", [1, 17, 128, 1028, 5120])
+def test_columns(op, hidden, dtypes):
+    assert_like_reference(op, integers(3, hidden, dtype=dtypes[0]), integers(20, hidden, dtype=dtypes[1]))
+
+
+def test_addresses_off_16_bytes(op):
+    x, router = integers(2 * 64 + 1, dtype=BF16)[1:].view(2, 64), integers(16 * 64 + 1, dtype=BF16)[1:].view(16, 64)
+    got, _ = op(x, router)
+    assert_same_bits([got.expert_ids], [reference.route_top1(x, router)[0].expert_ids])
+
+
+def test_all_experts_equal(op):
+    x, router = torch.randn(9, 200), torch.randn(1, 200).expand(128, 200).contiguous()
+    assert run(op, x, router)[0].expert_ids.tolist() == [0] * 9
+
+
+def test_all_tokens_on_one_expert(op):
+    router = -torch.ones(128, 32)
+    router[77] = 1
+    for tokens in (64, 70):
+        routing, _ = run(op, torch.ones(tokens, 32), router)
+        assert routing.expert_ids.tolist() == [77] * tokens and routing.order.tolist() == list(range(tokens))
+
+
+def test_random_logits(op):
+    x, router = torch.randn(40, 320), torch.randn(48, 320)
+    (got, codes), (want, want_codes) = run(op, x, router, quantize=True), reference.route_top1(x, router, quantize=True)
+    assert_same_bits([got.expert_ids, got.order, got.offsets, codes.codes], [want.expert_ids, want.order, want.offsets, want_codes.codes])
+    torch.testing.assert_close(got.scores, want.scores, rtol=1e-5, atol=0)
+    assert_same_bits(run(op, x, router, quantize=True), (got, codes))
+
+
+@pytest.mark.parametrize("tokens", [9, 70])
+def test_a_row_of_nan_touches_no_other_row(op, tokens):
+    x, router = torch.randn(tokens, 64), torch.randn(16, 64)
+    spoilt = x.clone()
+    spoilt[[2, 8], 5] = float("nan")
+    (clean, clean_codes), (routing, codes) = run(op, x, router, quantize=True), run(op, spoilt, router, quantize=True)
+    others = [row for row in range(tokens) if row not in (2, 8)]
+    for got, want in ((routing.scores, clean.scores), (routing.expert_ids, clean.expert_ids), (codes.codes, clean_codes.codes)):
+        assert_same_bits(got[others], want[others])
+    assert routing.scores[[2, 8]].isnan().all() and codes.scale[[2, 8]].isnan().all()
+    assert 0 <= routing.expert_ids.min() and routing.expert_ids.max() < 16
+    assert sorted(routing.order.tolist()) == list(range(tokens)) and int(routing.offsets[-1]) == tokens
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_planted_bugs_are_noticed(bug):
+    op = emulation.op_module("routing", emulation.load(emulation.build(planted={"routing.cu": PLANTED[bug]}))).route_top1
+    torch.manual_seed(0)
+    with pytest.raises((AssertionError, RuntimeError)):
+        for x in (torch.ones(7, 1100), integers(7, 1100), torch.zeros(7, 1100)):
+            assert_like_reference(op, x, integers(20, 1100) / 16)
+
+
+@pytest.mark.parametrize(
+    ("x", "router", "reason"),
+    [
+        (torch.ones(2, 8), torch.ones(257, 8), "router has 257 experts, more than 256"),
+        (torch.ones(1, 49153), torch.ones(1, 49153), "x has 49153 columns, not 1 to 49152"),
+    ],
+)
+def test_what_the_kernel_does_not_take_is_named(module, x, router, reason):
+    assert module.why_not_route_top1(x, router) == reason
