@@ -22,7 +22,7 @@ PLANTED = {  # the text in routing.cu, the bug
     "the cluster not waited for": ("            shared.largest[thread] = most;\n        }\n        hopper::cluster_sync();", "            shared.largest[thread] = most;\n        }"),
     "ticket not given back": ("if (shared.is_last) *a.tickets = 0;", ""),
     "order not stable": ("ids[token] == ids[thread] && token < thread", "ids[token] == ids[thread] && token > thread"),
-    "experts past the last one": ("expert < a.experts ? columns : 0", "columns"),
+    "the last expert left out": ("if (lane < EXPERTS && expert < a.experts)", "if (lane < EXPERTS && expert < a.experts - 1)"),
     "barrier left out": ("sum;\n        }\n#pragma unroll\n        for (int token = 0; token < TOKENS; ++token) {\n            const unsigned most", "sum;\n        }\n        if (lane) __syncthreads();\n#pragma unroll\n        for (int token = 0; token < TOKENS; ++token) {\n            const unsigned most"),
 }  # fmt: skip
 
