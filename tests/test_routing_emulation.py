@@ -9,8 +9,6 @@ from guards import Guarded
 from torch import Tensor
 
 from backends import assert_same_bits
-from llama4_kernels import ops, use_backend
-from llama4_kernels.ops import backend
 from llama4_kernels.reference import routing as reference
 
 pytestmark = pytest.mark.skipif(bool(emulation.why_not()), reason=emulation.why_not() or "-")
