@@ -232,6 +232,9 @@ def test_hardware_conversion_is_set_against_torch(host):
 
 def test_every_float_belongs_to_one_case_of_the_conversion():
     kinds = [case.parameters["floats"] for case in fp8.conversion_cases()]
+    assert sum(fp8.COUNTS.values()) == len(fp8.FLOATS) == 2**32
+    edges = torch.tensor([0x43E00000, 0x43E00001, 0x7F7FFFFF, 0x7F800000, 0x7F800001], dtype=torch.int32).view(torch.float32)
+    assert [kind for each in edges for kind in kinds if fp8._is(each, kind)] == ["up to 448", "above 448", "above 448", "infinite", "nan"]
     floats = torch.tensor([0.0, -448.0, 448.1, 3e38, float("inf"), -float("inf"), float("nan")])
     assert torch.equal(sum(fp8._is(floats, kind).int() for kind in kinds), torch.ones(7, dtype=torch.int32))
 

@@ -64,7 +64,10 @@ def main(
 def print_plan(steps: Sequence[Step]) -> None:
     for step in steps:
         cases = step.cases()
-        console.print(f"{step.question}: {step.title} {len(cases)} cases, {step.seconds} s at most")
+        moved, computed = (
+            in_units(sum(numbers), unit) for numbers, unit in (((c.bytes for c in cases), "B"), ((c.flops for c in cases), "flop"))
+        )
+        console.print(f"{step.question}: {step.title} {len(cases)} cases, {moved}, {computed}, {step.seconds} s at most")
         for case in cases:
             console.print(f"    {in_line(case.parameters)}: {in_units(case.bytes, 'B')}, {in_units(case.flops, 'flop')}")
     console.print(f"{len(steps)} steps, {sum(step.seconds for step in steps)} s at most, and {plan.BUILD_SECONDS} s to compile the kernels")

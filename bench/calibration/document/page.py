@@ -30,6 +30,12 @@ TOKEN_OPS = ("fused_moe", "moe_gate_up", "moe_down", "grouped_gemm", "route_top1
 DECODES = ((1, 1024), (1, 8192), (1, 131072), (64, 8192), (64, 131072), (256, 8192))  # batch, context
 PREFILLS = (8192, 32768, 131072)
 
+INTRODUCTION = (
+    f"Written by `{COMMAND}` from the records in `bench/results`; not by hand. `python -m bench.calibration --list` names the questions, "
+    "`--dry-run` prints every case with its bytes and flops, and `--out DIR` measures on a Hopper GPU: each question in a process with a "
+    "time box, the chip in under 8 minutes. `--peers DIR`, a folder of the rivals' packages, measures those as well, in under 10 minutes "
+    "more."
+)
 NOTHING_MEASURED = (
     "**No record of a GPU is committed: nothing on this page was measured.** The floors below rest on the datasheet of an H200, which no "
     "kernel reaches, and there is neither a table of rivals nor advice. On an H200 host, `python -m bench.calibration --peers DIR --out "
@@ -40,10 +46,7 @@ NOTHING_MEASURED = (
 def page(records: Iterable[Record], folder: Path) -> str:
     """The document's text. Plots are written into folder/hardware."""
     known = results.gpus(records)
-    parts = [
-        "# What the hardware gives, and what the rivals reach",
-        f"Written by `{COMMAND}` from the records in `bench/results`; not by hand.",
-    ]
+    parts = ["# What the hardware gives, and what the rivals reach", INTRODUCTION]
     if not known:
         parts += ["## Without a record", NOTHING_MEASURED, *_ceilings(DATASHEET, "an H200's datasheet"), *_floors(DATASHEET)]
     for gpu in known:
