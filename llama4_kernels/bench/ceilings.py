@@ -16,7 +16,7 @@ MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
 
 
 def measure(device: torch.device) -> Ceilings:
-    """Copy bandwidth, and the rate of a square product in bf16 and in fp8; on a CPU in bf16 and in fp32, in which the reference computes."""
+    """Copy bandwidth, and the rate of a square product in bf16 and fp8; on a CPU in bf16 and fp32, in which the reference computes."""
     size = MATMUL_SIZE[device.type]
     products = {"bf16": _bf16, "fp8": _fp8} if device.type == "cuda" else {"bf16": _bf16, "fp32": _fp32}
     rates = {name: 2 * size**3 / _median_us(make(size, device), device) / 1e6 for name, make in products.items()}

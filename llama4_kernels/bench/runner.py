@@ -71,7 +71,7 @@ class Runner:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(theirs, self._options, self._modules, self.session), daemon=True)
+        self._process = context.Process(target=_work, args=(theirs, self._options, self._modules, self.session))
         self._process.start()
         theirs.close()
         try:

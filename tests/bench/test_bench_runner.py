@@ -22,7 +22,7 @@ def results():
     jobs = [Job(ONE, name, peer=True) for name in names]
     jobs += [Job(FOUR, name, peer=True) for name in names if name not in ("dies", "exits", "hangs")]
     jobs.append(Job(FOUR, "reference"))
-    with Runner(Options(rounds=3), ["planted_peers"], job_seconds=8) as runner:
+    with Runner(Options(rounds=3), ["planted_peers"], job_seconds=15) as runner:
         return {(done.workload, done.backend): done for done in runner.run(jobs)}
 
 
@@ -35,7 +35,7 @@ def results():
         ("raises", "failed", "RuntimeError: "),
         ("dies", "failed", "its process died: SIGSEGV"),
         ("exits", "failed", "its process died: exit code 3"),
-        ("hangs", "failed", "not done after 8 s, its process was killed"),
+        ("hangs", "failed", "not done after 15 s, its process was killed"),
     ],
 )
 def test_each_peer_gets_the_verdict_that_it_earned(results, name, status, reason):

@@ -2,12 +2,37 @@
 // The first page: filters, charts of each op, roofline and table, from window.RESULTS (see site/data.py: for_script).
 
 const R = window.RESULTS;
-const W = R.workloads.map(([name, op, model, dtype, tp, series, x, href, intensity]) => ({ name, op, model, dtype, tp, series, x, href, intensity }));
+const W = R.workloads.map(([name, op, model, dtype, tp, series, x, href, intensity]) => ({
+  name,
+  op,
+  model,
+  dtype,
+  tp,
+  series,
+  x,
+  href,
+  intensity,
+}));
 const IMPLEMENTATIONS = R.implementations.map(([name, peer]) => ({ name, peer, label: peer ? `peer ${name}` : name }));
 const ROWS = R.rows.map((row) => {
   const [w, i, device, run, status, newest, median, p10, p90, floor, gb, tflop, verdict, ratio] = row;
-  return { w: W[w], by: IMPLEMENTATIONS[i], color: PALETTE[i % PALETTE.length], device: R.devices[device], run, status: R.statuses[status],
-    newest: newest === 1, median, p10, p90, floor, gb, tflop, verdict, ratio };
+  return {
+    w: W[w],
+    by: IMPLEMENTATIONS[i],
+    color: PALETTE[i % PALETTE.length],
+    device: R.devices[device],
+    run,
+    status: R.statuses[status],
+    newest: newest === 1,
+    median,
+    p10,
+    p90,
+    floor,
+    gb,
+    tflop,
+    verdict,
+    ratio,
+  };
 });
 const TABLE_ROWS = 100;
 const form = document.getElementById("filters");
@@ -19,7 +44,13 @@ const distinct = (values) => [...new Set(values)];
 const FIELDS = {
   device: { of: (r) => r.device, values: R.devices, first: R.devices[0] },
   model: { of: (r) => r.w.model, values: distinct(W.map((w) => w.model)), first: "scout" },
-  tp: { of: (r) => String(r.w.tp), values: distinct(W.map((w) => w.tp)).sort((a, b) => a - b).map(String), first: "8" },
+  tp: {
+    of: (r) => String(r.w.tp),
+    values: distinct(W.map((w) => w.tp))
+      .sort((a, b) => a - b)
+      .map(String),
+    first: "8",
+  },
   dtype: { of: (r) => r.w.dtype, values: distinct(W.map((w) => w.dtype)), first: null },
   implementation: { of: (r) => r.by.label, values: IMPLEMENTATIONS.map((i) => i.label), first: null },
   op: { of: (r) => r.w.op, values: R.ops, first: null },
@@ -76,8 +107,12 @@ function xAxis(rows) {
 function floorChart(op, rows) {
   const measured = rows.filter((row) => row.newest && row.status === "ok" && row.floor !== null);
   const traces = lines(measured, (row) => row.by.label).map((group) => ({
-    name: group.name, x: group.rows.map((r) => r.w.x), y: group.rows.map((r) => r.floor), mode: "lines+markers",
-    line: { color: group.rows[0].color, dash: group.dash }, customdata: group.rows.map((r) => [r.w.name, r.median]),
+    name: group.name,
+    x: group.rows.map((r) => r.w.x),
+    y: group.rows.map((r) => r.floor),
+    mode: "lines+markers",
+    line: { color: group.rows[0].color, dash: group.dash },
+    customdata: group.rows.map((r) => [r.w.name, r.median]),
     hovertemplate: "%{customdata[0]}<br>%{y:.3f} of the floor, %{customdata[1]:.4g} µs<extra>%{fullData.name}</extra>",
   }));
   return { traces, layout: { xaxis: xAxis(measured), yaxis: { rangemode: "tozero" }, showlegend: true }, empty: "No figure." };
@@ -91,13 +126,21 @@ function peersChart(op, rows) {
   }
   const rivals = measured.filter((row) => row.by.peer && best.has(row.w.name));
   const traces = lines(rivals, (row) => row.by.name).map((group) => ({
-    name: group.name, x: group.rows.map((r) => r.w.x), y: group.rows.map((r) => r.median / best.get(r.w.name).median), mode: "lines+markers",
+    name: group.name,
+    x: group.rows.map((r) => r.w.x),
+    y: group.rows.map((r) => r.median / best.get(r.w.name).median),
+    mode: "lines+markers",
     line: { color: group.rows[0].color, dash: group.dash },
     customdata: group.rows.map((r) => [r.w.name, r.median, best.get(r.w.name).by.name, best.get(r.w.name).median]),
-    hovertemplate: "%{customdata[0]}<br>%{fullData.name} %{customdata[1]:.4g} µs, ours (%{customdata[2]}) %{customdata[3]:.4g} µs<extra>%{y:.2f}×</extra>",
+    hovertemplate:
+      "%{customdata[0]}<br>%{fullData.name} %{customdata[1]:.4g} µs, ours (%{customdata[2]}) %{customdata[3]:.4g} µs<extra>%{y:.2f}×</extra>",
   }));
   const one = { type: "line", xref: "paper", x0: 0, x1: 1, y0: 1, y1: 1, line: { color: css("--muted"), width: 1, dash: "dot" } };
-  return { traces, layout: { xaxis: xAxis(rivals), yaxis: { rangemode: "tozero" }, shapes: [one], showlegend: true }, empty: "No peer was measured." };
+  return {
+    traces,
+    layout: { xaxis: xAxis(rivals), yaxis: { rangemode: "tozero" }, shapes: [one], showlegend: true },
+    empty: "No peer was measured.",
+  };
 }
 
 // Of each backend, the geometric mean of time / time in the first run, over its workloads; and every regressed workload as a mark.
@@ -114,19 +157,35 @@ function historyChart(op, rows) {
     const mean = (values) => Math.exp(values.reduce((sum, value) => sum + Math.log(value), 0) / values.length);
     const points = runs.map((run) => mine.filter((row) => row.run === run).map((row) => row.median / first.get(keyOf(row))));
     traces.push({
-      name: by.label, x: runs.map(label), y: points.map(mean), mode: "lines+markers", line: { color: mine[0].color },
-      customdata: points.map((values) => values.length), hovertemplate: "%{y:.3f}, mean of %{customdata} workloads<extra>%{fullData.name}</extra>",
+      name: by.label,
+      x: runs.map(label),
+      y: points.map(mean),
+      mode: "lines+markers",
+      line: { color: mine[0].color },
+      customdata: points.map((values) => values.length),
+      hovertemplate: "%{y:.3f}, mean of %{customdata} workloads<extra>%{fullData.name}</extra>",
     });
   }
   const slower = ours.filter((row) => row.verdict === "slower" && !row.by.peer);
   if (slower.length) {
     traces.push({
-      name: "regression", x: slower.map((row) => label(row.run)), y: slower.map((row) => row.median / first.get(keyOf(row))), mode: "markers",
-      marker: MARK, customdata: slower.map((row) => [row.w.name, row.ratio]), hovertemplate: "%{customdata[0]}<br>%{customdata[1]:.3f}× the run before<extra></extra>",
+      name: "regression",
+      x: slower.map((row) => label(row.run)),
+      y: slower.map((row) => row.median / first.get(keyOf(row))),
+      mode: "markers",
+      marker: MARK,
+      customdata: slower.map((row) => [row.w.name, row.ratio]),
+      hovertemplate: "%{customdata[0]}<br>%{customdata[1]:.3f}× the run before<extra></extra>",
     });
   }
-  const order = distinct(ours.map((row) => row.run)).sort((a, b) => a - b).map(label);
-  return { traces, layout: { xaxis: { type: "category", categoryorder: "array", categoryarray: order }, yaxis: { tickformat: ".2f" }, showlegend: true }, empty: "No history." };
+  const order = distinct(ours.map((row) => row.run))
+    .sort((a, b) => a - b)
+    .map(label);
+  return {
+    traces,
+    layout: { xaxis: { type: "category", categoryorder: "array", categoryarray: order }, yaxis: { tickformat: ".2f" }, showlegend: true },
+    empty: "No history.",
+  };
 }
 
 function rooflineChart(rows) {
@@ -136,8 +195,16 @@ function rooflineChart(rows) {
   const traces = ops.map((op) => {
     const mine = measured.filter((row) => row.w.op === op);
     return {
-      name: op, mode: "markers", x: mine.map((r) => r.w.intensity), y: mine.map((r) => r.tflop),
-      marker: { color: PALETTE[R.ops.indexOf(op) % PALETTE.length], symbol: symbols[R.ops.indexOf(op) % symbols.length], size: 8, opacity: 0.8 },
+      name: op,
+      mode: "markers",
+      x: mine.map((r) => r.w.intensity),
+      y: mine.map((r) => r.tflop),
+      marker: {
+        color: PALETTE[R.ops.indexOf(op) % PALETTE.length],
+        symbol: symbols[R.ops.indexOf(op) % symbols.length],
+        size: 8,
+        opacity: 0.8,
+      },
       customdata: mine.map((r) => [r.w.name, r.by.label, r.gb]),
       hovertemplate: "%{customdata[0]}<br>%{customdata[1]}: %{y:.4g} TFLOP/s, %{customdata[2]:.4g} GB/s<extra></extra>",
     };
@@ -149,7 +216,11 @@ function rooflineChart(rows) {
       const knee = (rate * 1e3) / ceilings.copy;
       const high = Math.max(...measured.map((r) => r.w.intensity), knee) * 4;
       traces.push({
-        name: `${dtype} ceiling`, mode: "lines", x: [low, knee, high], y: [(low * ceilings.copy) / 1e3, rate, rate], hoverinfo: "name",
+        name: `${dtype} ceiling`,
+        mode: "lines",
+        x: [low, knee, high],
+        y: [(low * ceilings.copy) / 1e3, rate, rate],
+        hoverinfo: "name",
         line: { color: css("--muted"), width: 2, dash: DASHES[i % DASHES.length] },
       });
     });
@@ -163,8 +234,14 @@ function rooflineChart(rows) {
 const number = (value, digits = 4) => (value === null ? "–" : value.toLocaleString("en", { maximumSignificantDigits: digits }));
 const times = (ratio) => (ratio === null ? "" : `${ratio.toFixed(3)}×`);
 const SORTS = {
-  name: (r) => r.w.name, implementation: (r) => r.by.label, median: (r) => r.median, spread: (r) => (r.p90 - r.p10) / r.median, gb: (r) => r.gb,
-  tflop: (r) => r.tflop, floor: (r) => r.floor, verdict: (r) => r.ratio,
+  name: (r) => r.w.name,
+  implementation: (r) => r.by.label,
+  median: (r) => r.median,
+  spread: (r) => (r.p90 - r.p10) / r.median,
+  gb: (r) => r.gb,
+  tflop: (r) => r.tflop,
+  floor: (r) => r.floor,
+  verdict: (r) => r.ratio,
 };
 
 function element(name, properties = {}, ...children) {
@@ -189,14 +266,22 @@ function fillTable(rows) {
   more.hidden = state.all || shown.length <= TABLE_ROWS;
   more.textContent = `Show all ${shown.length.toLocaleString("en")}`;
   const body = document.querySelector("#table tbody");
-  body.replaceChildren(...shown.slice(0, state.all ? shown.length : TABLE_ROWS).map((r) => {
-    const cells = r.status === "ok"
-      ? [number(r.median), `${number(r.p10)}–${number(r.p90)}`, number(r.gb), number(r.tflop), number(r.floor, 3)]
-      : [r.status, "", "", "", ""];
-    const since = r.verdict && r.verdict !== "same" ? `${r.verdict} ${times(r.ratio)}` : times(r.ratio);
-    const link = element("a", { href: r.w.href, textContent: r.w.name });
-    return element("tr", { className: `${r.status} ${r.verdict}` }, element("td", {}, link), ...[r.by.label, ...cells, since].map((text) => element("td", { textContent: text })));
-  }));
+  body.replaceChildren(
+    ...shown.slice(0, state.all ? shown.length : TABLE_ROWS).map((r) => {
+      const cells =
+        r.status === "ok"
+          ? [number(r.median), `${number(r.p10)}–${number(r.p90)}`, number(r.gb), number(r.tflop), number(r.floor, 3)]
+          : [r.status, "", "", "", ""];
+      const since = r.verdict && r.verdict !== "same" ? `${r.verdict} ${times(r.ratio)}` : times(r.ratio);
+      const link = element("a", { href: r.w.href, textContent: r.w.name });
+      return element(
+        "tr",
+        { className: `${r.status} ${r.verdict}` },
+        element("td", {}, link),
+        ...[r.by.label, ...cells, since].map((text) => element("td", { textContent: text })),
+      );
+    }),
+  );
   for (const head of document.querySelectorAll("#table th")) {
     head.ariaSort = head.dataset.sort !== state.sort ? "none" : state.descending ? "descending" : "ascending";
   }
@@ -211,8 +296,12 @@ function fillAbsent() {
     const key = `${name}: ${reason}`;
     byReason.set(key, [...(byReason.get(key) ?? []), of]);
   }
-  const items = [...byReason].map(([text, ops]) => element("li", {}, element("span", { className: "tag", textContent: distinct(ops).join(", ") }), ` ${text}`));
-  document.getElementById("absent").replaceChildren(...(items.length ? items : [element("li", { textContent: "Everything that was asked for." })]));
+  const items = [...byReason].map(([text, ops]) =>
+    element("li", {}, element("span", { className: "tag", textContent: distinct(ops).join(", ") }), ` ${text}`),
+  );
+  document
+    .getElementById("absent")
+    .replaceChildren(...(items.length ? items : [element("li", { textContent: "Everything that was asked for." })]));
 }
 
 // ---------------------------------------------------------------- page
@@ -254,7 +343,10 @@ form.addEventListener("input", () => {
   show();
 });
 form.addEventListener("reset", () => setTimeout(() => form.dispatchEvent(new Event("input"))));
-document.getElementById("more").addEventListener("click", () => { state.all = true; fillTable(chosen()); });
+document.getElementById("more").addEventListener("click", () => {
+  state.all = true;
+  fillTable(chosen());
+});
 for (const head of document.querySelectorAll("#table th")) {
   head.tabIndex = 0;
   const sort = () => {
@@ -263,7 +355,13 @@ for (const head of document.querySelectorAll("#table th")) {
     fillTable(chosen());
   };
   head.addEventListener("click", sort);
-  head.addEventListener("keydown", (event) => { if (event.key === "Enter") sort(); });
+  head.addEventListener("keydown", (event) => {
+    if (event.key === "Enter") sort();
+  });
 }
 show();
-requestAnimationFrame(() => requestAnimationFrame(() => { document.documentElement.dataset.ready = Math.round(performance.now()); }));
+requestAnimationFrame(() =>
+  requestAnimationFrame(() => {
+    document.documentElement.dataset.ready = Math.round(performance.now());
+  }),
+);
