@@ -23,18 +23,17 @@ from rich.console import Console
 from rich.table import Table
 
 from llama4_kernels.cli import checkpoint
+from llama4_kernels.cli.plan.model import PRESETS
 from llama4_kernels.cli.server import ServerError, serve
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
-RANKS = 2
+RANKS = min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
 # A small KV cache, and JSON without the spaces that a random model would go on with until its last token
 TINY_FLAGS = ("--dtype=float32", "--max-total-tokens=8192", "--max-running-requests=8", "--constrained-json-disable-any-whitespace")
 CHAT_FLAGS = ("--chat-template=llama-4", "--tool-call-parser=pythonic")
 IMAGE_FLAGS = ("--enable-multimodal",)
-POSITIONS = {"scout": 10_485_760, "maverick": 1_048_576}  # max_position_embeddings of the real models
-REPOSITORIES = {"scout": "meta-llama/Llama-4-Scout-17B-16E-Instruct", "maverick": "meta-llama/Llama-4-Maverick-17B-128E-Instruct"}
 
 QUESTION = [{"role": "user", "content": "What do you know about llamas?"}]
 CITIES = ("Paris", "Lima")
@@ -67,7 +66,7 @@ class Line:
     images: bool = False
 
     def __str__(self) -> str:
-        words = ["python3", "-m", "sglang.launch_server", "--model-path", REPOSITORIES[self.like], "--tp", "8", *self.flags]
+        words = ["python3", "-m", "sglang.launch_server", "--model-path", PRESETS[self.like].repositories["bf16"], "--tp", "8", *self.flags]
         return shlex.join([*words, "--model-impl", "llama4_kernels"])
 
 
@@ -103,7 +102,8 @@ def run(names: list[str] | None, keep: Path | None) -> int:
 def _run_line(console: Console, name: str, line: Line, folder: Path) -> list[str]:
     """Start one line and ask for its promises; what was broken."""
     console.print(f"{name}: {line}", soft_wrap=True, markup=False, highlight=False)
-    path = checkpoint.make(folder / name, line.like, vision=line.images, max_position_embeddings=POSITIONS[line.like])
+    positions = PRESETS[line.like].text["max_position_embeddings"]
+    path = checkpoint.make(folder / name, line.like, vision=line.images, max_position_embeddings=positions)
     table = Table("promise", "", "seen", box=None, pad_edge=False)
     broken = []
     try:
