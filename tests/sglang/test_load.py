@@ -18,7 +18,7 @@ from llama4_kernels.cli.plan import memory, model
 
 REQUESTS, CLIENTS = 200, 32
 LENGTHS = (1, 7, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK - 1, 2 * CHUNK, 2 * CHUNK + 1, 100, 3 * CHUNK + 7)
-PROMPTS = 25  # different ones; each is asked eight times, so that some find their prefix in the radix cache
+PROMPTS = 27  # different ones; each is asked seven times or more, so that some find their prefix in the radix cache
 NEW_TOKENS = 20
 CANCELLED_TOKENS = 600  # of an answer that is given up after its first READ: it must not be computed to its end
 READ = 5
