@@ -19,7 +19,7 @@ from llama4_kernels.cli.plan import memory, model
 REQUESTS, CLIENTS = 200, 32
 LENGTHS = (1, 7, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK - 1, 2 * CHUNK, 2 * CHUNK + 1, 100, 3 * CHUNK + 7)
 PROMPTS = 27  # different ones; each is asked seven times or more, so that some find their prefix in the radix cache
-NEW_TOKENS = 20
+NEW_TOKENS = 12
 CANCELLED_TOKENS = 600  # of an answer that is given up after its first READ: it must not be computed to its end
 READ = 5
 CONTEXT, PIECE = 1024, 48
@@ -116,8 +116,8 @@ def check_planned(server) -> None:
     """PLANNED requests that fill their context run together, none taken back for want of slots, with the answers given alone."""
 
     def fill(seed: int) -> Answer:
-        ids = prompt(CONTEXT - 124, seed)
-        return answer(server.post("/generate", body(0, 100, input_ids=ids), timeout=300))
+        ids = prompt(CONTEXT - 64, seed)
+        return answer(server.post("/generate", body(0, 48, input_ids=ids), timeout=300))
 
     seeds = range(1000, 1000 + PLANNED)
     alone = [fill(seed) for seed in seeds]

@@ -19,6 +19,7 @@ CASES = {
     "scout": (("scout", {}), (), 1, {}),
     "scout, one pool": (("scout", {}), ("--disable-hybrid-swa-memory",), 1, {"swa_full_tokens_ratio": None}),
     "scout, pages": (("scout", {}), ("--page-size=16", "--swa-full-tokens-ratio=0.3"), 1, {"page_size": 16, "swa_full_tokens_ratio": 0.3}),
+    "scout, repeated KV heads": (("scout", {"num_key_value_heads": 1}), (), 2, {}),
     "maverick, rows": (("maverick", {"dtype": "bfloat16"}), ("--max-running-requests=24",), 2, {"max_running_requests": 24, "kv_bytes": 2}),
     "maverick, fp8 experts": (("maverick", {"fp8": "compressed-tensors-experts"}), (), 2, {}),
     "scout, fp8": (("scout", {"fp8": "redhat", "fp8_attention": True}), (), 1, {}),
@@ -64,7 +65,7 @@ def reports(make):
         graphs = () if differs.get("vision") else ("--cuda-graph-backend-prefill=breakable",)
         cases.append({"flags": [*own, f"--tp-size={tp}", *graphs, *flags], "gpu_mib": gpus.load(gpu).total_mib})
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "SGLANG_NCCL_SO_PATH": "/none"}
-    done = subprocess.run([sys.executable, SCRIPT], input=json.dumps(cases), env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, SCRIPT], input=json.dumps(cases), env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = iter([json.loads(line) for line in done.stdout.splitlines()])
     return {name: [next(lines) for _ in range(case[2])] for name, case in CASES.items()} | {name: next(lines) for name in DEFAULTS}
