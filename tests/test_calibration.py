@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import time
@@ -18,9 +19,10 @@ from bench.calibration import __main__ as command  # noqa: E402
 from bench.calibration import measurement, plan, rivals, runner  # noqa: E402
 from bench.calibration.measurement import Case, Measurement, Unavailable, WrongResult, timed  # noqa: E402
 from bench.calibration.measurements import MEASUREMENTS  # noqa: E402
-from llama4_kernels.bench import peers, record  # noqa: E402
+from llama4_kernels import use_backend  # noqa: E402
+from llama4_kernels.bench import measure, peers, record, workloads  # noqa: E402
 from llama4_kernels.bench.machine import Machine  # noqa: E402
-from llama4_kernels.bench.record import Benchmark, Calibration, Figure  # noqa: E402
+from llama4_kernels.bench.record import Benchmark, Calibration, Ceilings, Figure  # noqa: E402
 from llama4_kernels.bench.timing import summary  # noqa: E402
 
 HOPPER = Machine("NVIDIA H200", "gpu", "9.0", 700.0, "580.1", "13.0", "2.11.0", "3.6.0", "3.12.3", "0123abc" * 5, False)
@@ -205,9 +207,46 @@ def test_a_rival_that_is_not_done_gets_a_record_for_each_workload_left(monkeypat
     assert {each.reason for each in contents.records[1:]} == {"exit code -11: segfault"}
 
 
+@pytest.fixture
+def rival(monkeypatch):
+    """A rival on two workloads that a CPU can do."""
+    tiny = [workloads.parse(f"grouped_gemm/fp8/tiny/tp1/t{tokens}") for tokens in (1, 8)]
+    monkeypatch.setattr(rivals, "workloads_of", lambda op: tiny)
+    monkeypatch.setattr(measure, "start", lambda options: measure.Session(HOPPER, Ceilings(100.0, {"fp32": 1.0}), "another run", options))
+    return rivals.Rival("grouped_gemm", "torch", 9)
+
+
+def test_a_rival_is_checked_and_timed_on_every_workload(rival, monkeypatch):
+    def build(name, problem):
+        with use_backend("reference"):
+            out = problem.call(**problem.arguments)
+        wrong = 1 + (problem.workload.tokens == 8)
+        return peers.Case(lambda: out * wrong, problem.canonical, "computed beforehand")
+
+    monkeypatch.setattr(peers, "build", build)
+    right, wrong = rival.records(RUN)
+    assert right.status == "ok" and right.peer and right.backend == "torch" and right.run == RUN and right.floor.ratio > 0
+    assert wrong.status == "wrong" and wrong.workload.endswith("t8") and "its error against the reference" in wrong.reason
+
+
+def test_a_rival_that_is_not_installed_is_recorded_once(rival, monkeypatch):
+    def build(name, problem):
+        raise peers.NotInstalled("no such package")
+
+    monkeypatch.setattr(peers, "build", build)
+    (only,) = rival.records(RUN)
+    assert (only.status, only.reason) == ("unavailable", "no such package")
+
+
 def test_a_case_that_fails_is_a_record_and_the_next_is_measured(monkeypatch):
-    def measure(case: Case):
-        answers = {1: {"time": Figure(2.0, "us")}, 2: WrongResult("differs"), 3: Unavailable("no room"), 4: ValueError("odd")}
+    def answer_of(case: Case):
+        answers = {
+            1: {"time": Figure(2.0, "us")},
+            2: WrongResult("differs"),
+            3: Unavailable("no room"),
+            4: ValueError("odd"),
+            5: {"time": Figure(math.nan, "us")},
+        }
         answer = answers[case.parameters["n"]]
         if isinstance(answer, Exception):
             raise answer
@@ -215,12 +254,13 @@ def test_a_case_that_fails_is_a_record_and_the_next_is_measured(monkeypatch):
 
     monkeypatch.setattr(measurement, "this_machine", lambda: HOPPER)
     monkeypatch.setattr(measurement, "clocks", lambda device: None)
-    found = list(Measurement("q", "?", 1, lambda: [Case({"n": n}) for n in (1, 2, 3, 4)], measure).records(RUN))
+    found = list(Measurement("q", "?", 1, lambda: [Case({"n": n}) for n in range(1, 6)], answer_of).records(RUN))
     assert [(each.status, each.reason) for each in found] == [
         ("ok", ""),
         ("wrong", "differs"),
         ("unavailable", "no room"),
         ("failed", "ValueError: odd"),
+        ("wrong", "time: not a finite number"),
     ]
     assert found[0].figures["time"].value == 2.0 and all(record.from_json(record.to_json(each)) == each for each in found)
 

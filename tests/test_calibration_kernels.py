@@ -239,6 +239,17 @@ def test_every_float_belongs_to_one_case_of_the_conversion():
     assert torch.equal(sum(fp8._is(floats, kind).int() for kind in kinds), torch.ones(7, dtype=torch.int32))
 
 
+@pytest.mark.parametrize("dtype", matmul.ITEM_BYTES)
+def test_products_that_torch_is_timed_with_are_right(monkeypatch, dtype):
+    """On a CPU torch has the same functions."""
+    monkeypatch.setattr(gpu, "DEVICE", torch.device("cpu"))
+    matmul._ones.cache_clear()
+    torch.manual_seed(0)
+    product = matmul.Product.random(dtype, 32, 64, 128)
+    assert product.run().dtype == torch.bfloat16 and product.error() < 4e-3
+    matmul._ones.cache_clear()
+
+
 def test_matmul_cases_are_the_layers_of_llama_4():
     shapes = {(case.parameters["layer"], case.parameters["n"], case.parameters["k"]) for case in matmul.cases("fp8")}
     assert {("gate_up tp8", 2048, 5120), ("down tp8", 5120, 1024), ("gate_up tp1", 16384, 5120), ("down tp1", 5120, 8192)} < shapes

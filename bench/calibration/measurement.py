@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,7 +95,10 @@ class Measurement:
 
     def _outcome(self, case: Case) -> tuple[Figures, str, str]:
         try:
-            return self.measure(case), "ok", ""
+            figures = self.measure(case)
+            if odd := [name for name, figure in figures.items() if not math.isfinite(figure.value)]:
+                raise WrongResult(f"{', '.join(odd)}: not a finite number")
+            return figures, "ok", ""
         except WrongResult as error:
             return {}, "wrong", str(error)
         except Unavailable as error:
