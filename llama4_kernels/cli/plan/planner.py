@@ -116,7 +116,7 @@ class Plan:
     default_problem: str | None
     largest_context: int | None
     largest_requests: int
-    nearest: dict[str, "Plan"]
+    nearest: dict[str, Plan]
 
 
 def check(question: Question) -> Case:
