@@ -11,6 +11,7 @@
 #include "attention_work.cuh"
 #include "device.h"
 #include "hopper/math.cuh"
+#include "hopper/memory.cuh"
 #include "hopper/registers.cuh"
 #include "hopper/wgmma.cuh"
 
@@ -42,8 +43,14 @@ struct alignas(1024) SharedMemory {
     hopper::Barrier k_full[ATTENTION_STAGES], k_empty[ATTENTION_STAGES], v_full[ATTENTION_STAGES], v_empty[ATTENTION_STAGES];
     Item items[ATTENDING];    // of each warpgroup, kept here while it needs its registers
     unsigned earlier_splits;  // that were done before this block's
-    int item_ends[1];         // [requests], to the end of the shared memory
+    int item_ends[1];         // [requests], and then the loading warps' codes, to the end of the shared memory
 };
+
+// Where in the shared memory the codes begin.
+template <int HEAD_DIM>
+__host__ __device__ inline size_t codes_start(int requests) {
+    return (sizeof(SharedMemory<HEAD_DIM>) + requests * sizeof(int) + 15) / 16 * 16;
+}
 
 // ---- barriers: 0 is __syncthreads, 1 and 2 those of a warpgroup
 
@@ -404,16 +411,14 @@ __global__ void __launch_bounds__(THREADS, 1)
     zero_padding(a);
 
     const int items = a.requests ? shared.item_ends[a.requests - 1] * a.num_kv_heads : 0;
-    int count = 0;  // tiles of this block so far
     if (threadIdx.x < WARPGROUP) {
         hopper::decrease_registers<LOAD_REGISTERS>();
-        Loader<HEAD_DIM, Element> loader{a};
-        for (int item = blockIdx.x; item < items; item += gridDim.x) {
-            loader.load_item(item_of(a, shared.item_ends, item), k, v, k_map, v_map, count);
-        }
+        Loader<HEAD_DIM, Element> loader(a, k, v, reinterpret_cast<uint8_t*>(&shared) + codes_start<HEAD_DIM>(a.requests));
+        for (int item = blockIdx.x; item < items; item += gridDim.x) loader.load_item(item_of(a, shared.item_ends, item), k_map, v_map);
         loader.finish();
     } else {
         hopper::increase_registers<ATTEND_REGISTERS>();
+        int count = 0;  // pairs of tiles of this block so far
         Attend<HEAD_DIM> attend(a, shared, k, v);
         for (int item = blockIdx.x; item < items; item += gridDim.x) attend.attend(item_of(a, shared.item_ends, item), count);
     }
@@ -440,7 +445,7 @@ void launch_for(const AttentionArguments& a, cudaStream_t stream) {
         k_map = cache_map("k_cache", a.k_cache, a);
         v_map = cache_map("v_cache", a.v_cache, a);
     }
-    const size_t shared_bytes = sizeof(SharedMemory<HEAD_DIM>) + a.requests * sizeof(int);
+    const size_t shared_bytes = codes_start<HEAD_DIM>(a.requests) + Loader<HEAD_DIM, Element>::CODE_BYTES;
     const LaunchConfig config{"chunked_attention", dim3(unsigned(multiprocessors())), dim3(THREADS), shared_bytes, stream};
     launch(config, &chunked_attention_kernel<HEAD_DIM, Element>, k_map, v_map, a);
 }

@@ -15,7 +15,7 @@ constexpr int ATTENTION_MAX_SPLITS = 128;
 constexpr int ATTENTION_PARTS = 2;              // per split: each warpgroup leaves one
 constexpr int ATTENTION_FEW_QUERIES = 8;        // per request, at most; as rows, with the heads of a KV head:
 constexpr int ATTENTION_FEW_ROWS = 64;
-constexpr int ATTENTION_MAX_REQUESTS = 12288;
+constexpr int ATTENTION_MAX_REQUESTS = 4096;
 constexpr int ATTENTION_NO_CHUNK = 1 << 30;
 
 // q, out [tokens, num_heads, head_dim] bfloat16; caches [slots, num_kv_heads, head_dim] bfloat16 or float8_e4m3fn; head_dim 64 or 128. These four

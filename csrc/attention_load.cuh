@@ -1,7 +1,8 @@
 // From pages to shared memory: four warps bring the tiles of K and V of each item in turn, 32 keys of a tile each.
 //
-// A warp whose 32 keys stand in consecutive slots takes them by TMA, one box per 64 dims; another gathers their rows by cp.async. Keys of fp8 go
-// through registers, where codes become bfloat16. A key that no query of the item sees is not read, nor its entry of the page table; it is zeros.
+// A warp whose 32 keys stand in consecutive slots takes them by TMA, one box per 64 dims; another gathers their rows by cp.async. Codes of fp8 are
+// gathered beside the tiles, and become bfloat16 on their way into them. A key that no query of the item sees is not read, nor its entry of the
+// page table; it is zeros.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,7 +11,6 @@
 #include "attention_work.cuh"
 #include "hopper/barrier.cuh"
 #include "hopper/cp_async.cuh"
-#include "hopper/memory.cuh"
 #include "hopper/tma.cuh"
 
 namespace llama4_kernels {
@@ -60,80 +60,94 @@ __device__ inline int64_t slot_of(const AttentionArguments& a, const int* row, i
     return a.slot_map.values ? at(a.slot_map, row[position]) : row[position];
 }
 
-// One load warp. `Element`: of the caches.
+// One load warp. `Element`: of the caches. Tiles are numbered over all items of the block: 2 · i is the i-th of K, 2 · i + 1 the i-th of V.
 template <int HEAD_DIM, class Element>
-struct Loader {
+class Loader {
+public:
     static constexpr bool IS_FP8 = sizeof(Element) == 1;
-    static constexpr int CHUNKS = HEAD_DIM * sizeof(Element) / 16;  // of a row in global memory, and steps of 32 / CHUNKS rows
+    static constexpr int CHUNKS = HEAD_DIM * sizeof(Element) / 16;  // of 16 bytes in a key's row, and steps of WARP / CHUNKS keys
     static constexpr int WARP = 32;
+    static constexpr int CODE_STAGES = IS_FP8 ? 3 : 0;  // tiles of codes: one being converted, two on their way
+    static constexpr int WARP_CODE_BYTES = ATTENTION_WARP_KEYS * HEAD_DIM;
+    static constexpr int CODE_BYTES = CODE_STAGES * ATTENTION_LOAD_WARPS * WARP_CODE_BYTES;
 
-    const AttentionArguments& a;
-    const int warp = threadIdx.x / WARP % ATTENTION_LOAD_WARPS;
-    const int lane = threadIdx.x % WARP;
-    hopper::Barrier* unsignalled = nullptr;  // of the copies under way
+    // codes: CODE_BYTES of shared memory.
+    __device__ Loader(const AttentionArguments& a, const Ring<HEAD_DIM>& k, const Ring<HEAD_DIM>& v, uint8_t* codes)
+        : a(a), k(k), v(v), codes(codes + warp * (CODE_STAGES * WARP_CODE_BYTES)) {}
 
-    __device__ void load_item(const Item& item, const Ring<HEAD_DIM>& k, const Ring<HEAD_DIM>& v, const hopper::TensorMap& k_map,
-                              const hopper::TensorMap& v_map, int& count) {
+    __device__ void load_item(const Item& item, const hopper::TensorMap& k_map, const hopper::TensorMap& v_map) {
         const int64_t table_row = a.page_table_rows.values ? at(a.page_table_rows, item.request.index) : item.request.index;
         const int* row = a.page_table + table_row * a.row_stride;
         const int first = item.keys.first_tile * ATTENTION_TILE + warp * ATTENTION_WARP_KEYS + lane;
         int64_t next = slot_of(a, row, first, item.keys);
-        for (int i = 0; i < item.keys.tiles; ++i, ++count) {
+        for (int i = 0; i < item.keys.tiles; ++i) {
             const int64_t slot = next;
             next = i + 1 < item.keys.tiles ? slot_of(a, row, first + (i + 1) * ATTENTION_TILE, item.keys) : -1;
-            if (IS_FP8 && next >= 0) {
-                hopper::bulk_prefetch(address(a.k_cache, next, item.kv_head), HEAD_DIM * sizeof(Element));
-                hopper::bulk_prefetch(address(a.v_cache, next, item.kv_head), HEAD_DIM * sizeof(Element));
+            if constexpr (IS_FP8) {
+                load_codes(k, a.k_cache, slot, item.kv_head);
+                load_codes(v, a.v_cache, slot, item.kv_head);
+            } else {
+                load(k, k_map, a.k_cache, slot, item.kv_head);
+                load(v, v_map, a.v_cache, slot, item.kv_head);
             }
-            load(a.k_cache, k_map, slot, item.kv_head, k, count);
-            load(a.v_cache, v_map, slot, item.kv_head, v, count);
         }
     }
 
     // After the last item.
     __device__ void finish() {
-        if constexpr (!IS_FP8) signal_after<0>();
-    }
-
-private:
-    __device__ const uint8_t* address(const void* cache, int64_t slot, int kv_head) const {
-        return static_cast<const uint8_t*>(cache) + (slot * a.num_kv_heads + kv_head) * int64_t(HEAD_DIM * sizeof(Element));
-    }
-
-    __device__ void load(const void* cache, const hopper::TensorMap& map, int64_t slot, int kv_head, const Ring<HEAD_DIM>& ring, int count) {
-        hopper::Barrier& full = ring.full[count % ATTENTION_STAGES];
-        uint8_t* tile = ring.tile(count);
         if constexpr (IS_FP8) {
-            uint4 codes[CHUNKS];
-            read_codes(codes, cache, slot, kv_head);
-            ring.wait_empty(count);
-            write_bfloat16(codes, tile);
-            hopper::fence_async_proxy();
-            __syncwarp();
-            if (lane == 0) full.arrive();
-        } else {
-            if (!__all_sync(~0u, ring.is_empty(count))) {  // do not keep from the attending warps what they may wait for
-                signal_after<0>();
-                ring.wait_empty(count);
-            }
-            const int64_t first_slot = __shfl_sync(~0u, slot, 0);
-            const bool consecutive = __all_sync(~0u, slot >= 0 && slot == first_slot + lane);
-            if (consecutive) {
-                if (lane == 0) load_boxes(map, int(first_slot), kv_head, tile, full);
-            } else {
-                gather_rows(cache, slot, kv_head, tile);
-            }
             hopper::cp_async_commit();
-            signal_after<1>();
-            if (!consecutive) unsignalled = &full;
+            convert(k, number++ - 2);
+            hopper::cp_async_commit();
+            convert(v, number++ - 2);
+        } else {
+            signal_after<0>();
         }
     }
 
-    // Byte of a chunk of this lane's key of a step. The swizzle repeats every 8 keys: few offsets to keep in registers.
+private:
+    const AttentionArguments& a;
+    const Ring<HEAD_DIM>&k, &v;
+    const int warp = threadIdx.x / WARP % ATTENTION_LOAD_WARPS;
+    const int lane = threadIdx.x % WARP;
+    uint8_t* const codes;
+    int number = 0;                          // of the next tile
+    hopper::Barrier* unsignalled = nullptr;  // of the copies under way
+
+    // This lane's chunk of its key of a step, in global memory.
+    __device__ const uint8_t* chunk_of(const void* cache, int64_t slot, int kv_head) const {
+        const int64_t row = (max(slot, int64_t(0)) * a.num_kv_heads + kv_head) * int64_t(HEAD_DIM * sizeof(Element));
+        return static_cast<const uint8_t*>(cache) + row + lane % CHUNKS * 16;
+    }
+
+    __device__ int64_t slot_of_step(int64_t slot, int step) const { return __shfl_sync(~0u, slot, step * (WARP / CHUNKS) + lane / CHUNKS); }
+
+    // Byte, in a tile, of a chunk of this lane's key of a step. The swizzle repeats every 8 keys: few offsets to keep in registers.
     __device__ uint32_t chunk_of_step(int step, int chunk) const {
         constexpr int PERIOD = 8 * CHUNKS / WARP;
         const int key = warp * ATTENTION_WARP_KEYS + step % PERIOD * (WARP / CHUNKS) + lane / CHUNKS;
         return chunk_in_tile<HEAD_DIM>(key, chunk) + step / PERIOD * (8 * ATTENTION_SPAN);
+    }
+
+    // ---- bfloat16
+
+    __device__ void load(const Ring<HEAD_DIM>& ring, const hopper::TensorMap& map, const void* cache, int64_t slot, int kv_head) {
+        const int count = number++ / 2;
+        hopper::Barrier& full = ring.full[count % ATTENTION_STAGES];
+        if (!__all_sync(~0u, ring.is_empty(count))) {  // do not keep from the attending warps what they may wait for
+            signal_after<0>();
+            ring.wait_empty(count);
+        }
+        const int64_t first_slot = __shfl_sync(~0u, slot, 0);
+        const bool consecutive = __all_sync(~0u, slot >= 0 && slot == first_slot + lane);
+        if (consecutive) {
+            if (lane == 0) load_boxes(map, int(first_slot), kv_head, ring.tile(count), full);
+        } else {
+            gather_rows(cache, slot, kv_head, ring.tile(count));
+        }
+        hopper::cp_async_commit();
+        signal_after<1>();
+        if (!consecutive) unsignalled = &full;
     }
 
     __device__ void load_boxes(const hopper::TensorMap& map, int slot, int kv_head, uint8_t* tile, hopper::Barrier& full) const {
@@ -148,9 +162,8 @@ private:
     __device__ void gather_rows(const void* cache, int64_t slot, int kv_head, uint8_t* tile) const {
 #pragma unroll
         for (int step = 0; step < CHUNKS; ++step) {
-            const int64_t key_slot = __shfl_sync(~0u, slot, step * (WARP / CHUNKS) + lane / CHUNKS);
-            uint8_t* to = tile + chunk_of_step(step, lane % CHUNKS);
-            hopper::cp_async_16(to, address(cache, max(key_slot, int64_t(0)), kv_head) + lane % CHUNKS * 16, key_slot >= 0);
+            const int64_t key_slot = slot_of_step(slot, step);
+            hopper::cp_async_16(tile + chunk_of_step(step, lane % CHUNKS), chunk_of(cache, key_slot, kv_head), key_slot >= 0);
         }
     }
 
@@ -164,22 +177,36 @@ private:
         unsignalled = nullptr;
     }
 
-    __device__ void read_codes(uint4 (&codes)[CHUNKS], const void* cache, int64_t slot, int kv_head) const {
+    // ---- fp8: codes go to a place of the warp's own; two tiles later, at the next one of K or V, each lane turns those that it copied into bfloat16
+
+    __device__ uint8_t* codes_of(int tile, int step) const { return codes + tile % CODE_STAGES * WARP_CODE_BYTES + (step * WARP + lane) * 16; }
+
+    __device__ void load_codes(const Ring<HEAD_DIM>& ring, const void* cache, int64_t slot, int kv_head) {
 #pragma unroll
         for (int step = 0; step < CHUNKS; ++step) {
-            const int64_t key_slot = __shfl_sync(~0u, slot, step * (WARP / CHUNKS) + lane / CHUNKS);
-            codes[step] = uint4{0, 0, 0, 0};
-            if (key_slot >= 0) codes[step] = hopper::load_once(address(cache, key_slot, kv_head) + lane % CHUNKS * 16);
+            const int64_t key_slot = slot_of_step(slot, step);
+            hopper::cp_async_16(codes_of(number, step), chunk_of(cache, key_slot, kv_head), key_slot >= 0);
         }
+        hopper::cp_async_commit();
+        convert(ring, number++ - 2);
     }
 
-    __device__ void write_bfloat16(const uint4 (&codes)[CHUNKS], uint8_t* tile) const {
+    __device__ void convert(const Ring<HEAD_DIM>& ring, int tile) const {
+        hopper::cp_async_wait<2>();
+        if (tile < 0) return;
+        const int count = tile / 2;
+        ring.wait_empty(count);
+        uint8_t* to = ring.tile(count);
 #pragma unroll
         for (int step = 0; step < CHUNKS; ++step) {
+            const uint4 found = *reinterpret_cast<const uint4*>(codes_of(tile, step));
             const int chunk = lane % CHUNKS * 2;
-            *reinterpret_cast<uint4*>(tile + chunk_of_step(step, chunk)) = bfloat16_of_8_codes(codes[step].x, codes[step].y);
-            *reinterpret_cast<uint4*>(tile + chunk_of_step(step, chunk + 1)) = bfloat16_of_8_codes(codes[step].z, codes[step].w);
+            *reinterpret_cast<uint4*>(to + chunk_of_step(step, chunk)) = bfloat16_of_8_codes(found.x, found.y);
+            *reinterpret_cast<uint4*>(to + chunk_of_step(step, chunk + 1)) = bfloat16_of_8_codes(found.z, found.w);
         }
+        hopper::fence_async_proxy();
+        __syncwarp();
+        if (lane == 0) ring.full[count % ATTENTION_STAGES].arrive();
     }
 };
 
