@@ -77,6 +77,8 @@ def here(monkeypatch, request):
         monkeypatch.setattr(load, name, globals()[f"fake_{name}"])
     properties = types.SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch, "_scaled_mm", fake_scaled_mm)
+    monkeypatch.setattr(torch, "_scaled_grouped_mm", fake_scaled_grouped_mm)
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0")
 
 
@@ -97,6 +99,18 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return (F.silu(gate.float()) * up.float()).bfloat16()
+
+
+def fake_scaled_mm(a: Tensor, b: Tensor, *, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype, use_fast_accum: bool) -> Tensor:
+    assert scale_a.shape == (len(a), 1) and scale_b.shape == (1, b.shape[1]) and b.stride(0) == 1
+    return rows_times(a, scale_a[:, 0], b.t(), scale_b[0])
+
+
+def fake_scaled_grouped_mm(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, *, offs: Tensor, out_dtype: torch.dtype, use_fast_accum: bool
+):
+    assert b.stride(1) == 1 and offs.dtype == torch.int32
+    return grouped(a, b.transpose(1, 2), scale_a, scale_b, F.pad(offs, (1, 0)).diff())
 
 
 def fake_fbgemm() -> types.SimpleNamespace:
@@ -273,7 +287,7 @@ def fake_flashinfer() -> types.SimpleNamespace:
 # ---------------------------------------------------------------- adapters
 
 
-@pytest.mark.parametrize("name", ["fbgemm_cutlass", "fbgemm_triton", "deep_gemm", "sgl_kernel_es"])
+@pytest.mark.parametrize("name", ["torch", "fbgemm_cutlass", "fbgemm_triton", "deep_gemm", "sgl_kernel_es"])
 def test_grouped_gemm(name):
     assert error(name, GEMM) < 6e-3
 
@@ -288,7 +302,7 @@ def test_peers_of_fp8_refuse_bf16(name):
         peers.build(name, problem(GEMM.replace("fp8", "bf16")))
 
 
-@pytest.mark.parametrize("name", ["sglang_one_stream", "fbgemm_cutlass", "fbgemm_triton"])
+@pytest.mark.parametrize("name", ["torch", "sglang_one_stream", "fbgemm_cutlass", "fbgemm_triton"])
 def test_moe_layer(name):
     assert 1e-4 < error(name, MOE) < 5e-2  # not the reference's own arithmetic
 
@@ -324,8 +338,9 @@ def test_tuned_sglang_runs_with_the_fastest_tiles_that_can_be_launched(monkeypat
         peers.build("sglang_tuned", problem(MOE))
 
 
-def test_moe_layer_of_sglang_in_bf16():
-    assert error("sglang_one_stream", MOE.replace("fp8", "bf16")) < 2e-2
+@pytest.mark.parametrize("name", ["torch", "sglang_one_stream"])
+def test_moe_layer_in_bf16(name):
+    assert error(name, MOE.replace("fp8", "bf16")) < 2e-2
 
 
 @pytest.mark.parametrize("name", ["sglang", "sglang_fused_gate", "sglang_topk_sigmoid", "fbgemm"])

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama4_kernels.bench import timing
-from llama4_kernels.bench.inputs import Problem
+from llama4_kernels.bench.inputs import FP8, Problem
 from llama4_kernels.bench.peers import Case, Unavailable, load, peer
 from llama4_kernels.bench.peers.grouped_gemm import whole
 from llama4_kernels.bench.workloads import Workload
 from llama4_kernels.ops import Linear, MoEWeights
+from llama4_kernels.reference.quantization import E4M3_MAX
 
 # They round s · x and h to bf16 and quantise h with one scale per token: that differs from the reference by more than rounding once
 BOUND = 5e-2
@@ -196,3 +197,54 @@ def _fbgemm_cutlass(problem: Problem) -> Case:
 @peer("fbgemm_triton", "fused_moe", about="MetaShuffling with FBGEMM's Triton grouped GEMM", bound=BOUND)
 def _fbgemm_triton(problem: Problem) -> Case:
     return _fbgemm(problem, cutlass=False)
+
+
+def _torch_moe(x: Tensor, w: MoEWeights) -> Tensor:
+    """The layer out of torch's own products, for torch.compile to fuse what lies between them."""
+    best, ids = F.linear(x, w.router).max(1)
+    sorted_ids, order = ids.sort(stable=True)
+    ends = torch.searchsorted(sorted_ids, torch.arange(len(w.router), device=x.device), right=True).int()
+    rows = (x * best.float().sigmoid().to(x.dtype)[:, None])[order]
+    out = _torch_linear(_silu_mul(_torch_linear(x, w.shared_w13)), w.shared_w2)
+    routed = _torch_grouped(_silu_mul(_torch_grouped(rows, w.w13, ends)), w.w2, ends)
+    return out.index_add(0, order, routed)
+
+
+def _silu_mul(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.float().chunk(2, 1)
+    return (F.silu(gate) * up).bfloat16()
+
+
+def _torch_quantised(values: Tensor) -> tuple[Tensor, Tensor]:
+    scale = (values.float().abs().amax(1) / E4M3_MAX).clamp(min=1e-12)
+    return (values.float() / scale[:, None]).to(FP8), scale
+
+
+def _torch_linear(values: Tensor, weight: Linear) -> Tensor:
+    if weight.scale is None:
+        return F.linear(values, weight.weight)
+    codes, scale = _torch_quantised(values)
+    options = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+    return torch._scaled_mm(codes, weight.weight.t(), scale_a=scale[:, None], scale_b=weight.scale[None], **options)
+
+
+def _torch_grouped(rows: Tensor, weight: Linear, ends: Tensor) -> Tensor:
+    if weight.scale is None:
+        return torch._grouped_mm(rows, weight.weight.transpose(1, 2), offs=ends, out_dtype=torch.bfloat16)
+    codes, scale = _torch_quantised(rows)
+    options = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+    return torch._scaled_grouped_mm(codes, weight.weight.transpose(1, 2), scale, weight.scale, offs=ends, **options)
+
+
+@functools.cache
+def _compiled_torch_moe() -> Callable[[Tensor, MoEWeights], Tensor]:
+    return torch.compile(_torch_moe, dynamic=False)
+
+
+@peer(
+    "torch", "fused_moe", about="torch._scaled_grouped_mm and _scaled_mm (bf16: _grouped_mm), the rest through torch.compile", bound=BOUND
+)
+def _torch(problem: Problem) -> Case:
+    load.require_gpu()
+    run = functools.partial(_compiled_torch_moe(), problem.arguments["x"], problem.arguments["weights"])
+    return Case(run, whole, "use_fast_accum=True")
