@@ -104,9 +104,12 @@ def op_module(stem: str, kernels: ModuleType) -> ModuleType:
     return module
 
 
-def sanitizer_library() -> str:
-    """AddressSanitizer's library, to preload into a Python that loads a sanitized module."""
-    return subprocess.run(["g++", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True).stdout.strip()
+def run_sanitized(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Run a Python script that loads a sanitized library; AddressSanitizer has to be there from the start."""
+    library = subprocess.run(["g++", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True).stdout.strip()
+    environ = os.environ | {"LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0"}
+    return subprocess.run([sys.executable, "-c", script, *arguments], env=environ, capture_output=True, text=True)
+
 
 
 def _plant(planted: Mapping[str, tuple[str, str]], sources: Sequence[Path]) -> dict[Path, str]:

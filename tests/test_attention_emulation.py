@@ -5,10 +5,6 @@ Unused slots hold NaN and unused entries of page tables garbage (test_attention.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import emulation
 import pytest
 import torch
@@ -211,12 +207,7 @@ def test_a_planted_bug_is_noticed(bug):
 
 
 def test_sanitizers_watch_every_path():
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_SANITIZED, str(emulation.build(sanitize=True))],
-        env=os.environ | {"LD_PRELOAD": emulation.sanitizer_library(), "ASAN_OPTIONS": "detect_leaks=0"},
-        capture_output=True,
-        text=True,
-    )
+    done = emulation.run_sanitized(RUN_SANITIZED, str(emulation.build(sanitize=True)))
     assert done.returncode == 0, done.stderr
 
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import emulation
 import pytest
 import torch
@@ -118,12 +114,7 @@ def test_a_barrier_that_a_thread_never_reaches_is_noticed():
 @pytest.mark.parametrize("planted", [None, READ_PAST_THE_END, SMALL_SHARED_MEMORY], ids=["as it is", "read past the end", "small shared memory"])
 def test_address_sanitizer_watches_global_and_shared_memory(planted):
     module = emulation.build(planted=planted, sanitize=True)
-    run = subprocess.run(
-        [sys.executable, "-c", RUN_SANITIZED, str(module)],
-        env=os.environ | {"LD_PRELOAD": emulation.sanitizer_library(), "ASAN_OPTIONS": "detect_leaks=0"},
-        capture_output=True,
-        text=True,
-    )
+    run = emulation.run_sanitized(RUN_SANITIZED, str(module))
     if planted is None:
         assert run.returncode == 0, run.stderr
     else:

@@ -8,6 +8,7 @@
 #include "device.h"
 #include "hopper/cp_async.cuh"
 #include "hopper/matrix.cuh"
+#include "hopper/registers.cuh"
 #include "hopper/tma.cuh"
 #include "hopper/wgmma.cuh"
 
@@ -116,6 +117,8 @@ __global__ void __launch_bounds__(WARPGROUP + WARP)
         }
         if (!has("barriers invisible to copies")) fence_barrier_init();
     }
+    if (threadIdx.x == 0 && has("an mbarrier written over")) shared.full[1].state = 0;
+    if (has("more registers than there are")) increase_registers<256>();
     __syncthreads();
     if (threadIdx.x >= WARPGROUP) {
         load_tiles<GATHER>(shared, map_a, map_b, a, rows, k);

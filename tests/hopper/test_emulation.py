@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import emulation
@@ -67,6 +64,8 @@ BUGS = {
     "a product that one thread leaves out": "commit different products|descriptors or shapes differ within the warpgroup",
     "barriers invisible to copies": "fence_barrier_init is missing",
     "a barrier initialised twice": "the mbarrier is initialised twice",
+    "an mbarrier written over": "the mbarrier was overwritten",
+    "more registers than there are": "setmaxnreg gives out 40960 registers, the launch had 40800",
     "plain writes before a store": "the store reads plain writes to shared memory without a fence_async_proxy",
     "a store that nobody waits for": "a thread ends before its bulk stores have read shared memory",
     "a barrier of two sizes": "named barrier|others say",
@@ -85,12 +84,7 @@ def test_a_bug_is_reported_where_it_is(gemm, bug):
 @pytest.mark.parametrize("bug", ["", "a write past the end"])
 def test_address_sanitizer_watches_shared_memory(bug):
     module = emulation.build(sources=[GEMM], sanitize=True)
-    run = subprocess.run(
-        [sys.executable, "-c", RUN_SANITIZED, str(module), bug],
-        env=os.environ | {"LD_PRELOAD": emulation.sanitizer_library(), "ASAN_OPTIONS": "detect_leaks=0"},
-        capture_output=True,
-        text=True,
-    )
+    run = emulation.run_sanitized(RUN_SANITIZED, str(module), bug)
     if bug:
         assert run.returncode != 0 and "AddressSanitizer: heap-buffer-overflow" in run.stderr, run.stderr
     else:
