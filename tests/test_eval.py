@@ -8,9 +8,12 @@ import json
 import math
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -317,6 +320,52 @@ def test_a_lower_score_fails(accuracy, code, verdict, tmp_path, capsys):
     assert module._report(Console(width=200), [total], comparisons, protocol, tmp_path) == code
     assert comparisons["sglang"].verdict == verdict and comparisons["official"].theirs == 74.3
     assert f"scout, sglang: 75.2 %; difference {accuracy - 75.2:+.1f}" in capsys.readouterr().out
+
+
+@has_lm_eval
+@pytest.mark.parametrize("answer, code, verdict", [(right, 0, "higher"), (wrong, 1, "lower")], ids=["right", "wrong"])
+def test_the_guides_task_is_scored_over_its_subjects_and_compared(answer, code, verdict, tmp_path, monkeypatch):
+    """MMLU-Pro as lm_eval has it, with our questions in place of the download: each of its subjects gets all of them."""
+    import datasets
+
+    from llama4_kernels.cli.eval import harness
+
+    subjects = [file.stem.removeprefix("mmlu_pro_").replace("_", " ") for file in harness.MMLU_PRO.glob("mmlu_pro_*.yaml")]
+    questions = [question | {"category": subject, "cot_content": ""} for subject in subjects for question in harness.own_questions()]
+    split = datasets.Dataset.from_list(questions)
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, name=None: datasets.DatasetDict(test=split, validation=split))
+    with serving(after(140, right, answer), model="meta-llama/Llama-4-Scout-17B-16E-Instruct") as stand_in:
+        result = run_eval("--url", stand_in.url, "--out", tmp_path)
+    assert result.exit_code == code
+    record = json.loads((tmp_path / "results.json").read_text())
+    total, *parts = record["scores"]
+    assert (total["name"], total["questions"], len(parts)) == ("mmlu_pro", 14 * QUESTIONS, 14)
+    assert total["accuracy"] == pytest.approx(sum(part["accuracy"] for part in parts) / 14)
+    assert record["guide"]["sglang"]["verdict"] == verdict and record["guide"]["official"]["theirs"] == 74.3
+    assert {part["name"] for part in parts} >= {"biology", "computer_science", "law"}
+
+
+@has_lm_eval
+def test_an_interrupted_run_keeps_what_it_has(tmp_path):
+    """Ctrl-C in a process of its own."""
+    asked = threading.Event()
+
+    def slow(prompt):
+        asked.set()
+        time.sleep(20)
+        return right(prompt)
+
+    with serving(after(3, right, slow)) as stand_in:
+        code = "from llama4_kernels.cli.main import app; app()"
+        arguments = ["eval", "--url", stand_in.url, "--task", "own_questions", "--out", tmp_path]
+        process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True)
+        assert asked.wait(60)
+        while len((tmp_path / "answers.jsonl").read_text().splitlines()) < 4:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1 and "Traceback" not in errors
+    assert len([line for line in errors.splitlines() if line.startswith("FAIL: interrupted: 3 answers are kept")]) == 1
 
 
 def reader(memory: int | None = None):
