@@ -17,7 +17,9 @@ CHARACTERS_PER_TOKEN = 4
 
 @dataclass
 class StandIn:
-    """answer: text for a prompt, or an int: the status of a refusal; ConnectionResetError in it closes the connection. requests: bodies of what was asked. at_once: most at a time."""
+    """answer: text for a prompt, or an int: the status of a refusal; ConnectionResetError in it closes the connection.
+    requests: bodies of what was asked. at_once: most at a time.
+    """
 
     answer: Callable[[str], str | int]
     model: str = "stand-in"

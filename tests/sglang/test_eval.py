@@ -17,44 +17,42 @@ LENGTH = 8300
 CONTEXT = 9216
 
 
-@pytest.fixture(scope="module")
-def checkpoint(make):
-    return make("maverick", fp8="compressed-tensors-experts", intermediate_size=256, max_position_embeddings=CONTEXT)
-
-
-@pytest.fixture(scope="module")
-def server(checkpoint, tmp_path_factory):
-    log = tmp_path_factory.mktemp("server") / "log"
-    with llama4_server(checkpoint, f"--context-length={CONTEXT}", f"--max-total-tokens={CONTEXT + 1024}", log=log) as server:
-        yield server
-
-
 def run_eval(*arguments):
     return CliRunner().invoke(app, ["eval", *map(str, arguments)], env={"COLUMNS": "200"})
 
 
-def test_every_question_is_answered_and_scored(server, tmp_path):
+def test_the_three_evaluations(make, tmp_path, monkeypatch):
+    """In one test, because two processes that share the tests would start the server twice."""
+    path = make("maverick", fp8="compressed-tensors-experts", intermediate_size=256, max_position_embeddings=CONTEXT)
+    flags = (f"--context-length={CONTEXT}", f"--max-total-tokens={CONTEXT + 1024}")
+    with llama4_server(path, *flags, log=tmp_path / "log") as server:
+        answers_every_question(server, tmp_path / "accuracy")
+        finds_no_number_past_the_chunk(server, tmp_path / "needle")
+        agrees_with_transformers_past_the_chunk(server, path, tmp_path / "parity", monkeypatch)
+
+
+def answers_every_question(server, out):
     arguments = ("--task", "own_questions", "--limit", 8, "--max-gen-toks", 16)
-    result = run_eval("--url", server.url, "--out", tmp_path, *arguments)
+    result = run_eval("--url", server.url, "--out", out, *arguments)
     assert result.exit_code == 0, result.output
-    record = json.loads((tmp_path / "results.json").read_text())
+    record = json.loads((out / "results.json").read_text())
     assert record["implementation"] == "llama4_kernels"
     assert (record["scores"][0]["accuracy"], record["scores"][0]["questions"]) == (0, 8)
-    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()[1:]]
+    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()[1:]]
     assert len({answer["answer"] for answer in answers}) > 1
 
 
-def test_a_random_model_finds_no_number_past_the_chunk(server, tmp_path):
-    result = run_eval("--url", server.url, "--needle", "--length", LENGTH, "--depth", 0.5, "--out", tmp_path)
+def finds_no_number_past_the_chunk(server, out):
+    result = run_eval("--url", server.url, "--needle", "--length", LENGTH, "--depth", 0.5, "--out", out)
     assert result.exit_code == 1
     assert "FAIL: found 0 of 1; 0 of 1 in prompts of more than 8192 tokens" in result.stdout
 
 
-def test_logprobs_of_a_text_agree_past_the_chunk_in_fp8(server, checkpoint, tmp_path, monkeypatch):
+def agrees_with_transformers_past_the_chunk(server, path, out, monkeypatch):
     ours = contextlib.nullcontext(Target(server.url, reach(server.url).model, server))
     monkeypatch.setattr(parity, "started", lambda *arguments, **options: ours)
-    result = run_eval(checkpoint, "--parity", "--tokens", 300, "--out", tmp_path)
+    result = run_eval(path, "--parity", "--tokens", 300, "--out", out)
     assert result.exit_code == 0, result.output
-    record = json.loads((tmp_path / "parity.json").read_text())
+    record = json.loads((out / "parity.json").read_text())
     of_tokens = record["against"]["transformers, activations rounded"]
     assert record["chunk"] == 64 and len(of_tokens["difference"]) == 299 and of_tokens["mean"] <= of_tokens["bound"]
