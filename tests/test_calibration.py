@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -109,10 +111,17 @@ def test_a_process_ends_with_the_one_that_runs_it():
 
     def say(line: str) -> None:
         lines.append(line)
-        raise SystemExit(1)  # as on SIGTERM
+        os.kill(os.getpid(), signal.SIGUSR1)
 
-    with pytest.raises(SystemExit):
-        runner.execute([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"], 60, say)
+    def stop(*_) -> None:
+        raise SystemExit(1)
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        with pytest.raises(SystemExit):
+            runner.execute([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"], 60, say)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
     assert is_gone(int(lines[0]))
 
 
@@ -124,6 +133,13 @@ def is_gone(pid: int) -> bool:
             return True
         time.sleep(0.01)
     return False
+
+
+def test_children_do_not_outlive_their_process():
+    lines: list[str] = []
+    code = "import subprocess; print(subprocess.Popen(['sleep', '60']).pid, flush=True)"
+    ended = runner.execute([sys.executable, "-c", code], 20, lines.append)
+    assert ended.reason == "" and ended.seconds < 10 and is_gone(int(lines[0]))
 
 
 def test_a_process_that_crashes_leaves_its_last_words():

@@ -6,6 +6,7 @@ An entry point takes addresses, integers and a stream, and gives nothing or the 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -22,10 +23,8 @@ ROOT = Path(__file__).parents[2]
 KERNELS = Path(__file__).parent / "kernels"
 CSRC = ROOT / "csrc"
 BUILDS = ROOT / "build" / "calibration"
-FLAGS = [
-    *("-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-cudart", "static"),
-    *("-Xptxas", "-v,-warn-spills,-Werror", "-Xcompiler", "-fPIC,-fvisibility=hidden"),
-]
+TARGET = ("-gencode=arch=compute_90a,code=sm_90a", "-cudart", "static")
+COMPILE = ("-std=c++17", "-O3", "-Xptxas", "-v,-warn-spills,-Werror", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 
 
 class BuildError(RuntimeError):
@@ -47,10 +46,12 @@ def build() -> Library:
         raise BuildError("no nvcc: put the CUDA toolkit on PATH or set CUDA_HOME")
     sources = sorted(KERNELS.glob("*.cu"))
     headers = b"".join(path.read_bytes() for folder in (KERNELS, CSRC) for path in sorted(folder.rglob("*.*h")))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    BUILDS.mkdir(parents=True, exist_ok=True)
+    with (BUILDS / "lock").open("w") as lock, ThreadPoolExecutor(os.cpu_count()) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process builds the same: wait for its results
         objects = list(pool.map(lambda source: _compile(nvcc, source, headers), sources))
     words = "".join(path.with_suffix(".txt").read_text() for path in objects)
-    library = _nvcc(nvcc, "libcalibration.so", [*FLAGS[:5], "-shared", *map(str, objects)], b"")
+    library = _nvcc(nvcc, "libcalibration.so", [*TARGET, "-shared", *map(str, objects)], b"")
     return Library(library, words)
 
 
@@ -82,7 +83,9 @@ def _setup():
 
 
 def _compile(nvcc: str, source: Path, headers: bytes) -> Path:
-    return _nvcc(nvcc, f"{source.stem}.o", [*FLAGS, f"-I{CSRC}", f"-I{KERNELS}", "-c", str(source)], source.read_bytes() + headers)
+    return _nvcc(
+        nvcc, f"{source.stem}.o", [*TARGET, *COMPILE, f"-I{CSRC}", f"-I{KERNELS}", "-c", str(source)], source.read_bytes() + headers
+    )
 
 
 def _nvcc(nvcc: str, name: str, arguments: list[str], content: bytes) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from bench.calibration import library
 from bench.calibration.measurement import Step
@@ -22,6 +23,7 @@ from llama4_kernels.bench.machine import Machine
 
 HOPPER = "9.0"
 MOST_REASON = 300  # characters
+LAST_SECONDS = 5.0  # for a killed process to end
 Say = Callable[[str], None]
 
 
@@ -72,35 +74,33 @@ def run(steps: Sequence[Step], file: Path, machine: Machine, run_id: str, say: S
 
 
 def execute(command: Sequence[str], seconds: float, say: Say) -> Ended:
-    """Run a command and give each line of its output to `say`; kill it and all its children when its time is up, or this call is ended."""
-    started = time.monotonic()
+    """Run a command and give each line of its output to `say`; none of its children outlives it, and it neither its time nor this call."""
+    started, errors = time.monotonic(), []
     process = subprocess.Popen(
         command, cwd=library.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
     )
-    late = threading.Event()
-
-    def stop() -> None:
-        late.set()
-        os.killpg(process.pid, signal.SIGKILL)
-
-    errors: list[str] = []
-    reader = threading.Thread(target=lambda: errors.extend(process.stderr), daemon=True)
-    reader.start()
-    alarm = threading.Timer(seconds, stop)
-    alarm.start()
+    # Threads, since the pipes of a process that hangs in the driver may stay open after it was killed
+    readers = [_reader(process.stdout, lambda line: say(line.rstrip("\n"))), _reader(process.stderr, errors.append)]
+    code = None
     try:
-        for line in process.stdout:
-            say(line.rstrip("\n"))
-        code = process.wait()
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        raise
+        code = process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        pass
     finally:
-        alarm.cancel()
-    reader.join(timeout=1)
+        with contextlib.suppress(ProcessLookupError):  # where nothing is left of it
+            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=LAST_SECONDS)
+        for reader in readers:
+            reader.join(timeout=LAST_SECONDS)
     words = next((line.strip() for line in reversed(errors) if line.strip()), "it said nothing")
-    return Ended(None if late.is_set() else code, time.monotonic() - started, words[:MOST_REASON])
+    return Ended(code, time.monotonic() - started, words[:MOST_REASON])
+
+
+def _reader(pipe: IO[str], take: Say) -> threading.Thread:
+    thread = threading.Thread(target=lambda: [take(line) for line in pipe], daemon=True)
+    thread.start()
+    return thread
 
 
 def _why_no_hopper(machine: Machine, say: Say) -> str:
