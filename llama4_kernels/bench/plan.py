@@ -27,14 +27,20 @@ def plan(
     unknown = [name for name in backends or () if name not in BACKENDS]
     if unknown:
         raise ValueError(f"backend is {unknown[0]!r}, needs one of {', '.join(BACKENDS)}")
+    chosen = workloads.select(patterns, ops, device.type)
+    rivals = {workload.op: peers.peers_of(workload.op) for workload in chosen}
+    names = {name for known in rivals.values() for name in known}
+    unknown = [name for name in peer_names or () if name not in names | {"all", "none"}]
+    if unknown:
+        raise ValueError(f"peer is {unknown[0]!r}, needs all, none, or one of {', '.join(sorted(names)) or 'no name for these ops'}")
     jobs: list[Job] = []
-    for workload in workloads.select(patterns, ops, device.type):
+    for workload in chosen:
         if backends or not peer_names or "none" in peer_names:
             jobs += [Job(workload.name, name) for name in backends or _runnable(workload.op, device)]
-        known = peers.peers_of(workload.op)
         wanted = [] if backends and not peer_names else peer_names or ["all"]
-        wanted = [] if "none" in wanted else known if "all" in wanted else wanted
-        jobs += [Job(workload.name, name, peer=True) for name in wanted]
+        jobs += [
+            Job(workload.name, name, peer=True) for name in rivals[workload.op] if "none" not in wanted and {"all", name} & set(wanted)
+        ]
     if not jobs:
         raise ValueError("nothing to measure: no workload, backend or peer is left of what was asked for")
     return jobs

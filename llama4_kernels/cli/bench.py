@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -46,6 +47,8 @@ def run(
         if measured is not None:
             records: Sequence[Record] = _read(measured)
         else:
+            for module in peer_modules:
+                importlib.import_module(module)
             jobs = plan(ops, patterns, backends, peer_names)
             with Runner(options, peer_modules, job_seconds) as runner:
                 path = out or record.results_path(RESULTS, runner.session.machine, record.now())

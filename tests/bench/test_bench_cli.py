@@ -58,6 +58,8 @@ def test_a_wrong_peer_is_shown_and_fails_nothing(tmp_path):
         (["--op", "moe"], "op is 'moe', needs one of"),
         (["--backend", "cudnn"], "backend is 'cudnn', needs one of cuda, triton, reference"),
         (["--op", "rope_qk_norm", "--workload", TINY], "nothing to measure"),
+        (["--workload", TINY, "--peer", "deepgemm"], "peer is 'deepgemm', needs all, none, or one of fbgemm_cutlass"),
+        (["--workload", TINY, "--peer-module", "no_such_module"], "No module named 'no_such_module'"),
         (["--measured", ROOT], "needs --compare"),
     ],
 )
@@ -104,6 +106,18 @@ def test_compare_with_another_gpu_says_that_nothing_was_measured_again(tmp_path)
     record.append(now, [synthetic.benchmark()])
     ran = invoke("--measured", now, "--compare", base)
     assert ran.exit_code == 0 and "nothing of the base was measured again" in ran.output
+
+
+def test_what_is_named_is_what_is_planned():
+    def planned(**asked) -> list[tuple[str, bool]]:
+        return [(job.backend, job.peer) for job in plan.plan(patterns=[TINY], **asked)]
+
+    ours, rivals = [job for job in planned() if not job[1]], [job for job in planned() if job[1]]
+    assert ours and ("sglang", True) in rivals
+    assert planned(backends=["reference"]) == [("reference", False)]
+    assert planned(peer_names=["sglang"]) == [("sglang", True)]
+    assert planned(peer_names=["none"]) == ours and planned(peer_names=["all"]) == rivals
+    assert planned(backends=["reference"], peer_names=["sglang"]) == [("reference", False), ("sglang", True)]
 
 
 def test_pytest_bench_runs_anywhere_and_gives_samples_and_records(tmp_path):
