@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "grouped_gemm.h"
+#include "moe.h"
 #include "quantization.h"
 #include "rope.h"
 #include "routing.h"
@@ -117,4 +118,60 @@ PYBIND11_MODULE(_C, module) {
         py::kw_only(), py::arg("x"), py::arg("x_dtype"), py::arg("router"), py::arg("router_dtype"), py::arg("tokens"), py::arg("hidden"),
         py::arg("experts"), py::arg("expert_ids"), py::arg("scores"), py::arg("order"), py::arg("offsets"), py::arg("codes"), py::arg("scale"),
         py::arg("best"), py::arg("tickets"), py::arg("dependent"), py::arg("stream"));
+
+    py::enum_<MoeConversion>(module, "MoeConversion", py::module_local())
+        .value("none", MoeConversion::none)
+        .value("fixed", MoeConversion::fixed)
+        .value("per_block", MoeConversion::per_block);
+    py::class_<MoeOperand>(module, "MoeOperand", py::module_local())
+        .def(py::init([](uintptr_t values, uintptr_t scale, int64_t scale_row_stride, int64_t scale_step_stride, uintptr_t factors, MoeConversion conversion) {
+                 return MoeOperand{pointer<void>(values), pointer<float>(scale), scale_row_stride, scale_step_stride, pointer<float>(factors), conversion};
+             }),
+             py::kw_only(), py::arg("values"), py::arg("scale"), py::arg("scale_row_stride"), py::arg("scale_step_stride"), py::arg("factors"),
+             py::arg("conversion"));
+    py::class_<MoeWeight>(module, "MoeWeight", py::module_local())
+        .def(py::init([](uintptr_t values, Dtype dtype, uintptr_t scale, int scale_dimensions) {
+                 return MoeWeight{pointer<void>(values), dtype, pointer<float>(scale), scale_dimensions};
+             }),
+             py::kw_only(), py::arg("values"), py::arg("dtype"), py::arg("scale"), py::arg("scale_dimensions"));
+    py::class_<MoeSplits>(module, "MoeSplits", py::module_local())
+        .def(py::init([](int count, uintptr_t parts, uintptr_t tickets) { return MoeSplits{count, pointer<float>(parts), pointer<unsigned>(tickets)}; }),
+             py::kw_only(), py::arg("count"), py::arg("parts"), py::arg("tickets"));
+    py::class_<MoeRouting>(module, "MoeRouting", py::module_local())
+        .def(py::init([](uintptr_t order, uintptr_t offsets) { return MoeRouting{pointer<int>(order), pointer<int>(offsets)}; }), py::kw_only(),
+             py::arg("order"), py::arg("offsets"));
+    py::class_<MoeHidden>(module, "MoeHidden", py::module_local())
+        .def(py::init([](uintptr_t values, Dtype dtype, uintptr_t scale, bool is_static, int width) {
+                 return MoeHidden{pointer<void>(values), dtype, pointer<float>(scale), is_static, width};
+             }),
+             py::kw_only(), py::arg("values"), py::arg("dtype"), py::arg("scale"), py::arg("is_static"), py::arg("width"));
+
+    module.def("moe_multiprocessors", &moe_multiprocessors);
+    module.attr("MOE_GATE_UP_COLUMNS") = MOE_GATE_UP_COLUMNS;
+    module.def("moe_tile_tokens", &moe_tile_tokens, py::arg("tokens"));
+    module.def("moe_gate_up_part", &moe_gate_up_part, py::arg("tokens"));
+    module.def("moe_down_part", &moe_down_part, py::arg("tokens"));
+    module.def("moe_down_columns", &moe_down_columns, py::arg("tokens"));
+    module.def(
+        "moe_gate_up",
+        [](const MoeOperand& x_shared, const MoeOperand& x_routed, const MoeWeight& w_shared, const MoeWeight& w_routed, const MoeHidden& h_shared,
+           const MoeHidden& h_routed, const MoeRouting& routing, int tokens, int hidden, int experts, const MoeSplits& splits, bool prefetch_shared,
+           uintptr_t prefetch, int64_t prefetch_bytes, bool dependent, uintptr_t stream) {
+            moe_gate_up({x_shared, x_routed, w_shared, w_routed, h_shared, h_routed, routing, tokens, hidden, experts, splits, prefetch_shared,
+                         pointer<void>(prefetch), prefetch_bytes, dependent},
+                        pointer<CUstream_st>(stream));
+        },
+        py::kw_only(), py::arg("x_shared"), py::arg("x_routed"), py::arg("w_shared"), py::arg("w_routed"), py::arg("h_shared"), py::arg("h_routed"),
+        py::arg("routing"), py::arg("tokens"), py::arg("hidden"), py::arg("experts"), py::arg("splits"), py::arg("prefetch_shared"), py::arg("prefetch"),
+        py::arg("prefetch_bytes"), py::arg("dependent"), py::arg("stream"));
+    module.def(
+        "moe_down",
+        [](const MoeOperand& h_shared, const MoeOperand& h_routed, const MoeWeight& w_shared, const MoeWeight& w_routed, int k_shared, int k_routed,
+           const MoeRouting& routing, int tokens, int hidden, int experts, uintptr_t out, const MoeSplits& splits, bool dependent, uintptr_t stream) {
+            moe_down({h_shared, h_routed, w_shared, w_routed, k_shared, k_routed, routing, tokens, hidden, experts, pointer<void>(out), splits, dependent},
+                     pointer<CUstream_st>(stream));
+        },
+        py::kw_only(), py::arg("h_shared"), py::arg("h_routed"), py::arg("w_shared"), py::arg("w_routed"), py::arg("k_shared"), py::arg("k_routed"),
+        py::arg("routing"), py::arg("tokens"), py::arg("hidden"), py::arg("experts"), py::arg("out"), py::arg("splits"), py::arg("dependent"),
+        py::arg("stream"));
 }

@@ -130,7 +130,7 @@ def _moe_gate_up(x: Tensor, x_scale: Tensor | None, routing: list[Tensor], weigh
     if checks.values_wanted(x.device):
         checks.routing_values("moe_gate_up", Routing(*routing))
     layer = _weights(weights)
-    hidden = backend.implementation("moe_gate_up", x.device)(_join(x, x_scale), Routing(*routing), layer)
+    hidden = backend.call("moe_gate_up", x.device, _join(x, x_scale), Routing(*routing), layer)
     return [tensor for path, down in zip(hidden, (layer.shared_w2, layer.w2)) for tensor in _give(path, down)]
 
 
@@ -160,8 +160,8 @@ def _moe_down(
 ) -> Tensor:
     if checks.values_wanted(shared.device):
         checks.routing_values("moe_down", Routing(*routing))
-    compute = backend.implementation("moe_down", shared.device)
-    return compute(_join(shared, shared_scale), _join(routed, routed_scale), Routing(*routing), _weights(weights), out_dtype=out_dtype)
+    halves = _join(shared, shared_scale), _join(routed, routed_scale)
+    return backend.call("moe_down", shared.device, *halves, Routing(*routing), _weights(weights), out_dtype=out_dtype)
 
 
 @_moe_down.register_fake
@@ -179,7 +179,7 @@ def _(
 
 @torch.library.custom_op("llama4_kernels::fused_moe", mutates_args=())
 def _fused_moe(x: Tensor, weights: list[Tensor | None]) -> Tensor:
-    return backend.implementation("fused_moe", x.device)(x, _weights(weights))
+    return backend.call("fused_moe", x.device, x, _weights(weights))
 
 
 @_fused_moe.register_fake

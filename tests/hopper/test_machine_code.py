@@ -57,6 +57,12 @@ def test_every_grouped_gemm_multiplies_on_wgmma_what_tma_loads():
     assert len(kernels) == 18 and all(kernel["wgmma"] and kernel["tma_load"] for kernel in kernels.values())
 
 
+@pytest.mark.parametrize("stem", ["moe_gate_up", "moe_down"])
+def test_every_half_of_the_moe_layer_multiplies_on_wgmma_what_tma_loads(stem):
+    kernels = machine_code.compile_stem(NVCC, stem).kernels
+    assert len(kernels) == 3 and all(kernel["wgmma"] and kernel["tma_load"] for kernel in kernels.values())
+
+
 def test_a_spill_and_a_serialised_wgmma_are_seen(tmp_path, monkeypatch):
     """What the rules above forbid, planted in a kernel, does not pass."""
     shutil.copytree(machine_code.CSRC, tmp_path / "csrc", ignore=shutil.ignore_patterns("*.cu"))

@@ -1,0 +1,216 @@
+// moe_gate_up: the gate and up projections of the shared expert, for all tokens in sorted order, and of the routed ones, each for its own tokens, in
+// one launch. A stage holds 128 gate channels and the same 128 up channels, so that SwiGLU and the scales of 128 columns of h stay inside the
+// block. Rows of x are gathered by routing.order as they are loaded.
+
+#include "hopper/dependent_launch.cuh"
+#include "hopper/registers.cuh"
+#include "moe_tile.cuh"
+#include "tile_scheduler.cuh"
+
+namespace llama4_kernels {
+namespace {
+
+using namespace hopper;
+
+constexpr int H_COLUMNS = MOE_GATE_UP_COLUMNS;
+
+struct Problem {
+    MoeGateUpArguments a;
+    MoePath shared, routed;
+};
+
+template <class Shape>
+struct SharedMemory {
+    MoeStages<Shape> stages;
+    alignas(16) uint8_t staging[Shape::PASS * (H_COLUMNS * 2 + 16)];
+    unsigned warp_largest[Shape::CONSUMER_WARPS][Shape::TOKENS];
+    float h_scale[Shape::TOKENS];
+    int first_tile[];  // of each routed expert, and their number
+};
+
+// ---- which tile
+
+struct Tile {
+    bool is_shared;
+    int column_tile;
+    Segment segment;
+};
+
+// A unit is one split of one tile; the shared expert's tiles come first.
+template <class Shape>
+struct Units {
+    const MoeGateUpArguments& a;
+    GroupTiles<Shape::TOKENS> routed_tiles;
+
+    __device__ static int column_tiles(const MoeHidden& h) { return (h.width + H_COLUMNS - 1) / H_COLUMNS; }
+
+    __device__ int64_t shared_tiles() const { return int64_t((a.tokens + Shape::TOKENS - 1) / Shape::TOKENS) * column_tiles(a.h_shared); }
+    __device__ int64_t count() const { return (shared_tiles() + routed_tiles.count()) * a.splits.count; }
+
+    __device__ Tile operator[](int64_t unit) const {
+        const int64_t tile = unit / a.splits.count;
+        const int64_t shared = shared_tiles();
+        if (tile < shared) {
+            const int columns = column_tiles(a.h_shared), first_row = int(tile / columns) * Shape::TOKENS;
+            return {true, int(tile % columns), segment(0, int(tile % columns), a.h_shared.width, first_row, a.tokens)};
+        }
+        const GroupTile routed = routed_tiles[tile - shared];
+        return {false, routed.column_tile, segment(routed.group, routed.column_tile, a.h_routed.width, routed.first_row, routed.end_row)};
+    }
+
+    __device__ static Segment segment(int group, int column_tile, int width, int first_row, int end_row) {
+        return {group, column_tile * H_COLUMNS, width, first_row, first_row, min(end_row, first_row + Shape::TOKENS)};
+    }
+};
+
+__device__ inline int split_begin(int steps, int split, int splits) { return int(int64_t(steps) * split / splits); }
+
+// ---- epilogue
+
+// SwiGLU, into total[0], and h in the form that the second weight takes.
+template <class Shape>
+__device__ void store_hidden(SharedMemory<Shape>& shared, const MoeHidden& h, const Tile& tile, Sums<Shape>& total) {
+    using Consumer = StageConsumer<Shape>;
+    const int first_row = tile.segment.first_row, rows = tile.segment.end_row - first_row;
+    const int first_column = tile.segment.first_channel, columns = min(h.width - first_column, H_COLUMNS);
+    const int64_t first = int64_t(first_row) * h.width + first_column;
+#pragma unroll
+    for (int i = 0; i < Shape::TOKENS / 2; ++i) {
+        const float gate = total[0][i];
+        total[0][i] = gate / (1.0f + expf(-gate)) * total[1][i];
+    }
+    if (h.dtype == Dtype::bfloat16) {
+        auto* out = static_cast<__nv_bfloat16*>(h.values) + first;
+        store_rows<Shape, 1, __nv_bfloat16>(shared.staging, rows, columns, [&](int, int i) { return __float2bfloat16(total[0][i]); },
+                                            [&](int token) { return out + int64_t(token) * h.width; });
+        return;
+    }
+
+    if (!h.is_static) {
+#pragma unroll
+        for (int i = 0; i < Shape::TOKENS / 2; i += 4) {
+#pragma unroll
+            for (int pair = 0; pair < 2; ++pair) {
+                const unsigned low = __float_as_uint(total[0][i + pair]) & 0x7fffffffu, high = __float_as_uint(total[0][i + pair + 2]) & 0x7fffffffu;
+                unsigned largest = max(Consumer::channel_of(i) < columns ? low : 0u, Consumer::channel_of(i + 2) < columns ? high : 0u);
+                for (int lanes = 4; lanes < int(WARP); lanes *= 2) largest = max(largest, __shfl_xor_sync(ALL_LANES, largest, lanes));
+                if (threadIdx.x % WARP < 4) shared.warp_largest[threadIdx.x / WARP][Consumer::token_of(i + pair)] = largest;
+            }
+        }
+        consumers_sync<Shape>();
+    }
+    if (threadIdx.x < Shape::TOKENS) {
+        float scale;
+        if (h.is_static) {
+            scale = *h.scale;
+        } else {
+            unsigned largest = 0;
+            for (int warp = 0; warp < Shape::CONSUMER_WARPS; ++warp) largest = max(largest, shared.warp_largest[warp][threadIdx.x]);
+            scale = __uint_as_float(largest) / E4M3_MAX;
+            const int blocks = (h.width + SCALE_BLOCK - 1) / SCALE_BLOCK;
+            if (int(threadIdx.x) < rows) h.scale[int64_t(first_row + threadIdx.x) * blocks + tile.column_tile] = scale;
+        }
+        shared.h_scale[threadIdx.x] = scale;
+    }
+    consumers_sync<Shape>();
+    auto* out = static_cast<uint8_t*>(h.values) + first;
+    const auto code = [&](int, int i) {
+        const float scale = shared.h_scale[Consumer::token_of(i)];
+        return uint8_t(__nv_cvt_float_to_fp8(scale == 0.0f ? 0.0f : total[0][i] / scale, __NV_SATFINITE, __NV_E4M3));
+    };
+    store_rows<Shape, 1, uint8_t>(shared.staging, rows, columns, code, [&](int token) { return out + int64_t(token) * h.width; });
+}
+
+// ---- the kernel
+
+// This block's share of bytes that will be read soon.
+__device__ inline void prefetch_share(const void* from, int64_t bytes, int thread, int threads) {
+    constexpr int64_t PIECE = 4096;
+    const int64_t stride = int64_t(gridDim.x) * threads * PIECE;
+    for (int64_t at = (int64_t(blockIdx.x) * threads + thread) * PIECE; at < bytes; at += stride) {
+        bulk_prefetch(static_cast<const uint8_t*>(from) + at, unsigned(min(bytes - at, PIECE)));
+    }
+}
+
+template <class Shape>
+__global__ void __launch_bounds__(Shape::THREADS, 1) gate_up_kernel(const __grid_constant__ TensorMap shared_weights,
+                                                                    const __grid_constant__ TensorMap routed_weights,
+                                                                    const __grid_constant__ Problem problem) {
+    const MoeGateUpArguments& a = problem.a;
+    auto& shared = *shared_memory<SharedMemory<Shape>>();
+    launch_dependents();
+    if (threadIdx.x == 0) {
+        shared.stages.pipeline.init(1 + Shape::LOADERS, Shape::CONSUMER_WARPS);
+        prefetch_tensor_map(shared_weights);
+        prefetch_tensor_map(routed_weights);
+    }
+    if (threadIdx.x >= Shape::CONSUMERS) {
+        const int thread = threadIdx.x - Shape::CONSUMERS;
+        const int64_t w_bytes = int64_t(problem.shared.n) * problem.shared.k * (problem.shared.fp8 ? 1 : 2);
+        if (a.prefetch_shared) prefetch_share(a.w_shared.values, w_bytes, thread, Shape::LOADERS);
+        if (a.prefetch) prefetch_share(a.prefetch, a.prefetch_bytes, thread, Shape::LOADERS);
+    }
+    wait_for_dependencies();
+    Units<Shape> units{a, {a.routing.offsets, a.experts, Units<Shape>::column_tiles(a.h_routed), shared.first_tile}};
+    if (threadIdx.x < WARP) units.routed_tiles.fill();
+    __syncthreads();
+
+    const int splits = a.splits.count;
+    if (threadIdx.x >= Shape::CONSUMERS) {
+        decrease_registers<Shape::LOADER_REGISTERS>();
+        StageLoader<Shape> loader(shared.stages);
+        for (int64_t unit = blockIdx.x; unit < units.count(); unit += gridDim.x) {
+            const Tile tile = units[unit];
+            const MoePath& path = tile.is_shared ? problem.shared : problem.routed;
+            const int split = int(unit % splits), begin = split_begin(path.steps, split, splits), end = split_begin(path.steps, split + 1, splits);
+            loader.load(path, tile.is_shared ? shared_weights : routed_weights, tile.segment, a.routing.order, begin, end);
+        }
+        loader.finish();
+    } else {
+        increase_registers<Shape::CONSUMER_REGISTERS>();
+        StageConsumer<Shape> consumer(shared.stages);
+        for (int64_t unit = blockIdx.x; unit < units.count(); unit += gridDim.x) {
+            const Tile tile = units[unit];
+            const MoePath& path = tile.is_shared ? problem.shared : problem.routed;
+            const int split = int(unit % splits), begin = split_begin(path.steps, split, splits), end = split_begin(path.steps, split + 1, splits);
+            Sums<Shape> total = {};
+            consumer.template add<false>(path, tile.segment, begin, end, total);
+            const int rows = tile.segment.end_row - tile.segment.first_row;
+            if (combine_splits(shared.stages, a.splits, unit / splits, split, rows, total)) {
+                store_hidden(shared, tile.is_shared ? a.h_shared : a.h_routed, tile, total);
+            }
+        }
+    }
+}
+
+// ---- launch
+
+template <class Shape>
+void launch_shape(const MoeGateUpArguments& a, cudaStream_t stream) {
+    const Problem problem{a, moe_path(a.x_shared, a.w_shared, 2 * a.h_shared.width, a.hidden), moe_path(a.x_routed, a.w_routed, 2 * a.h_routed.width, a.hidden)};
+    const int64_t tiles = ceil_div(a.tokens, Shape::TOKENS) * ceil_div(a.h_shared.width, H_COLUMNS) +
+                          most_row_tiles(a.tokens, a.experts, Shape::TOKENS) * ceil_div(a.h_routed.width, H_COLUMNS);
+    const size_t shared_bytes = sizeof(SharedMemory<Shape>) + (a.experts + 1) * sizeof(int);
+    const dim3 grid = grid_of(std::min<int64_t>(tiles * a.splits.count, multiprocessors()));
+    const LaunchConfig config{"moe_gate_up", grid, dim3(Shape::THREADS), shared_bytes, stream, 1, a.dependent};
+    launch(config, &gate_up_kernel<Shape>, weight_map<Shape>("shared_w13", problem.shared, 1), weight_map<Shape>("w13", problem.routed, a.experts), problem);
+}
+
+}  // namespace
+
+int moe_tile_tokens(int tokens) { return tokens <= 16 ? 16 : tokens <= 64 ? 64 : 96; }
+
+int moe_multiprocessors() { return multiprocessors(); }
+
+int moe_gate_up_part(int tokens) { return 2 * 128 * moe_tile_tokens(tokens); }
+
+void moe_gate_up(const MoeGateUpArguments& a, cudaStream_t stream) {
+    if (a.tokens == 0) return;
+    switch (moe_tile_tokens(a.tokens)) {
+        case 16: return launch_shape<MoeShape<16, 2>>(a, stream);
+        case 64: return launch_shape<MoeShape<64, 2>>(a, stream);
+        default: return launch_shape<MoeShape<96, 2>>(a, stream);
+    }
+}
+
+}  // namespace llama4_kernels

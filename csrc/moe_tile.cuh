@@ -1,0 +1,388 @@
+// What both halves of the MoE layer share: one tile of weights · activationsᵀ, summed along K over one or several segments. A segment is a weight
+// matrix, of the shared expert or of a routed one, with the activations that it is multiplied with; segments may differ in precision.
+//
+// Weights are on the M side of wgmma, SETS tiles of 128 channels per stage; TOKENS rows of activations are on its N side. Warps have two roles: a loader
+// warpgroup fills a ring of stages and two consumer warpgroups multiply, each 64 channels of every set. A stage's products are scaled as they
+// move from wgmma's sums to fp32 registers: its own sums of e4m3 products keep fewer bits than fp32, and scales may change every 128 of K.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp8.h>
+
+#include "device.h"
+#include "epilogue.cuh"
+#include "hopper/cp_async.cuh"
+#include "hopper/memory.cuh"
+#include "hopper/tma.cuh"
+#include "hopper/wgmma.cuh"
+#include "moe.h"
+#include "pipeline.cuh"
+
+namespace llama4_kernels {
+
+constexpr float E4M3_MAX = 448.0f;
+constexpr unsigned ALL_LANES = 0xffffffffu;
+constexpr int SCALE_BLOCK = 128;
+
+template <int TOKENS_, int SETS_>
+struct MoeShape {
+    static constexpr int TOKENS = TOKENS_;
+    static constexpr int SETS = SETS_;
+    static constexpr int SET_CHANNELS = 128;
+    static constexpr int CONSUMERS = 2 * hopper::WARPGROUP;
+    static constexpr int CONSUMER_WARPS = CONSUMERS / hopper::WARP;
+    static constexpr int LOADERS = hopper::WARPGROUP;
+    static constexpr int THREADS = CONSUMERS + LOADERS;
+    static constexpr int ROW_BYTES = 128;  // of K per stage and row, one span of the swizzle
+    static constexpr int SET_BYTES = SET_CHANNELS * ROW_BYTES;
+    static constexpr int TOKEN_BYTES = TOKENS * ROW_BYTES;
+    static constexpr int STAGE_BYTES = SETS * SET_BYTES + TOKEN_BYTES;
+    static constexpr int STAGES = (200 << 10) / (STAGE_BYTES + TOKENS * int(sizeof(float)));
+    static constexpr int LOADER_REGISTERS = 72, CONSUMER_REGISTERS = 216;
+    static constexpr int LAG = 2;  // stages whose copies of activations are under way
+    static constexpr hopper::Swizzle SWIZZLE = hopper::Swizzle::bytes_128;
+    static constexpr int PASS = TOKENS < 32 ? TOKENS : 32;  // tokens that the epilogue transposes at a time
+    static_assert(LAG < STAGES && TOKENS % 16 == 0);
+};
+
+// This thread's accumulators of one tile, per set.
+template <class Shape>
+using Sums = float[Shape::SETS][Shape::TOKENS / 2];
+
+template <class Shape>
+struct MoeStages {
+    alignas(1024) uint8_t weights[Shape::STAGES][Shape::SETS][Shape::SET_BYTES];
+    alignas(1024) uint8_t tokens[Shape::STAGES][Shape::TOKEN_BYTES];
+    float token_scales[Shape::STAGES][Shape::TOKENS];
+    Pipeline<Shape::STAGES> pipeline;
+    int is_last;
+};
+
+// One expert kind's operands.
+struct MoePath {
+    MoeOperand x;
+    MoeWeight w;
+    ScaleForm form;  // of the weight's scale
+    bool fp8;
+    int k, n, steps;  // of the weight; steps: stages along K
+
+    __device__ int stage_k() const { return fp8 ? 128 : 64; }
+};
+
+// Part of a tile's sum: `tokens` rows of the tile from `first_row` on are multiplied with channels first_channel + set · set_stride … of weight `group`.
+struct Segment {
+    int group;
+    int first_channel, set_stride;
+    int tile_row;             // the tile's first row
+    int first_row, end_row;   // the rows of the tile that the segment is for
+};
+
+// ---- loaders
+
+// The loader warpgroup's end of the ring.
+template <class Shape>
+class StageLoader {
+public:
+    __device__ explicit StageLoader(MoeStages<Shape>& stages) : stages_(stages) {}
+
+    // rows: source row of each position, or null where it is the position.
+    __device__ void load(const MoePath& path, const hopper::TensorMap& weights, const Segment& segment, const int* rows, int begin, int end) {
+        int source[SHARE];
+#pragma unroll
+        for (int i = 0; i < SHARE; ++i) source[i] = source_row(segment, rows, row_of(i));
+        const int scaled_row = thread() < Shape::TOKENS ? source_row(segment, rows, thread()) : -1;
+        const float factor = path.x.factors && scaled_row >= 0 ? path.x.factors[scaled_row] : 1.0f;
+
+        for (int step = begin; step < end; ++step, at_.advance()) {
+            stages_.pipeline.wait_until_empty(at_);
+            if (thread() == 0) {
+                hopper::Barrier& full = stages_.pipeline.full[at_.stage];
+                full.arrive_expect(Shape::SETS * Shape::SET_BYTES);
+#pragma unroll
+                for (int set = 0; set < Shape::SETS; ++set) {
+                    hopper::tma_load(stages_.weights[at_.stage][set], weights, full, step * path.stage_k(), segment.first_channel + set * segment.set_stride,
+                                     segment.group);
+                }
+            }
+            if (path.x.conversion == MoeConversion::none) {
+                copy_rows(path, source, step);
+                if (thread() < Shape::TOKENS) {
+                    const bool scaled = path.x.scale && scaled_row >= 0;
+                    const float scale = scaled ? path.x.scale[int64_t(scaled_row) * path.x.scale_row_stride + step * path.x.scale_step_stride] : 1.0f;
+                    stages_.token_scales[at_.stage][thread()] = scale * factor;
+                }
+            } else {
+                convert_rows(path, segment, rows, step);
+            }
+            hopper::cp_async_commit();
+            hopper::cp_async_wait<Shape::LAG>();
+            if (++under_way_ > Shape::LAG) arrive();
+        }
+    }
+
+    __device__ void finish() {
+        hopper::cp_async_wait<0>();
+        while (under_way_ > 0) arrive();
+    }
+
+private:
+    static constexpr int CHUNKS = Shape::ROW_BYTES / 16;
+    static constexpr int ROWS_AT_ONCE = Shape::LOADERS / CHUNKS;
+    static constexpr int SHARE = Shape::TOKENS / ROWS_AT_ONCE;
+
+    static __device__ int thread() { return int(threadIdx.x) % Shape::LOADERS; }
+    static __device__ int row_of(int i) { return thread() / CHUNKS + i * ROWS_AT_ONCE; }
+
+    // -1 for a row of the tile that is not the segment's.
+    static __device__ int source_row(const Segment& segment, const int* rows, int row) {
+        const int position = segment.tile_row + row;
+        if (position < segment.first_row || position >= segment.end_row) return -1;
+        return rows ? rows[position] : position;
+    }
+
+    __device__ uint8_t* chunk_at(int i) const {
+        return stages_.tokens[at_.stage] + hopper::swizzled(Shape::SWIZZLE, row_of(i) * Shape::ROW_BYTES + thread() % CHUNKS * 16);
+    }
+
+    __device__ void copy_rows(const MoePath& path, const int (&source)[SHARE], int step) {
+        const int64_t row_bytes = int64_t(path.k) * (path.fp8 ? 1 : 2), byte = int64_t(step) * Shape::ROW_BYTES + thread() % CHUNKS * 16;
+#pragma unroll
+        for (int i = 0; i < SHARE; ++i) {
+            const bool valid = source[i] >= 0 && byte < row_bytes;
+            hopper::cp_async_16(chunk_at(i), valid ? static_cast<const uint8_t*>(path.x.values) + source[i] * row_bytes + byte : nullptr, valid);
+        }
+    }
+
+    // bf16 rows become e4m3 codes on the way in: with the static scale, of factor · x, or with one scale per row and 128 columns.
+    __device__ void convert_rows(const MoePath& path, const Segment& segment, const int* rows, int step) {
+        const int column = step * 128 + thread() % CHUNKS * 16;
+#pragma unroll 1
+        for (int i = 0; i < SHARE; ++i) {
+            const int source = source_row(segment, rows, row_of(i));
+            const bool valid = source >= 0 && column < path.k;
+            float values[16] = {};
+            if (valid) {
+                const auto* from = static_cast<const __nv_bfloat16*>(path.x.values) + int64_t(source) * path.k + column;
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const uint4 words = reinterpret_cast<const uint4*>(from)[half];
+                    const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) {
+                        values[half * 8 + j * 2] = __uint_as_float(pairs[j] << 16);
+                        values[half * 8 + j * 2 + 1] = __uint_as_float(pairs[j] & 0xffff0000u);
+                    }
+                }
+            }
+            const float factor = path.x.factors && source >= 0 ? path.x.factors[source] : 1.0f;
+            float scale, token_scale;
+            if (path.x.conversion == MoeConversion::fixed) {
+                scale = token_scale = *path.x.scale;
+#pragma unroll
+                for (float& value : values) value *= factor;
+            } else {
+                unsigned largest = 0;
+#pragma unroll
+                for (float value : values) largest = max(largest, __float_as_uint(value) & 0x7fffffffu);
+                for (int lanes = 1; lanes < CHUNKS; lanes *= 2) largest = max(largest, __shfl_xor_sync(ALL_LANES, largest, lanes));
+                scale = __uint_as_float(largest) / E4M3_MAX;
+                token_scale = scale * factor;
+            }
+            uint32_t codes[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                codes[j] = 0;
+#pragma unroll
+                for (int byte = 0; byte < 4; ++byte) {
+                    const float scaled = scale == 0.0f ? 0.0f : values[j * 4 + byte] / scale;
+                    codes[j] |= uint32_t(__nv_cvt_float_to_fp8(scaled, __NV_SATFINITE, __NV_E4M3)) << byte * 8;
+                }
+            }
+            *reinterpret_cast<uint4*>(chunk_at(i)) = make_uint4(codes[0], codes[1], codes[2], codes[3]);
+            if (thread() % CHUNKS == 0) stages_.token_scales[at_.stage][row_of(i)] = token_scale;
+        }
+    }
+
+    __device__ void arrive() {
+        hopper::fence_async_proxy();
+        stages_.pipeline.full[arriving_.stage].arrive();
+        arriving_.advance();
+        --under_way_;
+    }
+
+    MoeStages<Shape>& stages_;
+    PipelinePosition<Shape::STAGES> at_, arriving_;
+    int under_way_ = 0;
+};
+
+// ---- consumers
+
+// Scale of one channel of the weight for one step.
+__device__ inline float weight_scale(const MoePath& path, int group, int channel, int step) {
+    const int row = min(channel, path.n - 1);
+    const int64_t blocks = (path.n + SCALE_BLOCK - 1) / SCALE_BLOCK;
+    switch (path.form) {
+        case ScaleForm::per_tensor: return path.w.scale[group];
+        case ScaleForm::per_row: return path.w.scale[int64_t(group) * path.n + row];
+        case ScaleForm::per_block: return path.w.scale[(group * blocks + row / SCALE_BLOCK) * path.steps + step];
+        default: return 1.0f;
+    }
+}
+
+// A consumer warpgroup's end of the ring.
+template <class Shape>
+class StageConsumer {
+public:
+    __device__ explicit StageConsumer(MoeStages<Shape>& stages) : stages_(stages) {}
+
+    // Channel, within its set, of this thread's accumulator i.
+    static __device__ int channel_of(int i) { return warpgroup() * 64 + hopper::accumulator_row(threadIdx.x % hopper::WARPGROUP, i); }
+    static __device__ int token_of(int i) { return hopper::accumulator_column(threadIdx.x % hopper::WARPGROUP, i); }
+
+    // Add a segment's steps to `total`. MASKED: rows of the tile that are not the segment's stay as they are.
+    template <bool MASKED>
+    __device__ void add(const MoePath& path, const Segment& segment, int begin, int end, Sums<Shape>& total) {
+        const int first = segment.first_row - segment.tile_row, last = segment.end_row - segment.tile_row;
+        float scales[Shape::SETS][2], sums[Shape::TOKENS / 2];
+        for (int step = begin; step < end; ++step, at_.advance()) {
+            if (step == begin || path.form == ScaleForm::per_block) {
+#pragma unroll
+                for (int set = 0; set < Shape::SETS; ++set) {
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        scales[set][half] = weight_scale(path, segment.group, segment.first_channel + set * segment.set_stride + channel_of(half * 2), step);
+                    }
+                }
+            }
+            stages_.pipeline.wait_until_full(at_);
+#pragma unroll
+            for (int set = 0; set < Shape::SETS; ++set) {
+                multiply(path.fp8, stages_.weights[at_.stage][set] + warpgroup() * 64 * Shape::ROW_BYTES, sums);
+#pragma unroll
+                for (int i = 0; i < Shape::TOKENS / 8; ++i) {
+                    const float2 token = *reinterpret_cast<const float2*>(&stages_.token_scales[at_.stage][token_of(i * 4)]);
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) {
+                        const int row = token_of(i * 4) + j % 2;
+                        const float sum = total[set][i * 4 + j] + sums[i * 4 + j] * (scales[set][j / 2] * (j % 2 ? token.y : token.x));
+                        if (!MASKED || (row >= first && row < last)) total[set][i * 4 + j] = sum;
+                    }
+                }
+            }
+            __syncwarp();
+            if (threadIdx.x % hopper::WARP == 0) stages_.pipeline.empty[at_.stage].arrive();
+        }
+    }
+
+private:
+    static __device__ int warpgroup() { return threadIdx.x / hopper::WARPGROUP; }
+
+    __device__ void multiply(bool fp8, const uint8_t* weights, float (&sums)[Shape::TOKENS / 2]) {
+        const uint8_t* tokens = stages_.tokens[at_.stage];
+        if (fp8) {
+            hopper::wgmma_fence();
+#pragma unroll
+            for (int byte = 0; byte < Shape::ROW_BYTES; byte += 32) {
+                hopper::wgmma_e4m3<Shape::TOKENS>(sums, hopper::k_major(weights + byte, Shape::SWIZZLE), hopper::k_major(tokens + byte, Shape::SWIZZLE), byte > 0);
+            }
+            hopper::wgmma_commit();
+            hopper::wgmma_wait<0>();
+        } else {
+            hopper::wgmma_fence();
+#pragma unroll
+            for (int byte = 0; byte < Shape::ROW_BYTES; byte += 32) {
+                hopper::wgmma_bf16<Shape::TOKENS>(sums, hopper::k_major(weights + byte, Shape::SWIZZLE), hopper::k_major(tokens + byte, Shape::SWIZZLE), byte > 0);
+            }
+            hopper::wgmma_commit();
+            hopper::wgmma_wait<0>();
+        }
+    }
+
+    MoeStages<Shape>& stages_;
+    PipelinePosition<Shape::STAGES> at_;
+};
+
+// A barrier of all consumers.
+template <class Shape>
+__device__ inline void consumers_sync() {
+    hopper::named_barrier_sync(1, Shape::CONSUMERS);
+}
+
+// Where blocks share a tile's steps: each leaves its sums in `parts`, and the last one to do so gets, in `total`, the sum of all in the order of the
+// splits. True in that block. Tokens from `tokens` on are not looked at.
+template <class Shape>
+__device__ bool combine_splits(MoeStages<Shape>& stages, const MoeSplits& splits, int64_t tile, int split, int tokens, Sums<Shape>& total) {
+    if (splits.count == 1) return true;
+    constexpr int VALUES = Shape::TOKENS / 2, PART = Shape::SETS * VALUES * Shape::CONSUMERS;
+    float* tile_parts = splits.parts + tile * splits.count * PART + threadIdx.x;
+    float* own = tile_parts + int64_t(split) * PART;
+#pragma unroll
+    for (int i = 0; i < Shape::SETS * VALUES; ++i) {
+        if (i % VALUES / 4 * 8 < tokens) own[i * Shape::CONSUMERS] = total[i / VALUES][i % VALUES];
+    }
+    consumers_sync<Shape>();
+    if (threadIdx.x == 0) {
+        stages.is_last = hopper::add_acquire_release(splits.tickets + tile, 1) == unsigned(splits.count - 1);
+        if (stages.is_last) splits.tickets[tile] = 0;
+    }
+    consumers_sync<Shape>();
+    if (!stages.is_last) return false;
+#pragma unroll
+    for (int i = 0; i < Shape::SETS * VALUES; ++i) total[i / VALUES][i % VALUES] = 0.0f;
+#pragma unroll 1
+    for (int part = 0; part < splits.count; ++part, tile_parts += PART) {
+#pragma unroll
+        for (int i = 0; i < Shape::SETS * VALUES; ++i) {
+            if (i % VALUES / 4 * 8 < tokens) total[i / VALUES][i % VALUES] += __ldcg(tile_parts + i * Shape::CONSUMERS);
+        }
+    }
+    return true;
+}
+
+// Write a tile with the channels contiguous: value(set, i) is accumulator i's element, row_at(token) where token's row of `channels` elements goes.
+// staging: PASS rows of SETS sets and 16 bytes. All consumers; a row's bytes are multiples of 16.
+template <class Shape, int SETS, class T, class Value, class RowAt>
+__device__ inline void store_rows(void* staging, int tokens, int channels, Value value, RowAt row_at) {
+    constexpr int STRIDE = SETS * Shape::SET_CHANNELS + 16 / int(sizeof(T)), PER_CHUNK = 16 / int(sizeof(T));
+    constexpr int CHUNKS = SETS * Shape::SET_CHANNELS / PER_CHUNK;
+    T* rows = static_cast<T*>(staging);
+#pragma unroll
+    for (int pass = 0; pass < Shape::TOKENS / Shape::PASS; ++pass) {
+        consumers_sync<Shape>();
+#pragma unroll
+        for (int set = 0; set < SETS; ++set) {
+#pragma unroll
+            for (int i = 0; i < Shape::PASS / 2; ++i) {
+                rows[StageConsumer<Shape>::token_of(i) * STRIDE + set * Shape::SET_CHANNELS + StageConsumer<Shape>::channel_of(i)] =
+                    value(set, pass * Shape::PASS / 2 + i);
+            }
+        }
+        consumers_sync<Shape>();
+        const int left = min(tokens - pass * Shape::PASS, Shape::PASS);
+        for (int i = threadIdx.x; i < left * CHUNKS; i += Shape::CONSUMERS) {
+            const int token = i / CHUNKS, channel = i % CHUNKS * PER_CHUNK;
+            if (channel >= channels) continue;
+            *reinterpret_cast<uint4*>(row_at(pass * Shape::PASS + token) + channel) = *reinterpret_cast<const uint4*>(rows + token * STRIDE + channel);
+        }
+    }
+    consumers_sync<Shape>();
+}
+
+// ---- host
+
+inline MoePath moe_path(const MoeOperand& x, const MoeWeight& w, int64_t n, int64_t k) {
+    const bool fp8 = w.dtype == Dtype::float8_e4m3fn;
+    const ScaleForm form = !fp8 ? ScaleForm::none : w.scale_dimensions == 0 ? ScaleForm::per_tensor : w.scale_dimensions == 1 ? ScaleForm::per_row : ScaleForm::per_block;
+    return {x, w, form, fp8, int(k), int(n), int(ceil_div(k, fp8 ? 128 : 64))};
+}
+
+template <class Shape>
+hopper::TensorMap weight_map(const char* name, const MoePath& path, int groups) {
+    const auto type = path.fp8 ? hopper::ElementType::uint8 : hopper::ElementType::bfloat16;
+    const uint64_t row_bytes = uint64_t(path.k) * (path.fp8 ? 1 : 2), k = path.k, n = path.n;
+    const uint32_t box_k = path.fp8 ? 128 : 64;
+    return hopper::make_tensor_map<3>(
+        {name, path.w.values, type, {k, n, uint64_t(groups)}, {row_bytes, n * row_bytes}, {box_k, uint32_t(Shape::SET_CHANNELS), 1}, Shape::SWIZZLE});
+}
+
+}  // namespace llama4_kernels

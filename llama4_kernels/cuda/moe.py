@@ -1,0 +1,257 @@
+"""The MoE layer in CUDA, three launches: csrc/routing.cu, csrc/moe_gate_up.cu, csrc/moe_down.cu."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from llama4_kernels.counters import tickets
+from llama4_kernels.cuda import _C, launch
+from llama4_kernels.cuda.quantization import quantize_per_token
+from llama4_kernels.cuda.routing import route_top1, why_not_route_top1
+from llama4_kernels.ops.types import Linear, MoEWeights, Quantized, Routing
+
+DEPENDENT_LAUNCH_VARIABLE = "LLAMA4_KERNELS_PDL"
+PREFETCH_VARIABLE = "LLAMA4_KERNELS_PREFETCH"
+
+SCALE_BLOCK = 128
+MAX_EXPERTS = 1024
+MAX_SPLITS = 16
+PARTS_BYTES = 1 << 27  # where the splits' sums could take more, there are fewer splits
+ROW_ALIGNMENT = 16
+
+
+def moe_gate_up(x: Tensor | Quantized, routing: Routing, weights: MoEWeights) -> tuple[Tensor | Quantized, Tensor | Quantized]:
+    per_token = x if isinstance(x, Quantized) else quantize_per_token(x) if _wants_codes(weights) else None
+    return _gate_up(x, per_token, routing, weights)
+
+
+def moe_down(
+    shared: Tensor | Quantized,
+    routed: Tensor | Quantized,
+    routing: Routing,
+    weights: MoEWeights,
+    *,
+    out_dtype: torch.dtype | None = None,
+    dependent: bool = False,
+) -> Tensor:
+    tokens, k_shared = _values(shared).shape
+    experts, hidden, k_routed = weights.w2.weight.shape
+    device = routing.order.device
+    out = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=device)
+    if tokens == 0:
+        return out
+    tiles = _ceil_div(tokens, _C.moe_tile_tokens(tokens)) * _ceil_div(hidden, _C.moe_down_columns(tokens))
+    with launch.on(device) as stream:
+        splits, _parts = _splits(device, tiles, _C.moe_down_part(tokens), _steps(weights.shared_w2) + _steps(weights.w2))
+        _C.moe_down(
+            h_shared=_operand(shared),
+            h_routed=_operand(routed),
+            w_shared=_weight(weights.shared_w2, stack=0),
+            w_routed=_weight(weights.w2, stack=1),
+            k_shared=k_shared,
+            k_routed=k_routed,
+            routing=_C.MoeRouting(order=routing.order.data_ptr(), offsets=routing.offsets.data_ptr()),
+            tokens=tokens,
+            hidden=hidden,
+            experts=experts,
+            out=out.data_ptr(),
+            splits=splits,
+            dependent=dependent,
+            stream=stream,
+        )
+    return out
+
+
+def fused_moe(x: Tensor, weights: MoEWeights) -> Tensor:
+    dependent = os.environ.get(DEPENDENT_LAUNCH_VARIABLE, "1") != "0"
+    prefetch = os.environ.get(PREFETCH_VARIABLE, "1") != "0"
+    routing, codes = route_top1(x, weights.router, quantize=_wants_codes(weights), dependent=dependent)
+    shared, routed = _gate_up(x, codes, routing, weights, dependent=dependent, prefetch=prefetch)
+    return moe_down(shared, routed, routing, weights, dependent=dependent)
+
+
+def why_not_moe_gate_up(x: Tensor | Quantized, routing: Routing, weights: MoEWeights) -> str:
+    if isinstance(x, Tensor) and x.dtype != torch.bfloat16:
+        return f"x is {_name(x)}: the tensor cores take bfloat16"
+    return _why_not_weights(weights) or _why_not_aligned({"x": _values(x)})
+
+
+def why_not_moe_down(
+    shared: Tensor | Quantized, routed: Tensor | Quantized, routing: Routing, weights: MoEWeights, *, out_dtype: torch.dtype | None = None
+) -> str:
+    if out_dtype not in (None, torch.bfloat16):
+        return f"out_dtype is {str(out_dtype).removeprefix('torch.')}, not bfloat16"
+    for name, hidden in (("shared", shared), ("routed", routed)):
+        if isinstance(hidden, Tensor) and hidden.dtype != torch.bfloat16:
+            return f"{name} is {_name(hidden)}: the tensor cores take bfloat16"
+    return _why_not_weights(weights) or _why_not_aligned({"shared": _values(shared), "routed": _values(routed)})
+
+
+def why_not_fused_moe(x: Tensor, weights: MoEWeights) -> str:
+    return why_not_route_top1(x, weights.router) or why_not_moe_gate_up(x, None, weights)
+
+
+def _gate_up(
+    x: Tensor | Quantized,
+    per_token: Quantized | None,
+    routing: Routing,
+    weights: MoEWeights,
+    *,
+    dependent: bool = False,
+    prefetch: bool = False,
+) -> tuple[Tensor | Quantized, Tensor | Quantized]:
+    """per_token: the codes of x where a weight wants them, or x itself where it is Quantized."""
+    tokens, hidden = _values(x).shape
+    experts, device = len(weights.router), routing.order.device
+    shared, routed = _new_hidden(tokens, weights.shared_w2), _new_hidden(tokens, weights.w2)
+    if tokens == 0:
+        return shared, routed
+    rows, columns = _C.moe_tile_tokens(tokens), _C.MOE_GATE_UP_COLUMNS
+    tiles = _ceil_div(tokens, rows) * _ceil_div(_values(shared).shape[1], columns)
+    tiles += min(tokens, tokens // rows + experts) * _ceil_div(_values(routed).shape[1], columns)
+    with launch.on(device) as stream:
+        splits, _parts = _splits(device, tiles, _C.moe_gate_up_part(tokens), min(_steps(weights.shared_w13), _steps(weights.w13)))
+        _C.moe_gate_up(
+            x_shared=_input(x, per_token, weights.shared_w13, None),
+            x_routed=_input(x, per_token, weights.w13, routing.scores),
+            w_shared=_weight(weights.shared_w13, stack=0),
+            w_routed=_weight(weights.w13, stack=1),
+            h_shared=_hidden(shared, weights.shared_w2),
+            h_routed=_hidden(routed, weights.w2),
+            routing=_C.MoeRouting(order=routing.order.data_ptr(), offsets=routing.offsets.data_ptr()),
+            tokens=tokens,
+            hidden=hidden,
+            experts=experts,
+            splits=splits,
+            prefetch_shared=prefetch,
+            prefetch=weights.shared_w2.weight.data_ptr() if prefetch else 0,
+            prefetch_bytes=weights.shared_w2.weight.nbytes,
+            dependent=dependent,
+            stream=stream,
+        )
+    return shared, routed
+
+
+def _wants_codes(weights: MoEWeights) -> bool:
+    """Whether a first weight is multiplied with codes that have one scale per token, which the kernel does not make itself."""
+    return any(_is_per_token(linear) for linear in (weights.w13, weights.shared_w13))
+
+
+def _is_per_token(linear: Linear) -> bool:
+    return linear.scale is not None and linear.input_scale is None and linear.scale.dim() < linear.weight.dim()
+
+
+def _input(x: Tensor | Quantized, per_token: Quantized | None, linear: Linear, scores: Tensor | None) -> _C.MoeOperand:
+    """x in the form that the first weight `linear` is multiplied with, times the scores."""
+    if isinstance(x, Quantized) or _is_per_token(linear):
+        return _operand(per_token, scores)
+    if linear.input_scale is not None:
+        return _operand(Quantized(x, linear.input_scale), scores, _C.MoeConversion.fixed)
+    return _operand(x, scores, _C.MoeConversion.none if linear.scale is None else _C.MoeConversion.per_block)
+
+
+def _operand(x: Tensor | Quantized, factors: Tensor | None = None, conversion: _C.MoeConversion = _C.MoeConversion.none) -> _C.MoeOperand:
+    scale = x.scale if isinstance(x, Quantized) else None
+    row_stride, step_stride = (0, 0) if scale is None or scale.dim() == 0 else (scale.stride(0), scale.stride(1) if scale.dim() == 2 else 0)
+    return _C.MoeOperand(
+        values=_values(x).data_ptr(),
+        scale=launch.address(scale),
+        scale_row_stride=row_stride,
+        scale_step_stride=step_stride,
+        factors=launch.address(factors),
+        conversion=conversion,
+    )
+
+
+def _weight(linear: Linear, *, stack: int) -> _C.MoeWeight:
+    return _C.MoeWeight(
+        values=linear.weight.data_ptr(),
+        dtype=launch.DTYPES[linear.weight.dtype],
+        scale=launch.address(linear.scale),
+        scale_dimensions=0 if linear.scale is None else linear.scale.dim() - stack,
+    )
+
+
+def _new_hidden(tokens: int, down: Linear) -> Tensor | Quantized:
+    """Room for h in the form that the second weight takes."""
+    width, device = down.weight.shape[-1], down.weight.device
+    if down.scale is None:
+        return torch.empty(tokens, width, dtype=torch.bfloat16, device=device)
+    codes = torch.empty(tokens, width, dtype=torch.float8_e4m3fn, device=device)
+    if down.input_scale is not None:
+        return Quantized(codes, down.input_scale)
+    return Quantized(codes, torch.empty(tokens, _ceil_div(width, SCALE_BLOCK), dtype=torch.float32, device=device))
+
+
+def _hidden(hidden: Tensor | Quantized, down: Linear) -> _C.MoeHidden:
+    values = _values(hidden)
+    return _C.MoeHidden(
+        values=values.data_ptr(),
+        dtype=launch.DTYPES[values.dtype],
+        scale=hidden.scale.data_ptr() if isinstance(hidden, Quantized) else 0,
+        is_static=down.input_scale is not None,
+        width=values.shape[1],
+    )
+
+
+def _splits(device: torch.device, tiles: int, part: int, steps: int) -> tuple[_C.MoeSplits, Tensor | None]:
+    """How many blocks share a tile, each some of its `steps` along K, and the memory where they meet."""
+    count = best_splits(tiles, steps, _C.moe_multiprocessors(), PARTS_BYTES // (4 * part * tiles))
+    if count == 1:
+        return _C.MoeSplits(count=1, parts=0, tickets=0), None
+    parts = torch.empty(tiles, count, part, dtype=torch.float32, device=device)
+    return _C.MoeSplits(count=count, parts=parts.data_ptr(), tickets=tickets(device, tiles).data_ptr()), parts
+
+
+def best_splits(tiles: int, steps: int, multiprocessors: int, most: int) -> int:
+    """The number of splits that leaves the fewest multiprocessors idle in the last round of a grid that fills them; the least of equal ones
+    within a percent, and 1 for many rounds."""
+    most = max(min(most, steps, MAX_SPLITS), 1)
+
+    def busy(splits: int) -> float:
+        units = tiles * splits
+        return units / (_ceil_div(units, multiprocessors) * multiprocessors)
+
+    return max(range(1, most + 1), key=lambda splits: (busy(splits) - 0.01 * splits, -splits))
+
+
+def _steps(linear: Linear) -> int:
+    """128-byte stages along K."""
+    return _ceil_div(linear.weight.shape[-1] * linear.weight.element_size(), 128)
+
+
+def _why_not_weights(weights: MoEWeights) -> str:
+    if len(weights.router) > MAX_EXPERTS:
+        return f"there are {len(weights.router)} experts, more than {MAX_EXPERTS}"
+    for name in ("w13", "w2", "shared_w13", "shared_w2"):
+        weight = getattr(weights, name).weight
+        if weight.dtype == torch.float32:
+            return f"weights.{name} is float32: the tensor cores take bfloat16 or fp8"
+        row_bytes = weight.shape[-1] * weight.element_size()
+        if row_bytes == 0 or row_bytes % ROW_ALIGNMENT:
+            return f"a row of weights.{name} has {row_bytes} bytes, not a multiple of {ROW_ALIGNMENT}"
+        if reason := _why_not_aligned({f"weights.{name}": weight}):
+            return reason
+    return ""
+
+
+def _why_not_aligned(tensors: dict[str, Tensor]) -> str:
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() % ROW_ALIGNMENT:
+            return f"{name} does not begin at a multiple of {ROW_ALIGNMENT} bytes"
+    return ""
+
+
+def _values(x: Tensor | Quantized) -> Tensor:
+    return x.codes if isinstance(x, Quantized) else x
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
