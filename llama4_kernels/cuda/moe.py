@@ -19,6 +19,7 @@ PREFETCH_VARIABLE = "LLAMA4_KERNELS_PREFETCH"
 SCALE_BLOCK = 128
 MAX_EXPERTS = 1024
 MAX_SPLITS = 16
+MANY_ROUNDS = 8
 PARTS_BYTES = 1 << 27  # where the splits' sums could take more, there are fewer splits
 ROW_ALIGNMENT = 16
 
@@ -207,9 +208,9 @@ def _splits(device: torch.device, tiles: int, part: int, steps: int) -> tuple[_C
 
 
 def best_splits(tiles: int, steps: int, multiprocessors: int, most: int) -> int:
-    """The number of splits that leaves the fewest multiprocessors idle in the last round of a grid that fills them; the least of equal ones
-    within a percent, and 1 for many rounds."""
-    most = max(min(most, steps, MAX_SPLITS), 1)
+    """The number of splits that leaves the fewest multiprocessors idle in the grid's last round, a percent for each split; 1 where there are
+    MANY_ROUNDS without."""
+    most = 1 if tiles >= MANY_ROUNDS * multiprocessors else max(min(most, steps, MAX_SPLITS), 1)
 
     def busy(splits: int) -> float:
         units = tiles * splits
