@@ -1,9 +1,9 @@
 // chunked_attention: prefill, decode and any mix of both, in one launch of one persistent kernel.
 //
-// A block has a warpgroup that loads tiles of K and V (attention_load.cuh) and two that attend. An item of many queries is 128 rows (a row is a
-// query and one of the heads of a KV head), 64 per warpgroup, which both visit every tile. An item of few queries is up to 64 rows and a split of
-// their keys, whose tiles the warpgroups share out; the last split of a request to be done combines them all. Tiles outside the rows' chunks are
-// not visited.
+// A block has a warpgroup that loads tiles of K and V (attention_load.cuh) and two that attend. An item of many queries is 128 rows (a row
+// is a query and one of the heads of a KV head), 64 per warpgroup, which both visit every tile. An item of few queries is up to 64 rows and
+// a split of their keys, whose tiles the warpgroups share out; the last split of a request to be done combines them all. Tiles outside the
+// rows' chunks are not visited.
 
 #include "attention.h"
 
@@ -156,8 +156,8 @@ private:
         for (float& element : output) element = 0.0f;
     }
 
-    // Every step-th tile of the item from `first` on. The tensor cores compute a tile's scores, then multiply the weights of the one before with V;
-    // the softmax of the new scores runs beside that.
+    // Every step-th tile of the item from `first` on. The tensor cores compute a tile's scores, then multiply the weights of the one before
+    // with V; the softmax of the new scores runs beside that.
     __device__ void visit(int count, int first, int step, int first_tile, int tiles) {
         if (first > 0) pass_k(count);
         begin_scores(count + first);
@@ -233,14 +233,15 @@ private:
         hopper::wgmma_fence();
 #pragma unroll
         for (int step = 0; step < ATTENTION_TILE / 16; ++step) {
-            const uint64_t v_step = hopper::mn_major(v.tile(count) + step * 16 * ATTENTION_SPAN, Swizzle::bytes_128, Ring<HEAD_DIM>::HALF_BYTES);
+            const uint8_t* keys = v.tile(count) + step * 16 * ATTENTION_SPAN;
+            const uint64_t v_step = hopper::mn_major(keys, Swizzle::bytes_128, Ring<HEAD_DIM>::HALF_BYTES);
             hopper::wgmma_bf16<HEAD_DIM, hopper::Major::mn>(output, weights[step], v_step, true);
         }
         hopper::wgmma_commit();
     }
 
-    // scores become weights, not yet divided by their sum; `correction` is for what was summed up before. Rows that have seen no key yet stay
-    // at −∞.
+    // scores become weights, not yet divided by their sum; `correction` is for what was summed up before. Rows that have seen no key yet
+    // stay at −∞.
     __device__ void softmax(int tile) {
         const int start = tile * ATTENTION_TILE;
         if (start < seen_by_all_from || start + ATTENTION_TILE > seen_by_all_to) mask(start);

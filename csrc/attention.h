@@ -18,8 +18,8 @@ constexpr int ATTENTION_FEW_ROWS = 64;
 constexpr int ATTENTION_MAX_REQUESTS = 4096;
 constexpr int ATTENTION_NO_CHUNK = 1 << 30;
 
-// q, out [tokens, num_heads, head_dim] bfloat16; caches [slots, num_kv_heads, head_dim] bfloat16 or float8_e4m3fn; head_dim 64 or 128. These four
-// pointers are multiples of 16. The rest, and what is computed: llama4_kernels/ops/attention.py.
+// q, out [tokens, num_heads, head_dim] bfloat16; caches [slots, num_kv_heads, head_dim] bfloat16 or float8_e4m3fn; head_dim 64 or 128.
+// These four pointers are multiples of 16. The rest, and what is computed: llama4_kernels/ops/attention.py.
 struct AttentionArguments {
     const void* q;
     const void* k_cache;
@@ -42,7 +42,8 @@ struct AttentionArguments {
     const float* k_scale;  // of fp8 caches, or null: 1
     const float* v_scale;
     // What the splits of requests with few queries leave for the last of them to combine. A row is a token where tokens are at most
-    // ATTENTION_FEW_QUERIES per request, else request · ATTENTION_FEW_QUERIES + query; there are min(tokens, requests · ATTENTION_FEW_QUERIES).
+    // ATTENTION_FEW_QUERIES per request, else request · ATTENTION_FEW_QUERIES + query; there are min(tokens, requests ·
+    // ATTENTION_FEW_QUERIES).
     float* partial;  // [rows, num_heads, max_splits · ATTENTION_PARTS, head_dim]
     float* lse;      // [rows, num_heads, max_splits · ATTENTION_PARTS]: logarithms of base 2
     unsigned* tickets;  // [requests · num_kv_heads], zeros before and after

@@ -1,8 +1,8 @@
 // From pages to shared memory: four warps bring the tiles of K and V of each item in turn, 32 keys of a tile each.
 //
-// A warp whose 32 keys stand in consecutive slots takes them by TMA, one box per 64 dims; another gathers their rows by cp.async. Codes of fp8 are
-// gathered beside the tiles, and become bfloat16 on their way into them. A key that no query of the item sees is not read, nor its entry of the
-// page table; it is zeros.
+// A warp whose 32 keys stand in consecutive slots takes them by TMA, one box per 64 dims; another gathers their rows by cp.async. Codes of
+// fp8 are gathered beside the tiles, and become bfloat16 on their way into them. A key that no query of the item sees is not read, nor its
+// entry of the page table; it is zeros.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -177,9 +177,11 @@ private:
         unsignalled = nullptr;
     }
 
-    // ---- fp8: codes go to a place of the warp's own; two tiles later, at the next one of K or V, each lane turns those that it copied into bfloat16
+    // ---- fp8: each lane copies codes to a place of its own, and turns them into bfloat16 two tiles later, at the next of K or V
 
-    __device__ uint8_t* codes_of(int tile, int step) const { return codes + tile % CODE_STAGES * WARP_CODE_BYTES + (step * WARP + lane) * 16; }
+    __device__ uint8_t* codes_of(int tile, int step) const {
+        return codes + tile % CODE_STAGES * WARP_CODE_BYTES + (step * WARP + lane) * 16;
+    }
 
     __device__ void load_codes(const Ring<HEAD_DIM>& ring, const void* cache, int64_t slot, int kv_head) {
 #pragma unroll

@@ -1,8 +1,9 @@
-// How a batch becomes items of work, from sequence lengths on the device: each block counts every request's items, and takes every gridDim.x-th.
+// How a batch becomes items of work, from sequence lengths on the device: each block counts every request's items, and takes every
+// gridDim.x-th.
 //
-// A request of many queries has an item per block of 128 rows, a row being a query and one of the heads of a KV head; a request of few queries
-// has an item per split of its keys. Which it is, and how its keys are split, follows from the request alone, so that its bits do not depend on
-// its neighbours.
+// A request of many queries has an item per block of 128 rows, a row being a query and one of the heads of a KV head; a request of few
+// queries has an item per split of its keys. Which it is, and how its keys are split, follows from the request alone, so that its bits do
+// not depend on its neighbours.
 #pragma once
 
 #include "attention.h"
@@ -29,7 +30,8 @@ struct Request {
     }
 };
 
-// Keys that some query from `first` to `last` of a request sees, and the tiles that hold them: tile i holds positions i · ATTENTION_TILE on.
+// Keys that some query from `first` to `last` of a request sees, and the tiles that hold them: tile i holds positions i · ATTENTION_TILE
+// on.
 struct KeyRange {
     int begin, end;
     int first_tile, tiles;

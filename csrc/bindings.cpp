@@ -28,7 +28,8 @@ PYBIND11_MODULE(_C, module) {
         .value("float32", Dtype::float32)
         .value("float8_e4m3fn", Dtype::float8_e4m3fn);
     py::class_<Indices>(module, "Indices", py::module_local())
-        .def(py::init([](uintptr_t values, bool is_int64) { return Indices{pointer<void>(values), is_int64}; }), py::arg("values"), py::arg("is_int64"));
+        .def(py::init([](uintptr_t values, bool is_int64) { return Indices{pointer<void>(values), is_int64}; }), py::arg("values"),
+             py::arg("is_int64"));
 
     module.def(
         "quantize_per_token",

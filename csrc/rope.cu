@@ -1,5 +1,5 @@
-// rope_qk_norm: a few neighbouring threads ("lanes") per head of a token, of q, k and v alike. Each holds WIDTH pairs that RoPE turns, from the
-// one read of qkv to the one write, so that nothing goes through shared memory; lanes meet only in the norm's sum of squares.
+// rope_qk_norm: a few neighbouring threads ("lanes") per head of a token, of q, k and v alike. Each holds WIDTH pairs that RoPE turns, from
+// the one read of qkv to the one write, so that nothing goes through shared memory; lanes meet only in the norm's sum of squares.
 
 #include "rope.h"
 
@@ -206,8 +206,9 @@ __global__ void __launch_bounds__(THREADS) rope_qk_norm_kernel(const RopeArgumen
 
 void rope_qk_norm(const RopeArguments& a, cudaStream_t stream) {
     if (a.tokens == 0) return;
-    bool wide = a.head_dim % (2 * WIDE) == 0;
-    for (const void* pointer : {a.qkv, (const void*)a.q, (const void*)a.k, (const void*)a.v, (const void*)a.cos_sin}) wide &= is_aligned(pointer, 16);
+    const std::initializer_list<const void*> pointers{a.qkv, a.q, a.k, a.v, a.cos_sin};
+    const bool aligned_to_16 = std::all_of(pointers.begin(), pointers.end(), [](const void* pointer) { return is_aligned(pointer, 16); });
+    const bool wide = a.head_dim % (2 * WIDE) == 0 && aligned_to_16;
     const int width = wide ? WIDE : 1;
     int lanes = 1;
     while (lanes < WARP && lanes * width < a.head_dim / 2) lanes *= 2;

@@ -11,9 +11,9 @@ namespace llama4_kernels {
 
 constexpr int MAX_ROPE_HEAD_DIM = 512;
 
-// qkv [tokens, num_heads + 2 · num_kv_heads, head_dim] of `dtype`, head_dim even and at most MAX_ROPE_HEAD_DIM -> q [tokens, num_heads, head_dim]
-// of `dtype`; k and v of `kv_dtype`: [slots, num_kv_heads, head_dim], or [tokens, num_kv_heads, head_dim] where `slots` is null. No alignment is
-// asked of any pointer beyond its element's.
+// qkv [tokens, num_heads + 2 · num_kv_heads, head_dim] of `dtype`, head_dim even and at most MAX_ROPE_HEAD_DIM -> q [tokens, num_heads,
+// head_dim] of `dtype`; k and v of `kv_dtype`: [slots, num_kv_heads, head_dim], or [tokens, num_kv_heads, head_dim] where `slots` is null.
+// No alignment is asked of any pointer beyond its element's.
 struct RopeArguments {
     const void* qkv;
     Dtype dtype;
