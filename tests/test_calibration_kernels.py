@@ -80,8 +80,8 @@ def test_kernels_are_sm_90a_and_use_the_instructions_that_they_measure(built):
     assert all("LDG.E.128" in body for body in [*of("read_kernel"), *of("copy_kernel")])
     assert all("ACQBULK" in body for body in of("link_kernel"))
     (probe,) = of("probe_kernel")
-    order = [probe.index("LDG.E"), probe.index("STS"), probe.index("CS2R.32", probe.index("STS"))]
-    assert order == sorted(order), "the clock is read before the loaded word has landed"
+    order = re.findall(r"LDG|STS|SR_CLOCK|STG", probe)
+    assert order == ["LDG", "STS", "SR_CLOCK", "LDG", "STS", "SR_CLOCK", "STG"], "the clock is not read around one load that lands"
 
 
 @pytest.fixture
@@ -346,3 +346,20 @@ def test_entry_points_that_the_host_cannot_run_are_called_as_declared(small, mon
         except Unavailable as error:
             assert question == "l2/prefetch" and "too close" in str(error)
     assert signatures.called
+
+
+def test_a_graph_holds_launches_for_long_enough_and_not_too_many(monkeypatch):
+    held: list[int] = []
+
+    def time_calls(calls, device, rounds):
+        held.append(len(calls))
+        return summary("cuda_graph", True, [1.0]), []
+
+    monkeypatch.setattr(gpu, "time_calls", time_calls)
+    for single_us in (1.0, 100.0, 1e4):
+        monkeypatch.setattr(gpu, "estimate_us", lambda launch, device, us=single_us: us)
+        gpu.time([int, int, int])
+    assert held == [1002, 21, 3]
+    monkeypatch.setattr(gpu, "time_calls", lambda *_: (summary("cuda_events", True, [1.0]), ["cannot be captured"]))
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        gpu.time([int])

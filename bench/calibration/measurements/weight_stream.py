@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -62,14 +63,15 @@ def measure(case: Case) -> Figures:
     return timed(case, gpu.time(launches))
 
 
-def stream(matrix: torch.Tensor, parameters) -> functools.partial:
+def stream(matrix: torch.Tensor, parameters: Mapping[str, Any]) -> Callable[[], None]:
+    """The launch that reads a matrix of COLUMNS columns as `parameters` say."""
     rows = matrix.numel() // COLUMNS
     tile_rows = parameters["tile_kib"] * 1024 // SPAN
     how = (tile_rows, parameters["stages"], parameters["fetch"] == BOXES, parameters["evict_first"])
     return functools.partial(call, "weight_stream", matrix, rows, COLUMNS, *how, checksums(), blocks(parameters))
 
 
-def blocks(parameters) -> int:
+def blocks(parameters: Mapping[str, Any]) -> int:
     return round(gpu.sms() * parameters["blocks_per_sm"])
 
 
