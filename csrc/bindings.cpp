@@ -46,6 +46,7 @@ PYBIND11_MODULE(_C, module) {
         py::kw_only(), py::arg("x"), py::arg("dtype"), py::arg("elements"), py::arg("scale"), py::arg("codes"), py::arg("stream"));
 
     module.attr("GEMM_ROW_ALIGNMENT") = GEMM_ROW_ALIGNMENT;
+    module.attr("MAX_GEMM_GROUPS") = MAX_GEMM_GROUPS;
     module.def(
         "grouped_gemm",
         [](uintptr_t a, uintptr_t b, Dtype dtype, uintptr_t out, Dtype out_dtype, int64_t a_rows, int64_t m, int64_t n, int64_t k, int groups,

@@ -203,6 +203,7 @@ void launch_shape(const GroupedGemmArguments& a, const Problem& problem, cudaStr
         {"b", a.b, type, {k, n, uint64_t(a.groups)}, {row_bytes, n * row_bytes}, {Shape::STAGE_K, Shape::CHANNELS, 1}, Shape::SWIZZLE});
     const TensorMap tokens =
         make_tensor_map<2>({"a", a.a, type, {k, uint64_t(a.a_rows)}, {row_bytes}, {Shape::STAGE_K, Shape::TOKENS}, Shape::SWIZZLE});
+    static_assert(sizeof(SharedMemory<Shape>) + (MAX_GEMM_GROUPS + 1) * sizeof(int) <= 227 << 10, "a block's shared memory");
     const int64_t tiles = most_row_tiles(a.m, a.groups, Shape::TOKENS) * ceil_div(a.n, Shape::CHANNELS);
     const size_t shared_bytes = sizeof(SharedMemory<Shape>) + (a.groups + 1) * sizeof(int);
     const LaunchConfig config{"grouped_gemm", grid_of(std::min<int64_t>(tiles, multiprocessors())), dim3(Shape::CONSUMERS + Shape::LOADERS),

@@ -131,12 +131,15 @@ def test_activations_of_fp32_are_quantised_for_fp8_weights(op, dtype):
         (torch.ones(2, 12).bfloat16(), linear("bf16", 1, 8, 12), "a row of b.weight has 24 bytes, not a multiple of 16"),
         (torch.ones(2, 24).bfloat16(), linear("channel", 1, 8, 24), "a row of b.weight has 24 bytes, not a multiple of 16"),
         (torch.ones(2, 144).bfloat16(), linear("block", 1, 8, 144), "K is 144, not a multiple of 128, and a is to be quantised per 128"),
+        (torch.ones(2, 16).bfloat16(), Linear(torch.ones(4097, 1, 16).bfloat16()), "b has 4097 groups, above 4096"),
         (torch.ones(33).bfloat16()[1:].view(2, 16), linear("bf16", 1, 8, 16), "a begins at an address that is not a multiple of 16"),
     ],
 )
 def test_arguments_that_it_does_not_take(module, monkeypatch, a, b, reason):
     """Asked for, they are an error; under `auto` the next backend computes them."""
-    assert module.why_not_grouped_gemm(a, b, int32(0, 2)).startswith(reason)
+    offsets = torch.full((len(b.weight) + 1,), 2, dtype=torch.int32)
+    offsets[0] = 0
+    assert module.why_not_grouped_gemm(a, b, offsets).startswith(reason)
     find = backend._in_module
     monkeypatch.setattr(backend, "_why_not", lambda name, op, device: "" if name != "triton" else "no GPU")
     monkeypatch.setattr(backend, "_in_module", lambda name, op, of: getattr(module, of) if name == "cuda" else find(name, op, of))
@@ -144,8 +147,8 @@ def test_arguments_that_it_does_not_take(module, monkeypatch, a, b, reason):
         cached.cache_clear()
     try:
         with use_backend("cuda"), pytest.raises(RuntimeError, match=f"asks for cuda to compute grouped_gemm on cpu, but {reason}"):
-            ops.grouped_gemm(a, b, int32(0, 2))
-        assert_same_bits(ops.grouped_gemm(a, b, int32(0, 2)), reference.grouped_gemm(a, b, int32(0, 2)))
+            ops.grouped_gemm(a, b, offsets)
+        assert_same_bits(ops.grouped_gemm(a, b, offsets), reference.grouped_gemm(a, b, offsets))
     finally:
         for cached in (backend._choose, backend._find, backend._refusal):
             cached.cache_clear()

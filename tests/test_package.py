@@ -115,6 +115,11 @@ def extension() -> Path:
 
 
 @built
+def test_extension_leaves_the_wheel_below_20_mb():
+    assert extension().stat().st_size < 20e6
+
+
+@built
 def test_extension_imports_without_torch_and_without_a_driver():
     code = f"""
 import importlib.util, json, sys

@@ -47,6 +47,8 @@ def why_not_grouped_gemm(a: Tensor | Quantized, b: Linear, offsets: Tensor, **_k
     dtypes = {values.dtype, b.weight.dtype} - {torch.bfloat16} if b.scale is None else set()
     if dtypes:
         return f"{_name(values)} is multiplied with {_name(b.weight)}: the tensor cores take bfloat16 for both, or an fp8 weight"
+    if len(b.weight) > _C.MAX_GEMM_GROUPS:
+        return f"b has {len(b.weight)} groups, above {_C.MAX_GEMM_GROUPS}"
     row_bytes = b.weight.shape[2] * b.weight.element_size()
     if row_bytes == 0 or row_bytes % _C.GEMM_ROW_ALIGNMENT:
         return f"a row of b.weight has {row_bytes} bytes, not a multiple of {_C.GEMM_ROW_ALIGNMENT}"
