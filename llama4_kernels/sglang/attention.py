@@ -77,7 +77,7 @@ class Llama4AttentionBackend(AttentionBackend):
         elif forward_batch.forward_mode.is_target_verify():
             if forward_batch.spec_info.tree_topk != 1:
                 raise ValueError("llama4_kernels verifies drafts that are one chain (--speculative-eagle-topk 1), these are a tree")
-            drafted = forward_batch.positions.shape[0] // forward_batch.batch_size
+            drafted = forward_batch.spec_info.draft_token_num
             query_start_loc = self._one_query_each[: forward_batch.batch_size + 1] * drafted
             seq_lens = seq_lens + drafted  # SGLang counts them when they are accepted
         else:

@@ -1,6 +1,7 @@
 """SGLang's attention backend step by step, without an engine: what it makes of a batch in each mode, that it never looks at the device to do so,
 and what SGLang's own backend for the CPU computes past the chunk."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.speculative.eagle_info import EagleVerifyInput
 
 from llama4_kernels import use_backend
 from llama4_kernels.reference import attention as reference
@@ -42,13 +44,18 @@ def batch(mode: ForwardMode, keys: list[int], queries: list[int], device: str = 
         batch_size=len(keys),
         req_pool_indices=torch.tensor([2, 0, 1][: len(keys)], device=device),
         seq_lens=seq_lens - new if mode.is_target_verify() else seq_lens,
-        positions=torch.zeros(sum(queries), dtype=torch.int64, device=device),
         extend_seq_lens=new if mode.is_extend() and not mode.is_target_verify() else None,
         extend_prefix_lens=seq_lens - new,
         encoder_lens=None,
         out_cache_loc=None,
-        spec_info=SimpleNamespace(tree_topk=topk) if mode.is_target_verify() else None,
+        spec_info=drafts(queries[0], topk) if mode.is_target_verify() else None,
     )
+
+
+def drafts(count: int, topk: int) -> EagleVerifyInput:
+    """What SGLang hands on of the drafts; the fields that its sampling reads are left out."""
+    fields = [field for field in dataclasses.fields(EagleVerifyInput) if field.default is field.default_factory is dataclasses.MISSING]
+    return EagleVerifyInput(**{field.name: None for field in fields} | dict(draft_token_num=count, topk=topk))
 
 
 def attend(backend, q, forward_batch):
@@ -98,8 +105,8 @@ def test_a_step_reads_nothing_back(mode, queries):
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode, queries", MODES)
 def test_a_step_synchronises_with_nothing(mode, queries):
-    backend = Llama4AttentionBackend(runner("cuda"))
-    q, forward_batch = torch.randn(sum(queries), HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16), batch(mode, [67, 130, 70], queries, "cuda")
+    backend, forward_batch = Llama4AttentionBackend(runner("cuda")), batch(mode, [67, 130, 70], queries, "cuda")
+    q = torch.randn(sum(queries), HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     want = attend(backend, q, forward_batch)
     torch.cuda.set_sync_debug_mode("error")
     try:
