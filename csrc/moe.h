@@ -8,8 +8,8 @@
 
 namespace llama4_kernels {
 
-// What becomes of activations as they are loaded: nothing; or bfloat16 becomes e4m3, of factor · x with the given scale, or with a scale of its own
-// per row and 128 columns.
+// What becomes of activations as they are loaded: nothing; or bfloat16 becomes e4m3, of factor · x with the given scale, or with a scale of
+// its own per row and 128 columns.
 enum class MoeConversion { none, fixed, per_block };
 
 // Activations of one expert kind, in the weight's dtype, or bfloat16 where they are converted.

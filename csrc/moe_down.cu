@@ -1,6 +1,6 @@
-// moe_down: the down projections of both experts in one sum. A tile is TOKENS sorted rows, whoever their experts are, by SETS · 128 channels: it is
-// multiplied with the shared expert's weight and then with that of each expert that has rows there, whose products reach these rows only. So
-// every weight is read once per tile of rows, and every row is written once, to its token's place.
+// moe_down: the down projections of both experts in one sum. A tile is TOKENS sorted rows, whoever their experts are, by SETS · 128 channels:
+// it is multiplied with the shared expert's weight and then with that of each expert that has rows there, whose products reach these rows
+// only. So every weight is read once per tile of rows, and every row is written once, to its token's place.
 
 #include "hopper/dependent_launch.cuh"
 #include "hopper/registers.cuh"
@@ -62,7 +62,8 @@ public:
         for (int at = begin_; at < end_;) {
             const bool is_shared = at < shared_steps;
             const int index = is_shared ? 0 : (at - shared_steps) / routed_steps;
-            const int first = is_shared ? 0 : shared_steps + index * routed_steps, end = min(end_, first + (is_shared ? shared_steps : routed_steps));
+            const int first = is_shared ? 0 : shared_steps + index * routed_steps;
+            const int end = min(end_, is_shared ? shared_steps : first + routed_steps);
             const int expert = is_shared ? 0 : shared_.present[first_present_ + index];
             const int* offsets = problem_.a.routing.offsets + expert;
             const int from = is_shared ? first_row : max(offsets[0], first_row), to = is_shared ? end_row : min(offsets[1], end_row);
@@ -105,12 +106,7 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) down_kernel(const __grid_co
                                                                  const __grid_constant__ Problem problem) {
     const MoeDownArguments& a = problem.a;
     auto& shared = *shared_memory<SharedMemory<Shape>>();
-    launch_dependents();
-    if (threadIdx.x == 0) {
-        shared.stages.pipeline.init(1 + Shape::LOADERS, Shape::CONSUMER_WARPS);
-        prefetch_tensor_map(shared_weights);
-        prefetch_tensor_map(routed_weights);
-    }
+    prepare(shared.stages, shared_weights, routed_weights);
     wait_for_dependencies();
     if (threadIdx.x < WARP) list_experts(a, shared);
     __syncthreads();
@@ -121,7 +117,8 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) down_kernel(const __grid_co
         StageLoader<Shape> loader(shared.stages);
         for (int64_t index = blockIdx.x; index < units; index += gridDim.x) {
             Unit<Shape>(problem, shared, index).for_each_segment([&](bool is_shared, const Segment& segment, int begin, int end) {
-                loader.load(is_shared ? problem.shared : problem.routed, is_shared ? shared_weights : routed_weights, segment, nullptr, begin, end);
+                const TensorMap& weights = is_shared ? shared_weights : routed_weights;
+                loader.load(is_shared ? problem.shared : problem.routed, weights, segment, nullptr, begin, end);
             });
         }
         loader.finish();
@@ -148,15 +145,18 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) down_kernel(const __grid_co
 
 template <class Shape>
 void launch_shape(const MoeDownArguments& a, cudaStream_t stream) {
-    const Problem problem{a, moe_path(a.h_shared, a.w_shared, a.hidden, a.k_shared), moe_path(a.h_routed, a.w_routed, a.hidden, a.k_routed)};
+    const Problem problem{
+        a, moe_path(a.h_shared, a.w_shared, a.hidden, a.k_shared), moe_path(a.h_routed, a.w_routed, a.hidden, a.k_routed)};
     const int64_t tiles = ceil_div(a.tokens, Shape::TOKENS) * ceil_div(a.hidden, Shape::SETS * Shape::SET_CHANNELS);
     const size_t shared_bytes = sizeof(SharedMemory<Shape>) + a.experts * sizeof(int);
     const dim3 grid = grid_of(std::min<int64_t>(tiles * a.splits.count, multiprocessors()));
     const LaunchConfig config{"moe_down", grid, dim3(Shape::THREADS), shared_bytes, stream, 1, a.dependent};
-    launch(config, &down_kernel<Shape>, weight_map<Shape>("shared_w2", problem.shared, 1), weight_map<Shape>("w2", problem.routed, a.experts), problem);
+    const TensorMap shared_map = weight_map<Shape>("shared_w2", problem.shared, 1);
+    const TensorMap routed_map = weight_map<Shape>("w2", problem.routed, a.experts);
+    launch(config, &down_kernel<Shape>, shared_map, routed_map, problem);
 }
 
-// For few tokens one set of channels, so that there are more tiles than multiprocessors to share them; for many two, which reuse each row twice.
+// For few tokens one set of channels, so that there are more tiles to share; for many two, which use each row twice.
 constexpr int MANY_TOKENS_SETS = 2;
 
 }  // namespace

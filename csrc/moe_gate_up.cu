@@ -1,6 +1,6 @@
-// moe_gate_up: the gate and up projections of the shared expert, for all tokens in sorted order, and of the routed ones, each for its own tokens, in
-// one launch. A stage holds 128 gate channels and the same 128 up channels, so that SwiGLU and the scales of 128 columns of h stay inside the
-// block. Rows of x are gathered by routing.order as they are loaded.
+// moe_gate_up: the gate and up projections of the shared expert, for all tokens in sorted order, and of the routed ones, each for its own
+// tokens, in one launch. A stage holds 128 gate channels and the same 128 up channels, so that SwiGLU and the scales of 128 columns of h stay
+// inside the block. Rows of x are gathered by routing.order as they are loaded.
 
 #include "hopper/dependent_launch.cuh"
 #include "hopper/registers.cuh"
@@ -34,11 +34,13 @@ struct Tile {
     bool is_shared;
     int column_tile;
     Segment segment;
+    int split, begin, end;  // stages along K
 };
 
 // A unit is one split of one tile; the shared expert's tiles come first.
 template <class Shape>
 struct Units {
+    const Problem& problem;
     const MoeGateUpArguments& a;
     GroupTiles<Shape::TOKENS> routed_tiles;
 
@@ -48,22 +50,23 @@ struct Units {
     __device__ int64_t count() const { return (shared_tiles() + routed_tiles.count()) * a.splits.count; }
 
     __device__ Tile operator[](int64_t unit) const {
-        const int64_t tile = unit / a.splits.count;
-        const int64_t shared = shared_tiles();
-        if (tile < shared) {
-            const int columns = column_tiles(a.h_shared), first_row = int(tile / columns) * Shape::TOKENS;
-            return {true, int(tile % columns), segment(0, int(tile % columns), a.h_shared.width, first_row, a.tokens)};
+        const int64_t tile = unit / a.splits.count, shared = shared_tiles();
+        const bool is_shared = tile < shared;
+        const int64_t steps = (is_shared ? problem.shared : problem.routed).steps, split = unit % a.splits.count;
+        const int begin = int(steps * split / a.splits.count), end = int(steps * (split + 1) / a.splits.count);
+        if (is_shared) {
+            const int columns = column_tiles(a.h_shared), column = int(tile % columns), first_row = int(tile / columns) * Shape::TOKENS;
+            return {true, column, segment(0, column, a.h_shared.width, first_row, a.tokens), int(split), begin, end};
         }
         const GroupTile routed = routed_tiles[tile - shared];
-        return {false, routed.column_tile, segment(routed.group, routed.column_tile, a.h_routed.width, routed.first_row, routed.end_row)};
+        const Segment part = segment(routed.group, routed.column_tile, a.h_routed.width, routed.first_row, routed.end_row);
+        return {false, routed.column_tile, part, int(split), begin, end};
     }
 
     __device__ static Segment segment(int group, int column_tile, int width, int first_row, int end_row) {
         return {group, column_tile * H_COLUMNS, width, first_row, first_row, min(end_row, first_row + Shape::TOKENS)};
     }
 };
-
-__device__ inline int split_begin(int steps, int split, int splits) { return int(int64_t(steps) * split / splits); }
 
 // ---- epilogue
 
@@ -91,7 +94,7 @@ __device__ void store_hidden(SharedMemory<Shape>& shared, const MoeHidden& h, co
         for (int i = 0; i < Shape::TOKENS / 2; i += 4) {
 #pragma unroll
             for (int pair = 0; pair < 2; ++pair) {
-                const unsigned low = __float_as_uint(total[0][i + pair]) & 0x7fffffffu, high = __float_as_uint(total[0][i + pair + 2]) & 0x7fffffffu;
+                const unsigned low = magnitude(total[0][i + pair]), high = magnitude(total[0][i + pair + 2]);
                 unsigned largest = max(Consumer::channel_of(i) < columns ? low : 0u, Consumer::channel_of(i + 2) < columns ? high : 0u);
                 for (int lanes = 4; lanes < int(WARP); lanes *= 2) largest = max(largest, __shfl_xor_sync(ALL_LANES, largest, lanes));
                 if (threadIdx.x % WARP < 4) shared.warp_largest[threadIdx.x / WARP][Consumer::token_of(i + pair)] = largest;
@@ -138,12 +141,7 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) gate_up_kernel(const __grid
                                                                     const __grid_constant__ Problem problem) {
     const MoeGateUpArguments& a = problem.a;
     auto& shared = *shared_memory<SharedMemory<Shape>>();
-    launch_dependents();
-    if (threadIdx.x == 0) {
-        shared.stages.pipeline.init(1 + Shape::LOADERS, Shape::CONSUMER_WARPS);
-        prefetch_tensor_map(shared_weights);
-        prefetch_tensor_map(routed_weights);
-    }
+    prepare(shared.stages, shared_weights, routed_weights);
     if (threadIdx.x >= Shape::CONSUMERS) {
         const int thread = threadIdx.x - Shape::CONSUMERS;
         const int64_t w_bytes = int64_t(problem.shared.n) * problem.shared.k * (problem.shared.fp8 ? 1 : 2);
@@ -151,19 +149,17 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) gate_up_kernel(const __grid
         if (a.prefetch) prefetch_share(a.prefetch, a.prefetch_bytes, thread, Shape::LOADERS);
     }
     wait_for_dependencies();
-    Units<Shape> units{a, {a.routing.offsets, a.experts, Units<Shape>::column_tiles(a.h_routed), shared.first_tile}};
+    Units<Shape> units{problem, a, {a.routing.offsets, a.experts, Units<Shape>::column_tiles(a.h_routed), shared.first_tile}};
     if (threadIdx.x < WARP) units.routed_tiles.fill();
     __syncthreads();
 
-    const int splits = a.splits.count;
     if (threadIdx.x >= Shape::CONSUMERS) {
         decrease_registers<Shape::LOADER_REGISTERS>();
         StageLoader<Shape> loader(shared.stages);
         for (int64_t unit = blockIdx.x; unit < units.count(); unit += gridDim.x) {
             const Tile tile = units[unit];
-            const MoePath& path = tile.is_shared ? problem.shared : problem.routed;
-            const int split = int(unit % splits), begin = split_begin(path.steps, split, splits), end = split_begin(path.steps, split + 1, splits);
-            loader.load(path, tile.is_shared ? shared_weights : routed_weights, tile.segment, a.routing.order, begin, end);
+            const TensorMap& weights = tile.is_shared ? shared_weights : routed_weights;
+            loader.load(tile.is_shared ? problem.shared : problem.routed, weights, tile.segment, a.routing.order, tile.begin, tile.end);
         }
         loader.finish();
     } else {
@@ -171,12 +167,10 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) gate_up_kernel(const __grid
         StageConsumer<Shape> consumer(shared.stages);
         for (int64_t unit = blockIdx.x; unit < units.count(); unit += gridDim.x) {
             const Tile tile = units[unit];
-            const MoePath& path = tile.is_shared ? problem.shared : problem.routed;
-            const int split = int(unit % splits), begin = split_begin(path.steps, split, splits), end = split_begin(path.steps, split + 1, splits);
             Sums<Shape> total = {};
-            consumer.template add<false>(path, tile.segment, begin, end, total);
+            consumer.template add<false>(tile.is_shared ? problem.shared : problem.routed, tile.segment, tile.begin, tile.end, total);
             const int rows = tile.segment.end_row - tile.segment.first_row;
-            if (combine_splits(shared.stages, a.splits, unit / splits, split, rows, total)) {
+            if (combine_splits(shared.stages, a.splits, unit / a.splits.count, tile.split, rows, total)) {
                 store_hidden(shared, tile.is_shared ? a.h_shared : a.h_routed, tile, total);
             }
         }
@@ -187,13 +181,15 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) gate_up_kernel(const __grid
 
 template <class Shape>
 void launch_shape(const MoeGateUpArguments& a, cudaStream_t stream) {
-    const Problem problem{a, moe_path(a.x_shared, a.w_shared, 2 * a.h_shared.width, a.hidden), moe_path(a.x_routed, a.w_routed, 2 * a.h_routed.width, a.hidden)};
+    const MoePath shared = moe_path(a.x_shared, a.w_shared, 2 * a.h_shared.width, a.hidden);
+    const MoePath routed = moe_path(a.x_routed, a.w_routed, 2 * a.h_routed.width, a.hidden);
     const int64_t tiles = ceil_div(a.tokens, Shape::TOKENS) * ceil_div(a.h_shared.width, H_COLUMNS) +
                           most_row_tiles(a.tokens, a.experts, Shape::TOKENS) * ceil_div(a.h_routed.width, H_COLUMNS);
     const size_t shared_bytes = sizeof(SharedMemory<Shape>) + (a.experts + 1) * sizeof(int);
     const dim3 grid = grid_of(std::min<int64_t>(tiles * a.splits.count, multiprocessors()));
     const LaunchConfig config{"moe_gate_up", grid, dim3(Shape::THREADS), shared_bytes, stream, 1, a.dependent};
-    launch(config, &gate_up_kernel<Shape>, weight_map<Shape>("shared_w13", problem.shared, 1), weight_map<Shape>("w13", problem.routed, a.experts), problem);
+    const TensorMap shared_map = weight_map<Shape>("shared_w13", shared, 1), routed_map = weight_map<Shape>("w13", routed, a.experts);
+    launch(config, &gate_up_kernel<Shape>, shared_map, routed_map, Problem{a, shared, routed});
 }
 
 }  // namespace

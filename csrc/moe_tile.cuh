@@ -1,9 +1,9 @@
-// What both halves of the MoE layer share: one tile of weights · activationsᵀ, summed along K over one or several segments. A segment is a weight
-// matrix, of the shared expert or of a routed one, with the activations that it is multiplied with; segments may differ in precision.
+// What both halves of the MoE layer share: one tile of weights · activationsᵀ, summed along K over one or several segments. A segment is a
+// weight matrix, of the shared expert or of a routed one, with the activations that it is multiplied with; segments may differ in precision.
 //
-// Weights are on the M side of wgmma, SETS tiles of 128 channels per stage; TOKENS rows of activations are on its N side. Warps have two roles: a loader
-// warpgroup fills a ring of stages and two consumer warpgroups multiply, each 64 channels of every set. A stage's products are scaled as they
-// move from wgmma's sums to fp32 registers: its own sums of e4m3 products keep fewer bits than fp32, and scales may change every 128 of K.
+// Weights are on the M side of wgmma, SETS tiles of 128 channels per stage; TOKENS rows of activations are on its N side. A loader warpgroup
+// fills a ring of stages and two consumer warpgroups multiply, each 64 channels of every set. A stage's products are scaled as they move from
+// wgmma's sums to fp32 registers: its own sums of e4m3 products keep fewer bits than fp32, and scales may change every 128 of K.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,6 +12,7 @@
 #include "device.h"
 #include "epilogue.cuh"
 #include "hopper/cp_async.cuh"
+#include "hopper/dependent_launch.cuh"
 #include "hopper/memory.cuh"
 #include "hopper/tma.cuh"
 #include "hopper/wgmma.cuh"
@@ -69,13 +70,26 @@ struct MoePath {
     __device__ int stage_k() const { return fp8 ? 128 : 64; }
 };
 
-// Part of a tile's sum: `tokens` rows of the tile from `first_row` on are multiplied with channels first_channel + set · set_stride … of weight `group`.
+// Part of a tile's sum: rows first_row to end_row are multiplied with channels first_channel + set · set_stride … of weight `group`.
 struct Segment {
     int group;
     int first_channel, set_stride;
-    int tile_row;             // the tile's first row
-    int first_row, end_row;   // the rows of the tile that the segment is for
+    int tile_row;  // the tile's first row
+    int first_row, end_row;
 };
+
+// The order of integers is that of the floats, infinity above them and NaN on top.
+__device__ inline unsigned magnitude(float value) { return __float_as_uint(value) & 0x7fffffffu; }
+
+// What comes first in a kernel, before it depends on the one ahead.
+template <class Shape>
+__device__ inline void prepare(MoeStages<Shape>& stages, const hopper::TensorMap& shared_weights, const hopper::TensorMap& routed_weights) {
+    hopper::launch_dependents();
+    if (threadIdx.x != 0) return;
+    stages.pipeline.init(1 + Shape::LOADERS, Shape::CONSUMER_WARPS);
+    hopper::prefetch_tensor_map(shared_weights);
+    hopper::prefetch_tensor_map(routed_weights);
+}
 
 // ---- loaders
 
@@ -86,7 +100,8 @@ public:
     __device__ explicit StageLoader(MoeStages<Shape>& stages) : stages_(stages) {}
 
     // rows: source row of each position, or null where it is the position.
-    __device__ void load(const MoePath& path, const hopper::TensorMap& weights, const Segment& segment, const int* rows, int begin, int end) {
+    __device__ void load(const MoePath& path, const hopper::TensorMap& weights, const Segment& segment, const int* rows, int begin,
+                         int end) {
         int source[SHARE];
 #pragma unroll
         for (int i = 0; i < SHARE; ++i) source[i] = source_row(segment, rows, row_of(i));
@@ -100,15 +115,15 @@ public:
                 full.arrive_expect(Shape::SETS * Shape::SET_BYTES);
 #pragma unroll
                 for (int set = 0; set < Shape::SETS; ++set) {
-                    hopper::tma_load(stages_.weights[at_.stage][set], weights, full, step * path.stage_k(), segment.first_channel + set * segment.set_stride,
-                                     segment.group);
+                    const int channel = segment.first_channel + set * segment.set_stride;
+                    hopper::tma_load(stages_.weights[at_.stage][set], weights, full, step * path.stage_k(), channel, segment.group);
                 }
             }
             if (path.x.conversion == MoeConversion::none) {
                 copy_rows(path, source, step);
                 if (thread() < Shape::TOKENS) {
-                    const bool scaled = path.x.scale && scaled_row >= 0;
-                    const float scale = scaled ? path.x.scale[int64_t(scaled_row) * path.x.scale_row_stride + step * path.x.scale_step_stride] : 1.0f;
+                    const int64_t index = int64_t(scaled_row) * path.x.scale_row_stride + step * path.x.scale_step_stride;
+                    const float scale = path.x.scale && scaled_row >= 0 ? path.x.scale[index] : 1.0f;
                     stages_.token_scales[at_.stage][thread()] = scale * factor;
                 }
             } else {
@@ -149,7 +164,8 @@ private:
 #pragma unroll
         for (int i = 0; i < SHARE; ++i) {
             const bool valid = source[i] >= 0 && byte < row_bytes;
-            hopper::cp_async_16(chunk_at(i), valid ? static_cast<const uint8_t*>(path.x.values) + source[i] * row_bytes + byte : nullptr, valid);
+            const auto* from = static_cast<const uint8_t*>(path.x.values) + source[i] * row_bytes + byte;
+            hopper::cp_async_16(chunk_at(i), valid ? from : nullptr, valid);
         }
     }
 
@@ -183,7 +199,7 @@ private:
             } else {
                 unsigned largest = 0;
 #pragma unroll
-                for (float value : values) largest = max(largest, __float_as_uint(value) & 0x7fffffffu);
+                for (float value : values) largest = max(largest, magnitude(value));
                 for (int lanes = 1; lanes < CHUNKS; lanes *= 2) largest = max(largest, __shfl_xor_sync(ALL_LANES, largest, lanes));
                 scale = __uint_as_float(largest) / E4M3_MAX;
                 token_scale = scale * factor;
@@ -250,7 +266,8 @@ public:
                 for (int set = 0; set < Shape::SETS; ++set) {
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
-                        scales[set][half] = weight_scale(path, segment.group, segment.first_channel + set * segment.set_stride + channel_of(half * 2), step);
+                        const int channel = segment.first_channel + set * segment.set_stride + channel_of(half * 2);
+                        scales[set][half] = weight_scale(path, segment.group, channel, step);
                     }
                 }
             }
@@ -276,6 +293,7 @@ public:
 
 private:
     static __device__ int warpgroup() { return threadIdx.x / hopper::WARPGROUP; }
+    static __device__ uint64_t operand(const uint8_t* tile) { return hopper::k_major(tile, Shape::SWIZZLE); }
 
     __device__ void multiply(bool fp8, const uint8_t* weights, float (&sums)[Shape::TOKENS / 2]) {
         const uint8_t* tokens = stages_.tokens[at_.stage];
@@ -283,7 +301,7 @@ private:
             hopper::wgmma_fence();
 #pragma unroll
             for (int byte = 0; byte < Shape::ROW_BYTES; byte += 32) {
-                hopper::wgmma_e4m3<Shape::TOKENS>(sums, hopper::k_major(weights + byte, Shape::SWIZZLE), hopper::k_major(tokens + byte, Shape::SWIZZLE), byte > 0);
+                hopper::wgmma_e4m3<Shape::TOKENS>(sums, operand(weights + byte), operand(tokens + byte), byte > 0);
             }
             hopper::wgmma_commit();
             hopper::wgmma_wait<0>();
@@ -291,7 +309,7 @@ private:
             hopper::wgmma_fence();
 #pragma unroll
             for (int byte = 0; byte < Shape::ROW_BYTES; byte += 32) {
-                hopper::wgmma_bf16<Shape::TOKENS>(sums, hopper::k_major(weights + byte, Shape::SWIZZLE), hopper::k_major(tokens + byte, Shape::SWIZZLE), byte > 0);
+                hopper::wgmma_bf16<Shape::TOKENS>(sums, operand(weights + byte), operand(tokens + byte), byte > 0);
             }
             hopper::wgmma_commit();
             hopper::wgmma_wait<0>();
@@ -308,8 +326,8 @@ __device__ inline void consumers_sync() {
     hopper::named_barrier_sync(1, Shape::CONSUMERS);
 }
 
-// Where blocks share a tile's steps: each leaves its sums in `parts`, and the last one to do so gets, in `total`, the sum of all in the order of the
-// splits. True in that block. Tokens from `tokens` on are not looked at.
+// Where blocks share a tile's steps: each leaves its sums in `parts`, and the last one to do so gets, in `total`, the sum of all in the order
+// of the splits. True in that block. Tokens from `tokens` on are not looked at.
 template <class Shape>
 __device__ bool combine_splits(MoeStages<Shape>& stages, const MoeSplits& splits, int64_t tile, int split, int tokens, Sums<Shape>& total) {
     if (splits.count == 1) return true;
@@ -339,7 +357,7 @@ __device__ bool combine_splits(MoeStages<Shape>& stages, const MoeSplits& splits
     return true;
 }
 
-// Write a tile with the channels contiguous: value(set, i) is accumulator i's element, row_at(token) where token's row of `channels` elements goes.
+// Write a tile with the channels contiguous: value(set, i) is accumulator i's element, row_at(token) where a row of `channels` elements goes.
 // staging: PASS rows of SETS sets and 16 bytes. All consumers; a row's bytes are multiples of 16.
 template <class Shape, int SETS, class T, class Value, class RowAt>
 __device__ inline void store_rows(void* staging, int tokens, int channels, Value value, RowAt row_at) {
@@ -362,7 +380,8 @@ __device__ inline void store_rows(void* staging, int tokens, int channels, Value
         for (int i = threadIdx.x; i < left * CHUNKS; i += Shape::CONSUMERS) {
             const int token = i / CHUNKS, channel = i % CHUNKS * PER_CHUNK;
             if (channel >= channels) continue;
-            *reinterpret_cast<uint4*>(row_at(pass * Shape::PASS + token) + channel) = *reinterpret_cast<const uint4*>(rows + token * STRIDE + channel);
+            auto* to = reinterpret_cast<uint4*>(row_at(pass * Shape::PASS + token) + channel);
+            *to = *reinterpret_cast<const uint4*>(rows + token * STRIDE + channel);
         }
     }
     consumers_sync<Shape>();
@@ -372,17 +391,17 @@ __device__ inline void store_rows(void* staging, int tokens, int channels, Value
 
 inline MoePath moe_path(const MoeOperand& x, const MoeWeight& w, int64_t n, int64_t k) {
     const bool fp8 = w.dtype == Dtype::float8_e4m3fn;
-    const ScaleForm form = !fp8 ? ScaleForm::none : w.scale_dimensions == 0 ? ScaleForm::per_tensor : w.scale_dimensions == 1 ? ScaleForm::per_row : ScaleForm::per_block;
-    return {x, w, form, fp8, int(k), int(n), int(ceil_div(k, fp8 ? 128 : 64))};
+    constexpr ScaleForm FORMS[] = {ScaleForm::per_tensor, ScaleForm::per_row, ScaleForm::per_block};
+    return {x, w, fp8 ? FORMS[w.scale_dimensions] : ScaleForm::none, fp8, int(k), int(n), int(ceil_div(k, fp8 ? 128 : 64))};
 }
 
 template <class Shape>
 hopper::TensorMap weight_map(const char* name, const MoePath& path, int groups) {
     const auto type = path.fp8 ? hopper::ElementType::uint8 : hopper::ElementType::bfloat16;
     const uint64_t row_bytes = uint64_t(path.k) * (path.fp8 ? 1 : 2), k = path.k, n = path.n;
-    const uint32_t box_k = path.fp8 ? 128 : 64;
+    const uint32_t box_k = path.fp8 ? 128 : 64, box_n = Shape::SET_CHANNELS;
     return hopper::make_tensor_map<3>(
-        {name, path.w.values, type, {k, n, uint64_t(groups)}, {row_bytes, n * row_bytes}, {box_k, uint32_t(Shape::SET_CHANNELS), 1}, Shape::SWIZZLE});
+        {name, path.w.values, type, {k, n, uint64_t(groups)}, {row_bytes, n * row_bytes}, {box_k, box_n, 1}, Shape::SWIZZLE});
 }
 
 }  // namespace llama4_kernels

@@ -1,6 +1,7 @@
-// route_top1: clusters of 8 blocks. Each block holds its eighth of the columns of a few tokens in shared memory, multiplies them with a slice of 16
-// experts, and reads the others' sums through distributed shared memory. Up to ROUTE_ONE_LAUNCH_TOKENS tokens, the last block of the grid to finish
-// sorts the tokens; beyond, a second launch does. Sums have one fixed order, the same for every expert, so that equal experts tie exactly.
+// route_top1: clusters of 8 blocks. Each block holds its eighth of the columns of a few tokens in shared memory, multiplies them with a slice
+// of 16 experts, and reads the others' sums through distributed shared memory. Up to ROUTE_ONE_LAUNCH_TOKENS tokens, the last block of the
+// grid to finish sorts the tokens; beyond, a second launch does. Sums have one fixed order, the same for every expert, so that equal experts
+// tie exactly.
 
 #include "routing.h"
 
@@ -263,7 +264,8 @@ __global__ void __launch_bounds__(EXPERT_WARPS* MAX_COLUMN_WARPS* WARP) route_ke
                 }
             }
         }
-        if (rank == 0 && thread < TOKENS && thread % gridDim.y == blockIdx.y && first_token + thread < a.tokens) a.scale[first_token + thread] = shared.scale[thread];
+        const bool owns_scale = rank == 0 && thread < TOKENS && thread % gridDim.y == blockIdx.y && first_token + thread < a.tokens;
+        if (owns_scale) a.scale[first_token + thread] = shared.scale[thread];
     }
 
     const int token = first_token + rank;
@@ -340,7 +342,8 @@ void launch_route(const RouteArguments& a, cudaStream_t stream) {
 
 template <class X, class W>
 void launch_types(const RouteArguments& a, cudaStream_t stream) {
-    const bool aligned = a.hidden % 4 == 0 && is_aligned(a.x, sizeof(Four<X>)) && is_aligned(a.router, sizeof(Four<W>)) && is_aligned(a.codes, 4);
+    const bool rows_aligned = a.hidden % 4 == 0 && is_aligned(a.x, sizeof(Four<X>)) && is_aligned(a.router, sizeof(Four<W>));
+    const bool aligned = rows_aligned && is_aligned(a.codes, sizeof(Four<uint8_t>));
     if (a.tokens <= 1) return aligned ? launch_route<X, W, 1, true>(a, stream) : launch_route<X, W, 1, false>(a, stream);
     aligned ? launch_route<X, W, 8, true>(a, stream) : launch_route<X, W, 8, false>(a, stream);
 }

@@ -12,8 +12,8 @@ constexpr int ROUTE_MAX_EXPERTS = 256;
 constexpr int64_t ROUTE_MAX_HIDDEN = 49152;
 constexpr int ROUTE_ONE_LAUNCH_TOKENS = 64;
 
-// Top-1 expert of each row of x [tokens, hidden] by router [experts, hidden], and the tokens sorted by expert. No alignment is asked of any pointer
-// beyond its element's.
+// Top-1 expert of each row of x [tokens, hidden] by router [experts, hidden], and the tokens sorted by expert. No alignment is asked of any
+// pointer beyond its element's.
 struct RouteArguments {
     const void* x;
     Dtype x_dtype;

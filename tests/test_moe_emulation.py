@@ -124,7 +124,7 @@ def test_nan_stays_in_its_row_and_its_expert(module, form):
 
 
 PLANTED = {  # the file, its text, the bug
-    "rows not gathered": ("moe_gate_up.cu", "tile.segment, a.routing.order, begin", "tile.segment, nullptr, begin"),
+    "rows not gathered": ("moe_gate_up.cu", "a.routing.order, tile.begin", "nullptr, tile.begin"),
     "up channels from the gate": ("moe_gate_up.cu", "column_tile * H_COLUMNS, width, first_row", "column_tile * H_COLUMNS, 0, first_row"),
     "an expert's NaN for every row": ("moe_down.cu", "consumer.template add<true>", "consumer.template add<false>"),
     "rows not scattered": ("moe_down.cu", "a.routing.order[unit.first_row + token]", "(unit.first_row + token)"),
@@ -164,3 +164,49 @@ def test_what_the_kernels_do_not_take_is_named(module):
     assert module.why_not_moe_down(h, h, routing, weights, out_dtype=torch.float32) == "out_dtype is float32, not bfloat16"
     shifted = torch.ones(17, dtype=BF16)[1:].view(1, 16)
     assert module.why_not_moe_gate_up(shifted, routing, weights) == "x does not begin at a multiple of 16 bytes"
+
+
+def test_sanitizers_watch_every_path():
+    done = emulation.run_sanitized(RUN_SANITIZED, str(emulation.build(sanitize=True)))
+    assert done.returncode == 0, done.stderr
+
+
+RUN_SANITIZED = """
+import ctypes, importlib.util, sys
+spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
+C = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(C)
+libc = ctypes.CDLL(None)
+libc.aligned_alloc.restype = libc.calloc.restype = ctypes.c_void_p
+def zeros(*sizes):
+    count = 4
+    for size in sizes: count *= size
+    return libc.calloc(ctypes.c_size_t(count), ctypes.c_size_t(1))
+def rows(count, size): return libc.aligned_alloc(ctypes.c_size_t(16), ctypes.c_size_t(count * size))
+experts, hidden, inner, splits = 3, 272, 144, 2
+fp8, bf16, plain = C.Dtype.float8_e4m3fn, C.Dtype.bfloat16, C.MoeConversion.none
+for tokens in (1, 20, 70):
+    x, codes, scale = rows(tokens, 2 * hidden), rows(tokens, hidden), zeros(tokens)
+    ids, scores, order, offsets = zeros(tokens), zeros(tokens), zeros(tokens), zeros(experts + 1)
+    C.route_top1(x=x, x_dtype=bf16, router=rows(experts, 4 * hidden), router_dtype=C.Dtype.float32, tokens=tokens, hidden=hidden, experts=experts,
+                 expert_ids=ids, scores=scores, order=order, offsets=offsets, codes=codes, scale=scale, best=zeros(2, tokens), tickets=zeros(1),
+                 dependent=False, stream=0)
+    def shared(columns, n): return C.MoeWeight(values=rows(n, 2 * columns), dtype=bf16, scale=0, scale_dimensions=0)
+    def routed(columns, n): return C.MoeWeight(values=rows(experts * n, columns), dtype=fp8, scale=zeros(experts, n), scale_dimensions=1)
+    def operand(values, scale=0, row=0, step=0, factors=0):
+        return C.MoeOperand(values=values, scale=scale, scale_row_stride=row, scale_step_stride=step, factors=factors, conversion=plain)
+    def share(tiles, part): return C.MoeSplits(count=splits, parts=zeros(tiles, splits, part), tickets=zeros(tiles))
+    h_shared, h_routed, h_scale = rows(tokens, 2 * inner), rows(tokens, inner), zeros(tokens, 2)
+    routing = C.MoeRouting(order=order, offsets=offsets)
+    row_tiles = -(-tokens // C.moe_tile_tokens(tokens))
+    C.moe_gate_up(
+        x_shared=operand(x), x_routed=operand(codes, scale, 1, 0, scores), w_shared=shared(hidden, 2 * inner), w_routed=routed(hidden, 2 * inner),
+        h_shared=C.MoeHidden(values=h_shared, dtype=bf16, scale=0, is_static=False, width=inner),
+        h_routed=C.MoeHidden(values=h_routed, dtype=fp8, scale=h_scale, is_static=False, width=inner), routing=routing, tokens=tokens, hidden=hidden,
+        experts=experts, splits=share(2 * (row_tiles + experts), C.moe_gate_up_part(tokens)), prefetch_shared=True, prefetch=0, prefetch_bytes=0,
+        dependent=False, stream=0)
+    C.moe_down(
+        h_shared=operand(h_shared), h_routed=operand(h_routed, h_scale, 2, 1), w_shared=shared(inner, hidden), w_routed=routed(inner, hidden),
+        k_shared=inner, k_routed=inner, routing=routing, tokens=tokens, hidden=hidden, experts=experts, out=rows(tokens, 2 * hidden),
+        splits=share(3 * row_tiles, C.moe_down_part(tokens)), dependent=False, stream=0)
+"""
