@@ -1,5 +1,5 @@
-"""SGLang's attention backend step by step, without an engine: what it makes of a batch in each mode, that it never looks at the device to do so,
-and what SGLang's own backend for the CPU computes past the chunk."""
+"""SGLang's attention backend step by step, without an engine: what it makes of a batch in each mode, that it never looks at the device for
+that, and what SGLang's own backend for the CPU computes past the chunk."""
 
 import dataclasses
 from types import SimpleNamespace
