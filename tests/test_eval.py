@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from standin import CHARACTERS_PER_TOKEN, serving
 from typer.testing import CliRunner
 
 from llama4_kernels.cli import checkpoint
-from llama4_kernels.cli.eval import guide, needle, parity
+from llama4_kernels.cli.eval import command, guide, needle, parity
 from llama4_kernels.cli.eval.answers import AnswerLog
 from llama4_kernels.cli.eval.target import EvalError
 from llama4_kernels.cli.main import app
@@ -245,6 +246,38 @@ def test_options_that_do_not_go_together(arguments, says):
     assert result.exit_code == 2 and says in " ".join(result.output.replace("│", " ").split())
 
 
+@has_lm_eval
+@has_transformers
+@pytest.mark.parametrize(
+    "arguments, model, flags",
+    [
+        (
+            ("MODEL", "--tp", 8, "--server-flag=--context-length=9000"),
+            "model",
+            "--mem-fraction-static=0.8 --context-length=65536 --context-length=9000",
+        ),
+        (("MODEL", "--needle", "--length", 10000), "model", "--context-length=11256"),
+        (("--tiny", "maverick", "--fp8"), "tiny-maverick-fp8", "--context-length=2048 --max-total-tokens=8192"),
+        (("--tiny", "scout", "--needle", "--length", 10000), "tiny-scout", "--context-length=11256 --max-total-tokens=12280"),
+    ],
+    ids=["guide", "needle", "tiny", "tiny needle"],
+)
+def test_the_server_is_started_as_the_guide_starts_it(arguments, model, flags, tmp_path, monkeypatch):
+    """The flags of the command line come last: SGLang takes the last of two."""
+    started = []
+
+    def start(console, path, *given, log, tp):
+        started.append((Path(path).name, " ".join(flag for flag in given if flag not in command.CPU_SERVER), tp))
+        raise EvalError("not today")
+
+    monkeypatch.setattr(command, "started", start)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"architectures": ["Llama4ForConditionalGeneration"]}')
+    arguments = [tmp_path / "model" if argument == "MODEL" else argument for argument in arguments]
+    assert "not today" in only_line(run_eval(*arguments, "--task", "own_questions", "--out", tmp_path / "out"))
+    assert started == [(model, flags, 8 if "--tp" in arguments else 1)]
+
+
 @pytest.mark.parametrize("package, mode", [("lm_eval", ()), ("matplotlib", ("--parity",)), ("sglang", ("--needle",))])
 def test_a_missing_package_names_the_extra(package, mode, monkeypatch, tmp_path):
     find_spec = importlib.util.find_spec
@@ -438,7 +471,7 @@ def compared(tmp_path_factory):
     from llama4_kernels.cli.oracle import Oracle
 
     path = checkpoint.make(tmp_path_factory.mktemp("parity") / "tiny", "scout", num_hidden_layers=2)
-    ids = parity._tokenise(path, None)[:200]
+    ids = parity._tokenise(path, None, 200)
     return path, Oracle(path).logprobs(ids)[0]
 
 
@@ -488,6 +521,16 @@ def test_stock_sglang_needs_a_gpu(monkeypatch, tmp_path):
 def test_a_text_that_is_none(content, says, compared, tmp_path):
     (tmp_path / "text").write_bytes(content)
     assert says in only_line(run_eval(compared[0], "--parity", "--text", tmp_path / "text", "--out", tmp_path / "out"))
+
+
+@has_transformers
+@has_matplotlib
+def test_our_own_text_is_long_enough_to_pass_the_chunk(compared, monkeypatch, tmp_path):
+    path, _ = compared
+    assert len(parity._tokenise(path, None, None)) == 512
+    monkeypatch.setattr(parity, "chunk_size", lambda model: 8192)
+    assert len(parity._tokenise(path, None, None)) == 10240
+    assert "ends within the first chunk of 8192" in judge(monkeypatch, tmp_path, compared, compared[1]).stdout
 
 
 def test_differences_go_to_the_chunk_of_the_token_that_predicts():

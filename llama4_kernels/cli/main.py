@@ -249,17 +249,23 @@ class Against(str, Enum):
 def evaluate(
     model: Annotated[Optional[str], typer.Argument(help="Checkpoint to serve: a folder, or a name in the Hugging Face cache.")] = None,
     url: Annotated[Optional[str], typer.Option(help="A running OpenAI-compatible server, such as http://127.0.0.1:30000.")] = None,
-    tiny: Annotated[Optional[Like], typer.Option(help="Serve a tiny random checkpoint like this one: needs no weights, no network.")] = None,
+    tiny: Annotated[
+        Optional[Like], typer.Option(help="Serve a tiny random checkpoint like this one: needs no weights, no network.")
+    ] = None,
     fp8: Annotated[bool, typer.Option("--fp8", help="With --tiny: routed experts in FP8.")] = False,
     needle: Annotated[bool, typer.Option("--needle", help="Hide a number in long texts and ask for it.")] = False,
-    parity: Annotated[bool, typer.Option("--parity", help="Compare the logprob of every token of a text with other implementations.")] = False,
+    parity: Annotated[
+        bool, typer.Option("--parity", help="Compare the logprob of every token of a text with other implementations.")
+    ] = False,
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder of results; a run that broke goes on from what it holds.")] = Path(
         "llama4-eval"
     ),
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks of the server.")] = 1,
     server_flag: Annotated[list[str], typer.Option(help="A further flag of sglang.launch_server; may be given several times.")] = [],
     task: Annotated[Optional[str], typer.Option(help="lm_eval's task: mmlu_pro if not given, own_questions with --tiny.")] = None,
-    guide: Annotated[Optional[Like], typer.Option(help="Whose scores of the guide to compare with; by the model's name if not given.")] = None,
+    guide: Annotated[
+        Optional[Like], typer.Option(help="Whose scores of the guide to compare with; by the model's name if not given.")
+    ] = None,
     limit: Annotated[Optional[int], typer.Option(min=1, help="Only so many questions of each subject.")] = None,
     max_gen_toks: Annotated[Optional[int], typer.Option(min=1, help="Tokens of an answer: 2048 if not given, 32 with --tiny.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Questions asked at a time.")] = 128,
@@ -275,11 +281,16 @@ def evaluate(
         0.75,
         1.0,
     ],
-    text: Annotated[Optional[Path], typer.Option(exists=True, dir_okay=False, help="--parity: a text file; a page of prose if not given.")] = None,
-    tokens: Annotated[Optional[int], typer.Option(min=2, help="--parity: at most so many tokens of the text.")] = None,
+    text: Annotated[
+        Optional[Path], typer.Option(exists=True, dir_okay=False, help="--parity: a text file; prose of our own if not given.")
+    ] = None,
+    tokens: Annotated[
+        Optional[int], typer.Option(min=2, help="--parity: at most so many tokens of it; past the first chunk if not given.")
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="--parity: of everything that is not FP8.")] = Dtype.float32,
     against: Annotated[
-        Optional[list[Against]], typer.Option(help="--parity: transformers, stock (SGLang's own model, on a GPU) or both; all that can run.")
+        Optional[list[Against]],
+        typer.Option(help="--parity: transformers, stock (SGLang's own model, on a GPU) or both; all that can run."),
     ] = None,
 ) -> None:
     """Score a served model on MMLU-Pro as SGLang's guide does, or with --parity or --needle compare logprobs, or ask a long text.

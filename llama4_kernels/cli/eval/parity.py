@@ -23,9 +23,11 @@ from rich.table import Table
 from torch import Tensor
 
 from llama4_kernels.cli import checkpoint, demo
+from llama4_kernels.cli.eval.needle import haystack
 from llama4_kernels.cli.eval.target import EvalError, check_model, chunk_size, started
 
-ESSAY = Path(__file__).with_name("essay.txt")
+SHORTEST = 512  # tokens compared where none are asked for,
+PAST_CHUNK = 5  # or so many quarters of a chunk
 FLOOR = 1e-8  # what a difference of 0 is drawn as
 
 
@@ -71,7 +73,8 @@ def run(
 ) -> int:
     """Serve, compare and draw; 1 where a judged difference is over its bound, else 0.
 
-    text: a file of UTF-8; None for a page of prose of the package's own. tokens: at most so many of them.
+    text: a file of UTF-8; None for prose of the package's own. tokens: at most so many of them; None for the whole file, or of our prose
+        enough to pass the first chunk.
     dtype: "float32" or "bfloat16", of everything that is not FP8.
     against: "transformers" and "stock".
     """
@@ -80,7 +83,9 @@ def run(
     check_model(model)
     if not model.is_dir():
         raise EvalError(f"{model} is no folder: --parity reads the checkpoint's files, give the folder that holds them")
-    ids = _tokenise(model, text)[:tokens]
+    ids, chunk = _tokenise(model, text, tokens), chunk_size(model)
+    if chunk and len(ids) <= chunk:
+        console.print(f"the text ends within the first chunk of {chunk} tokens: nothing past it is compared")
     out.mkdir(parents=True, exist_ok=True)
     flags = (f"--dtype={dtype}", f"--context-length={len(ids) + 8}", f"--max-total-tokens={2 * len(ids) + 64}", *flags)
     ours = _logprobs(console, model, ids, *flags, log=out / "server.log", tp=tp)
@@ -91,20 +96,23 @@ def run(
     if "stock" in against:
         stock = _logprobs(console, model, ids, *flags, log=out / "stock.log", tp=tp, stock=True)
         series.append(Series("stock SGLang", (ours - stock).abs()))
-    chunk = chunk_size(model)
     _write(out, model, dtype, chunk, ids, ours, series)
     draw(series, chunk, f"{model.name}, {dtype}", out / "parity.png")
     return _report(console, series, chunk, out)
 
 
-def _tokenise(model: Path, text: Path | None) -> list[int]:
+def _tokenise(model: Path, text: Path | None, tokens: int | None) -> list[int]:
     from transformers import AutoTokenizer
 
-    try:
-        words = (text or ESSAY).read_text()
-    except UnicodeDecodeError as error:
-        raise EvalError(f"{text} is not UTF-8 ({error.reason} at byte {error.start}): --text needs a text file") from error
-    ids = AutoTokenizer.from_pretrained(model)(words).input_ids
+    if text is None:
+        tokens = tokens or max(SHORTEST, PAST_CHUNK * (chunk_size(model) or 0) // 4)
+        words = " ".join(haystack(8 * tokens))
+    else:
+        try:
+            words = text.read_text()
+        except UnicodeDecodeError as error:
+            raise EvalError(f"{text} is not UTF-8 ({error.reason} at byte {error.start}): --text needs a text file") from error
+    ids = AutoTokenizer.from_pretrained(model)(words).input_ids[:tokens]
     if len(ids) < 2:
         raise EvalError(f"{text} holds {len(ids)} tokens: --text needs at least 2")
     return ids
