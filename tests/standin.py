@@ -50,6 +50,8 @@ class StandIn:
 
 
 class _Server(ThreadingHTTPServer):
+    request_queue_size = 512  # a client beyond the default of 5 that connect at once may wait for ever
+
     def handle_error(self, request, client_address):
         """A client that hangs up is not worth a word."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
