@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import importlib
 import importlib.util
@@ -111,7 +112,6 @@ def run_sanitized(script: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", script, *arguments], env=environ, capture_output=True, text=True)
 
 
-
 def _plant(planted: Mapping[str, tuple[str, str]], sources: Sequence[Path]) -> dict[Path, str]:
     """The text of each file that gets a bug, with it."""
     by_name = {source.name: source for source in sources}
@@ -150,21 +150,22 @@ def _headers_with(edited: Mapping[Path, str]) -> Path | None:
 
 
 def _make(command: list[str], text: str, ending: str, *, flags: list[str], depends_on: str = "", suffix: str = "") -> Path:
-    """Run g++ unless its result stands in BUILDS under the hash of all that goes in."""
+    """Run g++ unless its result stands in BUILDS under the hash of all that goes in, or wait for whoever is at it."""
     key = hashlib.sha256("\0".join([*command, text, ending, *flags, depends_on]).encode()).hexdigest()[:16]
     result = BUILDS / key / f"_C{ending}"
-    if result.exists():
-        return result
     result.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = result.with_suffix(f".{os.getpid()}")
-    if suffix:
-        source = unfinished.with_suffix(suffix)
-        source.write_text(text)
-        command = [*command, str(source)]
-    done = subprocess.run(["g++", *flags, *command, "-o", str(unfinished)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    unfinished.replace(result)
-    return result
+    with (result.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if result.exists():
+            return result
+        if suffix:
+            source = result.with_suffix(suffix)
+            source.write_text(text)
+            command = [*command, str(source)]
+        unfinished = result.with_suffix(".unfinished")
+        done = subprocess.run(["g++", *flags, *command, "-o", str(unfinished)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return unfinished.replace(result)
 
 
 def _toolkit_of(nvcc: str) -> Path:
