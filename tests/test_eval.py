@@ -393,7 +393,9 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path):
         arguments = ["eval", "--url", stand_in.url, "--task", "own_questions", "--out", tmp_path]
         process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True)
         assert asked.wait(60)
+        until = time.monotonic() + 15
         while len((tmp_path / "answers.jsonl").read_text().splitlines()) < 4:
+            assert time.monotonic() < until
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
