@@ -203,7 +203,7 @@ def test_another_gpu_skips_what_needs_hopper_and_measures_the_rest(steps, monkey
 
 def test_kernels_that_do_not_compile_are_the_reason(steps, monkeypatch, tmp_path):
     def execute(process, seconds, say):
-        return runner.Ended(1, 1.0, "no nvcc") if process[2] == "bench.calibration.library" else runner.Ended(0, 1.0)
+        return runner.Ended(1, 1.0, "no nvcc") if process[2] == "bench.calibration.native" else runner.Ended(0, 1.0)
 
     monkeypatch.setattr(runner, "execute", execute)
     first, second = runner.run(steps, tmp_path / "records.json", HOPPER, RUN, lambda line: None)

@@ -17,13 +17,13 @@ sys.path.append(str(ROOT))  # for bench/, after whatever holds the installed pac
 
 from test_package import cuobjdump  # noqa: E402
 
-from bench.calibration import gpu, library, plan  # noqa: E402
+from bench.calibration import gpu, native, plan  # noqa: E402
 from bench.calibration.measurement import Case, Unavailable, WrongResult  # noqa: E402
 from bench.calibration.measurements import bandwidth, cluster, fp8, l2, matmul, weight_stream, wgmma  # noqa: E402
 from llama4_kernels.bench.timing import summary  # noqa: E402
 
 SMS = 3
-EMULATED = [library.KERNELS / f"{name}.cu" for name in ("bandwidth", "weight_stream", "cluster", "wgmma_rate", "fp8")]
+EMULATED = [native.KERNELS / f"{name}.cu" for name in ("bandwidth", "weight_stream", "cluster", "wgmma_rate", "fp8")]
 
 no_emulation = pytest.mark.skipif(bool(emulation.why_not()), reason=emulation.why_not() or "-")
 E4M3 = torch.float8_e4m3fn
@@ -32,8 +32,8 @@ E4M3 = torch.float8_e4m3fn
 @pytest.fixture(scope="module")
 def built():
     try:
-        return library.build()
-    except library.BuildError as error:
+        return native.build()
+    except native.BuildError as error:
         if "no nvcc" not in str(error):
             raise
         pytest.skip(str(error))
@@ -52,10 +52,10 @@ def test_kernels_compile_without_spills_and_without_serialised_wgmma(built):
 
 def test_every_entry_point_that_measurements_call_is_there(built):
     dll = ctypes.CDLL(str(built.path))
-    sources = "".join(path.read_text() for path in (library.KERNELS.parent / "measurements").glob("*.py"))
+    sources = "".join(path.read_text() for path in (native.KERNELS.parent / "measurements").glob("*.py"))
     entries = set(re.findall(r'call\(\s*"(\w+)"', sources)) | set(re.findall(r'call, "(\w+)"', sources))
     defined = set(
-        re.findall(r"^CALIBRATION_ENTRY (\w+)\(", "".join(path.read_text() for path in library.KERNELS.glob("*.cu")), re.MULTILINE)
+        re.findall(r"^CALIBRATION_ENTRY (\w+)\(", "".join(path.read_text() for path in native.KERNELS.glob("*.cu")), re.MULTILINE)
     )
     assert entries == defined and len(entries) > 10
     assert all(hasattr(dll, entry) for entry in entries)
@@ -88,8 +88,8 @@ def test_kernels_are_sm_90a_and_use_the_instructions_that_they_measure(built):
 def host(monkeypatch):
     """`call` runs the kernels on the host, on CPU tensors."""
     dll = ctypes.CDLL(str(emulation.build(sources=EMULATED)))
-    monkeypatch.setattr(library, "_loaded", lambda: dll)
-    monkeypatch.setattr(library, "_stream", lambda: 0)
+    monkeypatch.setattr(native, "_loaded", lambda: dll)
+    monkeypatch.setattr(native, "_stream", lambda: 0)
     monkeypatch.setattr(gpu, "sms", lambda: SMS)
     monkeypatch.setattr(gpu, "DEVICE", torch.device("cpu"))
 
@@ -103,7 +103,7 @@ def words(count: int) -> torch.Tensor:
 @pytest.mark.parametrize("pieces", [1, 1023, 1024, 5000])
 def test_copy_moves_every_byte_and_no_other(host, pieces):
     source, target = words(4 * pieces), torch.zeros(4 * pieces + 8, dtype=torch.int32)
-    library.call("bandwidth_copy", source, target, 16 * pieces, 2)
+    native.call("bandwidth_copy", source, target, 16 * pieces, 2)
     assert torch.equal(target[: 4 * pieces], source) and not target[4 * pieces :].any()
 
 
@@ -112,16 +112,16 @@ def test_copy_moves_every_byte_and_no_other(host, pieces):
 @pytest.mark.parametrize("passes", [1, 3])
 def test_read_reads_every_word_once_in_each_pass(host, passes, shift):
     source, checksums = words(4 * 7000), torch.zeros(4 * bandwidth.WARPS_PER_BLOCK, dtype=torch.int32)
-    library.call("bandwidth_read", source, source.nbytes, passes, shift, checksums, 4)
+    native.call("bandwidth_read", source, source.nbytes, passes, shift, checksums, 4)
     assert bandwidth.exclusive_or(checksums) == bandwidth.exclusive_or(source)
-    library.call("bandwidth_read", source, source.nbytes, 2 * passes, shift, checksums, 4)
+    native.call("bandwidth_read", source, source.nbytes, 2 * passes, shift, checksums, 4)
     assert bandwidth.exclusive_or(checksums) == 0
 
 
 @no_emulation
 def test_write_writes_every_word_and_no_other(host):
     target = torch.zeros(4 * 3000 + 4, dtype=torch.int32)
-    library.call("bandwidth_write", target, 16 * 3000, 1, 2)
+    native.call("bandwidth_write", target, 16 * 3000, 1, 2)
     first = (torch.arange(3000) ^ 1) * 2654435761 & 0xFFFFFFFF
     expected = torch.stack([first ^ salt for salt in (0, 0x9E3779B9, 0x7F4A7C15, 0x85EBCA6B)], 1).to(torch.int32)
     assert torch.equal(target[:-4].view(3000, 4), expected) and not target[-4:].any()
@@ -159,9 +159,9 @@ def assert_streams(monkeypatch, fetch, tile_kib, stages, blocks_per_sm, evict_fi
     ids=["a stage is overwritten", "a tile is read too early"],
 )
 def test_a_stream_that_does_not_wait_is_noticed(host, monkeypatch, text, bug):
-    source = library.KERNELS / "weight_stream.cu"
+    source = native.KERNELS / "weight_stream.cu"
     dll = ctypes.CDLL(str(emulation.build(sources=[source], planted={source.name: (text, bug)})))
-    monkeypatch.setattr(library, "_loaded", lambda: dll)
+    monkeypatch.setattr(native, "_loaded", lambda: dll)
     with pytest.raises((AssertionError, RuntimeError)):
         assert_streams(monkeypatch, weight_stream.BOXES, 8, 2, 1, False)
 
@@ -171,7 +171,7 @@ def test_a_stream_that_does_not_wait_is_noticed(host, monkeypatch, text, bug):
 def test_a_block_reads_the_others_of_its_cluster_in_turn(host, size):
     repeats = 5
     checksums, cycles = torch.zeros(4, cluster.THREADS, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)
-    library.call("cluster_read", cluster.BYTES, repeats, size, checksums, cycles, 4)
+    native.call("cluster_read", cluster.BYTES, repeats, size, checksums, cycles, 4)
     cluster.check(checksums[:size], size, repeats)
     assert (cycles > 0).all()
     checksums[0, 5] += 1
@@ -187,10 +187,10 @@ def test_the_rate_kernel_multiplies_what_it_is_given(host, n, dtype, source):
     torch.manual_seed(n)
     a, b = wgmma.operands(dtype, n)
     out, cycles = torch.zeros(2, wgmma.M, n), torch.zeros(1, dtype=torch.int64)
-    library.call("wgmma_rate", a, b, n, dtype == "bf16", source == wgmma.REGISTERS, 2 * wgmma.B_TILES, 2, out, cycles, 1)
+    native.call("wgmma_rate", a, b, n, dtype == "bf16", source == wgmma.REGISTERS, 2 * wgmma.B_TILES, 2, out, cycles, 1)
     assert wgmma.relative_error(out, 2 * wgmma.expected(a, b)) < 1e-5 and cycles.item() > 0
     with pytest.raises(RuntimeError, match="wgmma_rate: n is 24, needs 8, 16, 32, 64, 128 or 256"):
-        library.call("wgmma_rate", a, b, 24, 0, 0, 4, 2, out, cycles, 1)
+        native.call("wgmma_rate", a, b, 24, 0, 0, 4, 2, out, cycles, 1)
 
 
 @no_emulation
@@ -320,7 +320,7 @@ class Signatures:
     """Stands in for the library: an entry point takes what its declaration says, and launches nothing."""
 
     def __init__(self) -> None:
-        text = " ".join("".join(path.read_text() for path in library.KERNELS.glob("*.cu")).split())
+        text = " ".join("".join(path.read_text() for path in native.KERNELS.glob("*.cu")).split())
         self.known = {name: declared.split(", ") for name, declared in re.findall(r"CALIBRATION_ENTRY (\w+)\(([^)]*)\)", text)}
         self.called: set[str] = set()
 
@@ -339,7 +339,7 @@ class Signatures:
 @pytest.mark.parametrize("question", ["launch/graph", "launch/dependent", "launch/barrier", "l2/prefetch"])
 def test_entry_points_that_the_host_cannot_run_are_called_as_declared(small, monkeypatch, question):
     signatures = Signatures()
-    monkeypatch.setattr(library, "_loaded", lambda: signatures)
+    monkeypatch.setattr(native, "_loaded", lambda: signatures)
     for case in plan.find(question).cases():
         try:
             assert plan.find(question).measure(case)

@@ -7,7 +7,7 @@ python -m bench.calibration.document                writes docs/hardware.md from
 measurement     what a measurement is: a question, its cases, and how a case is answered
 measurements    one file per subject, one function per question
 rivals          the peers of llama4_kernels.bench at Llama 4's workloads
-kernels         CUDA behind C entry points; library builds and calls it, gpu times it
+kernels         CUDA behind C entry points; native builds and calls it, gpu times it
 plan            which of all that runs, and for how long at most
 runner, worker  a process per step, with a time box; worker is what runs in it
 document        docs/hardware.md

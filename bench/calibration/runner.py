@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from bench.calibration import library
+from bench.calibration import native
 from bench.calibration.measurement import Step
 from bench.calibration.plan import BUILD_SECONDS
 from llama4_kernels.bench import record
@@ -77,7 +77,7 @@ def execute(command: Sequence[str], seconds: float, say: Say) -> Ended:
     """Run a command and give each line of its output to `say`; none of its children outlives it, and it neither its time nor this call."""
     started, errors = time.monotonic(), []
     process = subprocess.Popen(
-        command, cwd=library.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+        command, cwd=native.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
     )
     # Threads, since the pipes of a process that hangs in the driver may stay open after it was killed
     readers = [_reader(process.stdout, lambda line: say(line.rstrip("\n"))), _reader(process.stderr, errors.append)]
@@ -108,7 +108,7 @@ def _why_no_hopper(machine: Machine, say: Say) -> str:
     if machine.capability != HOPPER:
         return f"{machine.device} has compute capability {machine.capability}, needs {HOPPER}"
     say("compiling the kernels")
-    ended = execute([sys.executable, "-m", "bench.calibration.library"], BUILD_SECONDS, lambda line: None)
+    ended = execute([sys.executable, "-m", "bench.calibration.native"], BUILD_SECONDS, lambda line: None)
     return f"the kernels were not compiled: {ended.reason}" if ended.reason else ""
 
 

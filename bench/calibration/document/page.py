@@ -13,7 +13,7 @@ from tabulate import tabulate
 
 from bench.calibration.document import findings, plots, results
 from bench.calibration.document.results import DATASHEET, Gpu
-from bench.calibration.library import ROOT
+from bench.calibration.native import ROOT
 from bench.calibration.measurement import in_line
 from llama4_kernels.bench import ceilings as floors
 from llama4_kernels.bench import workloads

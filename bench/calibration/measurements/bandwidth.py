@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.calibration import gpu
-from bench.calibration.library import call
+from bench.calibration.native import call
 from bench.calibration.measurement import Case, Figures, Measurement, WrongResult, timed
 
 MIB = 1 << 20

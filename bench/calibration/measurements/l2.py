@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.calibration import gpu
-from bench.calibration.library import call
+from bench.calibration.native import call
 from bench.calibration.measurement import Case, Figures, Measurement, Unavailable
 from bench.calibration.measurements import weight_stream
 from llama4_kernels.bench.record import Figure

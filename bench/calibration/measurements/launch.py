@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from bench.calibration import gpu
-from bench.calibration.library import call
+from bench.calibration.native import call
 from bench.calibration.measurement import Case, Figures, Measurement, timed
 from llama4_kernels.bench.record import Figure
 

@@ -7,7 +7,7 @@ import sys
 from types import ModuleType
 
 from bench.calibration import gpu
-from bench.calibration.library import ROOT
+from bench.calibration.native import ROOT
 from bench.calibration.measurement import Case, Figures, Measurement, WrongResult
 from llama4_kernels.bench.record import Figure
 

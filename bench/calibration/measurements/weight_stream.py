@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bench.calibration import gpu
-from bench.calibration.library import call
+from bench.calibration.native import call
 from bench.calibration.measurement import Case, Figures, Measurement, WrongResult, timed
 from bench.calibration.measurements.bandwidth import exclusive_or
 

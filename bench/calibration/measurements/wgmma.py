@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.calibration import gpu
-from bench.calibration.library import call
+from bench.calibration.native import call
 from bench.calibration.measurement import PLANNED_SMS, Case, Figures, Measurement, WrongResult, timed
 from llama4_kernels.bench.record import Figure
 
