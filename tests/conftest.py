@@ -6,6 +6,7 @@ gpu: needs a Hopper GPU. There, a test parametrised with a backend that runs on 
 """
 
 import importlib.metadata
+import importlib.util
 import os
 
 import backends
@@ -31,7 +32,10 @@ if INTERPRETING:
 
     triton_interpreter.install()
 
+BENCH_NEEDS = ("jsonschema_rs", "jinja2", "plotly", "rich", "scipy", "typer")  # a GPU host without network may lack the extra
+
 collect_ignore = [] if any(importlib.metadata.distributions(name="sglang")) else ["sglang"]
+collect_ignore += [] if all(importlib.util.find_spec(name) for name in BENCH_NEEDS) else ["bench"]
 
 
 def pytest_configure(config):

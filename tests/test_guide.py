@@ -1,4 +1,4 @@
-"""The guide's lines and the judgement of their answers. That the real server keeps the promises: tests/sglang/test_guide.py."""
+"""The guide's lines and the judgement of their answers. That the real server keeps the promises: tests/sglang/test_guide_engine.py."""
 
 import json
 from types import SimpleNamespace
