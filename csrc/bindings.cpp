@@ -105,7 +105,7 @@ PYBIND11_MODULE(_C, module) {
 
     module.attr("ROUTE_MAX_EXPERTS") = ROUTE_MAX_EXPERTS;
     module.attr("ROUTE_MAX_HIDDEN") = ROUTE_MAX_HIDDEN;
-    module.attr("ROUTE_ONE_LAUNCH_TOKENS") = ROUTE_ONE_LAUNCH_TOKENS;
+    module.attr("ROUTE_FEW_TOKENS") = ROUTE_FEW_TOKENS;
     module.def("route_slices", &route_slices, py::arg("experts"));
     module.def(
         "route_top1",

@@ -1,7 +1,6 @@
 // route_top1: clusters of 8 blocks. Each block holds its eighth of the columns of a few tokens in shared memory, multiplies them with a slice
-// of 16 experts, and reads the others' sums through distributed shared memory. Up to ROUTE_ONE_LAUNCH_TOKENS tokens, the last block of the
-// grid to finish sorts the tokens; beyond, a second launch does. Sums have one fixed order, the same for every expert, so that equal experts
-// tie exactly.
+// of 16 experts, and reads the others' sums through distributed shared memory. The last block of the grid to finish sorts the tokens. Sums
+// have one fixed order, the same for every expert, so that equal experts tie exactly.
 
 #include "routing.h"
 
@@ -29,7 +28,7 @@ constexpr int WARP_EXPERTS = 4;
 constexpr int EXPERT_WARPS = EXPERTS / WARP_EXPERTS;
 constexpr int MAX_COLUMN_WARPS = 5;
 constexpr int CHUNK = 4 * WARP;  // columns that a warp takes at a time
-constexpr int ORDER_THREADS = 512;
+constexpr int IDS_AT_ONCE = 8;  // that a thread asks L2 for
 
 struct Problem {
     RouteArguments a;
@@ -108,18 +107,18 @@ struct SharedMemory {
     float logits[TOKENS][EXPERTS];  // this block's part of them
     unsigned largest[TOKENS];       // magnitude in this block's columns
     float scale[TOKENS];
-    int ids[ROUTE_ONE_LAUNCH_TOKENS];
+    int ids[ROUTE_FEW_TOKENS];
     int is_last;
     float column_logits[MAX_COLUMN_WARPS][TOKENS][EXPERTS];
     unsigned column_largest[MAX_COLUMN_WARPS][TOKENS];
-    alignas(16) float x[];  // [TOKENS][columns]
+    alignas(16) float x[];  // [TOKENS][columns], then counts of sort_many_tokens
 };
 
 // ---- the last block: all tokens' experts are known
 
 template <int TOKENS>
-__device__ void sort_tokens(SharedMemory<TOKENS>& shared, const RouteArguments& a, int slices) {
-    int(&ids)[ROUTE_ONE_LAUNCH_TOKENS] = shared.ids;
+__device__ void sort_few_tokens(SharedMemory<TOKENS>& shared, const RouteArguments& a, int slices) {
+    int(&ids)[ROUTE_FEW_TOKENS] = shared.ids;
     const int thread = threadIdx.x;
     if (thread < a.tokens) {
         Key best = 0;
@@ -139,6 +138,73 @@ __device__ void sort_tokens(SharedMemory<TOKENS>& shared, const RouteArguments& 
         for (int token = 0; token < a.tokens; ++token) ahead += ids[token] < ids[thread] || (ids[token] == ids[thread] && token < thread);
         a.order[ahead] = thread;
     }
+}
+
+constexpr int64_t count_bytes(int warps, int experts) { return int64_t(warps + 1) * (experts + 1) * sizeof(int); }
+
+// A counting sort. Each warp takes a range of the tokens twice: to count them by expert, and to place them.
+template <int TOKENS>
+__device__ void sort_many_tokens(SharedMemory<TOKENS>& shared, const RouteArguments& a) {
+    const int thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP, warps = blockDim.x / WARP;
+    const int range = (a.tokens + warps * WARP - 1) / (warps * WARP) * WARP, begin = warp * range, end = min(begin + range, a.tokens);
+    const int bins = a.experts + 1;                        // one for lanes without a token
+    int* const counts = reinterpret_cast<int*>(shared.x);  // [warps][bins], then the warp's next place for each expert
+    int* const starts = counts + warps * bins;             // [bins]
+    int* const own = counts + warp * bins;
+    const auto walk = [&](int* order) {
+        for (int start = begin; start < end; start += IDS_AT_ONCE * WARP) {
+            int ids[IDS_AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < IDS_AT_ONCE; ++i) {
+                const int token = start + i * WARP + lane;
+                ids[i] = token < end ? __ldcg(a.expert_ids + token) : a.experts;
+            }
+#pragma unroll
+            for (int i = 0; i < IDS_AT_ONCE; ++i) {
+                const unsigned peers = __match_any_sync(ALL_LANES, ids[i]);
+                const int ahead = __popc(peers & ((1u << lane) - 1)), place = own[ids[i]] + ahead;
+                __syncwarp();
+                if (ahead == 0) own[ids[i]] = place + __popc(peers);
+                __syncwarp();
+                if (order && ids[i] < a.experts) order[place] = start + i * WARP + lane;
+            }
+        }
+    };
+
+    for (int i = thread; i < warps * bins; i += blockDim.x) counts[i] = 0;
+    __syncthreads();
+    walk(nullptr);
+    __syncthreads();
+    for (int expert = thread; expert < bins; expert += blockDim.x) {
+        int sum = 0;
+        for (int i = 0; i < warps; ++i) sum += counts[i * bins + expert];
+        starts[expert] = sum;
+    }
+    __syncthreads();
+    if (warp == 0) {
+        int lower = 0;
+        for (int first = 0; first < bins; first += WARP) {
+            const int expert = first + lane, count = expert < bins ? starts[expert] : 0;
+            int sum = count;
+            for (int by = 1; by < WARP; by *= 2) {
+                const int below = __shfl_up_sync(ALL_LANES, sum, by);
+                if (lane >= by) sum += below;
+            }
+            if (expert < bins) a.offsets[expert] = starts[expert] = lower + sum - count;
+            lower += __shfl_sync(ALL_LANES, sum, WARP - 1);
+        }
+    }
+    __syncthreads();
+    for (int expert = thread; expert < bins; expert += blockDim.x) {
+        int place = starts[expert];
+        for (int i = 0; i < warps; ++i) {
+            const int count = counts[i * bins + expert];
+            counts[i * bins + expert] = place;
+            place += count;
+        }
+    }
+    __syncthreads();
+    walk(a.order);
 }
 
 // ---- the kernel
@@ -270,58 +336,19 @@ __global__ void __launch_bounds__(EXPERT_WARPS* MAX_COLUMN_WARPS* WARP) route_ke
 
     const int token = first_token + rank;
     const bool owns_token = thread == 0 && rank < TOKENS && token < a.tokens;
-    if (a.tokens > ROUTE_ONE_LAUNCH_TOKENS) {
-        if (owns_token) {
-            a.expert_ids[token] = expert_of(best);
-            a.scores[token] = score_of(best);
-        }
-        return;
+    const bool few = TOKENS == 1 || a.tokens <= ROUTE_FEW_TOKENS;
+    if (owns_token && few) a.best[token * gridDim.y + blockIdx.y] = best;
+    if (owns_token && !few) {
+        a.expert_ids[token] = expert_of(best);
+        a.scores[token] = score_of(best);
     }
-    if (owns_token) a.best[token * gridDim.y + blockIdx.y] = best;
     if (thread == 0) {
         shared.is_last = hopper::add_acquire_release(a.tickets, 1) == gridDim.x * gridDim.y - 1;
         if (shared.is_last) *a.tickets = 0;
     }
     __syncthreads();
-    if (shared.is_last) sort_tokens(shared, a, int(gridDim.y));
-}
-
-// One block per expert: it counts the tokens of lower experts, then places its own after them, in order.
-__global__ void __launch_bounds__(ORDER_THREADS) order_kernel(const int* expert_ids, int tokens, int experts, int* order, int* offsets) {
-    int* warp_counts = shared_memory<int>();
-    const int thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP, expert = blockIdx.x;
-    constexpr int WARPS = ORDER_THREADS / WARP;
-    hopper::launch_dependents();
-    hopper::wait_for_dependencies();
-
-    int lower = 0;
-    for (int token = thread; token < tokens; token += ORDER_THREADS) lower += expert_ids[token] < expert;
-    lower = __reduce_add_sync(ALL_LANES, lower);
-    if (lane == 0) warp_counts[warp] = lower;
-    __syncthreads();
-    int position = 0;
-    for (int i = 0; i < WARPS; ++i) position += warp_counts[i];
-    if (thread == 0) {
-        offsets[expert] = position;
-        if (expert == experts - 1) offsets[experts] = tokens;
-    }
-    __syncthreads();
-
-    for (int start = 0; start < tokens; start += ORDER_THREADS) {
-        const int token = start + thread;
-        const bool mine = token < tokens && expert_ids[token] == expert;
-        const unsigned votes = __ballot_sync(ALL_LANES, mine);
-        if (lane == 0) warp_counts[warp] = __popc(votes);
-        __syncthreads();
-        int before = __popc(votes & ((1u << lane) - 1)), all = 0;
-        for (int i = 0; i < WARPS; ++i) {
-            if (i < warp) before += warp_counts[i];
-            all += warp_counts[i];
-        }
-        if (mine) order[position + before] = token;
-        position += all;
-        __syncthreads();
-    }
+    if (!shared.is_last) return;
+    few ? sort_few_tokens(shared, a, int(gridDim.y)) : sort_many_tokens(shared, a);
 }
 
 // ---- launch
@@ -329,11 +356,13 @@ __global__ void __launch_bounds__(ORDER_THREADS) order_kernel(const int* expert_
 template <class X, class W, int TOKENS, bool ALIGNED>
 void launch_route(const RouteArguments& a, cudaStream_t stream) {
     const int64_t groups = std::max<int64_t>(ceil_div(a.tokens, TOKENS), 1);
-    const int slices = route_slices(a.experts), slices_at_once = a.tokens <= ROUTE_ONE_LAUNCH_TOKENS ? slices : 1;
+    const int slices = route_slices(a.experts), slices_at_once = a.tokens <= ROUTE_FEW_TOKENS ? slices : 1;
     const int columns = int(ceil_div(a.hidden, RANKS * CHUNK)) * CHUNK;
     const bool fills_gpu = groups * RANKS * slices_at_once > multiprocessors();
     const int column_warps = std::min(columns / CHUNK, fills_gpu ? 2 : MAX_COLUMN_WARPS);
-    const size_t shared_bytes = sizeof(SharedMemory<TOKENS>) + size_t(TOKENS) * columns * sizeof(float);
+    const int64_t x_bytes = int64_t(TOKENS) * columns * sizeof(float);
+    const int64_t sort_bytes = a.tokens <= ROUTE_FEW_TOKENS ? 0 : count_bytes(EXPERT_WARPS * column_warps, a.experts);
+    const size_t shared_bytes = sizeof(SharedMemory<TOKENS>) + std::max(x_bytes, sort_bytes);
     dim3 grid = grid_of(groups * RANKS);
     grid.y = slices_at_once;
     const LaunchConfig config{"route_top1", grid, dim3(EXPERT_WARPS * column_warps * WARP), shared_bytes, stream, RANKS, a.dependent};
@@ -359,10 +388,6 @@ int route_slices(int experts) { return int(ceil_div(experts, EXPERTS)); }
 
 void route_top1(const RouteArguments& a, cudaStream_t stream) {
     a.x_dtype == Dtype::bfloat16 ? launch_x<__nv_bfloat16>(a, stream) : launch_x<float>(a, stream);
-    if (a.tokens <= ROUTE_ONE_LAUNCH_TOKENS) return;
-    const size_t shared_bytes = ORDER_THREADS / WARP * sizeof(int);
-    const LaunchConfig config{"route_top1", grid_of(a.experts), dim3(ORDER_THREADS), shared_bytes, stream, 1, a.dependent};
-    launch(config, &order_kernel, a.expert_ids, a.tokens, a.experts, a.order, a.offsets);
 }
 
 }  // namespace llama4_kernels

@@ -10,7 +10,7 @@ namespace llama4_kernels {
 
 constexpr int ROUTE_MAX_EXPERTS = 256;
 constexpr int64_t ROUTE_MAX_HIDDEN = 49152;
-constexpr int ROUTE_ONE_LAUNCH_TOKENS = 64;
+constexpr int ROUTE_FEW_TOKENS = 64;
 
 // Top-1 expert of each row of x [tokens, hidden] by router [experts, hidden], and the tokens sorted by expert. No alignment is asked of any
 // pointer beyond its element's.
@@ -26,7 +26,7 @@ struct RouteArguments {
     int* offsets;       // [experts + 1]
     uint8_t* codes;     // [tokens, hidden] e4m3, or null
     float* scale;       // [tokens], with codes
-    unsigned long long* best;     // [tokens, route_slices(experts)], working memory where tokens ≤ ROUTE_ONE_LAUNCH_TOKENS
+    unsigned long long* best;     // [tokens, route_slices(experts)], working memory where tokens ≤ ROUTE_FEW_TOKENS
     unsigned* tickets;  // one, 0 before and after
     bool dependent;     // start before the kernel ahead has ended: programmatic dependent launch
 };

@@ -20,6 +20,9 @@ PLANTED = {  # the text in routing.cu, the bug
     "the cluster not waited for": ("            shared.largest[thread] = most;\n        }\n        hopper::cluster_sync();", "            shared.largest[thread] = most;\n        }"),
     "ticket not given back": ("if (shared.is_last) *a.tickets = 0;", ""),
     "order not stable": ("ids[token] == ids[thread] && token < thread", "ids[token] == ids[thread] && token > thread"),
+    "many tokens' order not stable": ("__popc(peers & ((1u << lane) - 1))", "__popc(peers >> lane >> 1)"),
+    "all warps count in one place": ("counts + warp * bins;", "counts;"),
+    "equal experts of a warp counted once": ("own[ids[i]] = place + __popc(peers);", "own[ids[i]] = place + 1;"),
     "the last expert left out": ("if (lane < EXPERTS && expert < a.experts)", "if (lane < EXPERTS && expert < a.experts - 1)"),
     "barrier left out": ("sum;\n        }\n#pragma unroll\n        for (int token = 0; token < TOKENS; ++token) {\n            const unsigned most", "sum;\n        }\n        if (lane) __syncthreads();\n#pragma unroll\n        for (int token = 0; token < TOKENS; ++token) {\n            const unsigned most"),
 }  # fmt: skip
@@ -62,9 +65,28 @@ def test_sizes(op, tokens, experts):
     assert_like_reference(op, integers(tokens, 160, dtype=BF16), integers(experts, 160, dtype=BF16))
 
 
-@pytest.mark.parametrize(("tokens", "experts"), [(300, 16), (1100, 3)])
-def test_many_tokens_are_sorted_by_a_second_launch(op, tokens, experts):
-    assert_like_reference(op, integers(tokens, 24), integers(experts, 24))
+def assert_sorted(op, x: Tensor, router: Tensor) -> None:
+    (got, _), (want, _) = run(op, x, router), reference.route_top1(x, router)
+    assert_same_bits([got.expert_ids, got.order, got.offsets], [want.expert_ids, want.order, want.offsets])
+
+
+MANY = [(65, 16), (65, 200), (127, 1), (127, 128), (128, 16), (128, 200), (300, 1), (300, 16), (300, 128), (1000, 1), (1000, 16)]
+
+
+@pytest.mark.parametrize(("tokens", "experts"), [*MANY, (1000, 200)])
+def test_many_tokens_are_sorted(op, tokens, experts):
+    assert_sorted(op, integers(tokens, 8), integers(experts, 8))
+
+
+def test_counts_that_need_more_memory_than_the_rows(op):
+    assert_sorted(op, integers(70, 1028), integers(256, 1028))
+
+
+def test_many_tokens_are_sorted_alike_again(op):
+    x, router = integers(300, 8), integers(16, 8)
+    first, _ = run(op, x, router)
+    for _ in range(3):
+        assert_same_bits(run(op, x, router)[0], first)
 
 
 @pytest.mark.parametrize("dtypes", [(BF16, FP32), (FP32, BF16), (FP32, FP32)], ids=str)
@@ -87,7 +109,7 @@ def test_all_experts_equal(op):
 def test_all_tokens_on_one_expert(op):
     router = -torch.ones(128, 32)
     router[77] = 1
-    for tokens in (64, 70):
+    for tokens in (64, 65, 300):
         routing, _ = run(op, torch.ones(tokens, 32), router)
         assert routing.expert_ids.tolist() == [77] * tokens and routing.order.tolist() == list(range(tokens))
 
@@ -121,6 +143,7 @@ def test_planted_bugs_are_noticed(bug):
     with pytest.raises((AssertionError, RuntimeError)):
         for x in (torch.ones(7, 1100), integers(7, 1100), torch.zeros(7, 1100)):
             assert_like_reference(op, x, integers(20, 1100) / 16)
+        assert_sorted(op, integers(300, 8), integers(16, 8))
 
 
 @pytest.mark.parametrize(

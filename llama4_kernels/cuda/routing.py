@@ -20,7 +20,7 @@ def route_top1(x: Tensor, router: Tensor, *, quantize: bool = False, dependent: 
     if quantize:
         codes = torch.empty(tokens, hidden, dtype=torch.float8_e4m3fn, device=device)
         scale = torch.empty(tokens, dtype=torch.float32, device=device)
-    if tokens <= _C.ROUTE_ONE_LAUNCH_TOKENS:
+    if tokens <= _C.ROUTE_FEW_TOKENS:
         best = torch.empty(tokens, _C.route_slices(experts), dtype=torch.int64, device=device)
     with launch.on(device) as stream:
         _C.route_top1(
