@@ -1,1 +1,1 @@
-"""The command line: `llama4-kernels demo | doctor`."""
+"""The command line: options in main, what each command does in the module of its name."""
