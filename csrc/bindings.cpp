@@ -8,6 +8,10 @@
 #include "rope.h"
 #include "routing.h"
 
+#ifdef LLAMA4_KERNELS_EMULATION
+#include "device.h"
+#endif
+
 namespace py = pybind11;
 using namespace llama4_kernels;
 
@@ -17,6 +21,29 @@ template <class T>
 T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
+
+#ifdef LLAMA4_KERNELS_EMULATION
+
+std::vector<py::dict> launches_of(const py::function& call, int multiprocessors) {
+    emulation::Recording recording{multiprocessors, {}};
+    emulation::recording = &recording;
+    try {
+        call();
+    } catch (...) {
+        emulation::recording = nullptr;
+        throw;
+    }
+    emulation::recording = nullptr;
+    const auto sizes = [](dim3 of) { return std::vector<unsigned>{of.x, of.y, of.z}; };
+    std::vector<py::dict> launches;
+    for (const auto& each : recording.launches) {
+        launches.push_back(py::dict(py::arg("op") = each.op, py::arg("grid") = sizes(each.grid), py::arg("threads") = each.block.x,
+                                    py::arg("cluster") = each.cluster_blocks, py::arg("shared_bytes") = each.shared_bytes));
+    }
+    return launches;
+}
+
+#endif
 
 }  // namespace
 
@@ -176,4 +203,9 @@ PYBIND11_MODULE(_C, module) {
         py::kw_only(), py::arg("h_shared"), py::arg("h_routed"), py::arg("w_shared"), py::arg("w_routed"), py::arg("k_shared"), py::arg("k_routed"),
         py::arg("routing"), py::arg("tokens"), py::arg("hidden"), py::arg("experts"), py::arg("out"), py::arg("splits"), py::arg("dependent"),
         py::arg("stream"));
+
+#ifdef LLAMA4_KERNELS_EMULATION
+    module.def("launches_of", &launches_of, "What `call` launches on a GPU of so many multiprocessors; no kernel runs.", py::arg("call"),
+               py::arg("multiprocessors"));
+#endif
 }

@@ -37,7 +37,7 @@ void launch(const LaunchConfig& config, void (*kernel)(Parameters...), Arguments
     emulation::run(config.op, config.grid, config.block, config.shared_bytes, config.cluster_blocks, [=] { kernel(arguments...); });
 }
 
-inline int multiprocessors() { return emulation::MULTIPROCESSORS; }
+inline int multiprocessors() { return emulation::multiprocessors(); }
 
 #else
 

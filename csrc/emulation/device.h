@@ -20,6 +20,21 @@ namespace emulation {
 
 constexpr int MULTIPROCESSORS = 3;  // few, so that a persistent kernel has more work than blocks
 
+// Launches that are noted instead of run, as a GPU of so many multiprocessors would get them.
+struct Recording {
+    struct Launch {
+        std::string op;
+        dim3 grid, block;
+        unsigned cluster_blocks;
+        size_t shared_bytes;
+    };
+    int multiprocessors;
+    std::vector<Launch> launches;
+};
+inline Recording* recording = nullptr;
+
+inline int multiprocessors() { return recording ? recording->multiprocessors : MULTIPROCESSORS; }
+
 inline void* shared_memory() { return current().block->shared.get(); }
 
 inline void run(const char* op, dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster_blocks, const std::function<void()>& kernel) {
@@ -30,6 +45,7 @@ inline void run(const char* op, dim3 grid, dim3 block, size_t shared_bytes, unsi
         refuse(std::to_string(shared_bytes) + " bytes of shared memory exceed " + std::to_string(MAX_SHARED_BYTES));
     if (cluster_blocks == 0 || cluster_blocks > 8 || grid.x % cluster_blocks)
         refuse("clusters of " + std::to_string(cluster_blocks) + " blocks do not divide the grid");
+    if (recording) return recording->launches.push_back({op, grid, block, cluster_blocks, shared_bytes});
     gridDim = grid;
     blockDim = block;
     for (unsigned z = 0; z < grid.z; ++z) {

@@ -280,17 +280,17 @@ def _attention_part(w: Workload, random: Random, x: Tensor | None = None) -> dic
 
 
 def _cloned(value: Any) -> Any:
-    return _mapped(torch.clone, value)
+    return mapped(torch.clone, value)
 
 
-def _mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
+def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
     """`value` with `function` applied to every tensor in it."""
     if isinstance(value, Tensor):
         return function(value)
     if dataclasses.is_dataclass(value):
-        return type(value)(*(_mapped(function, getattr(value, field.name)) for field in dataclasses.fields(value)))
+        return type(value)(*(mapped(function, getattr(value, field.name)) for field in dataclasses.fields(value)))
     if isinstance(value, Mapping):
-        return {name: _mapped(function, inner) for name, inner in value.items()}
+        return {name: mapped(function, inner) for name, inner in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_mapped(function, inner) for inner in value)
+        return type(value)(mapped(function, inner) for inner in value)
     return value
