@@ -19,6 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
+from llama4_kernels import counters
+
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 BUILDS = ROOT / "build" / "emulation"
@@ -91,9 +93,10 @@ def load(path: Path) -> ModuleType:
 
 
 def op_module(stem: str, kernels: ModuleType) -> ModuleType:
-    """llama4_kernels/cuda/<stem>.py on CPU tensors: itself, with `kernels` for llama4_kernels.cuda._C."""
+    """llama4_kernels/cuda/<stem>.py on CPU tensors: itself, with `kernels` for llama4_kernels.cuda._C and counters that no kernel with a
+    planted bug has left behind."""
     package = importlib.import_module("llama4_kernels.cuda")
-    loaded = {f"{package.__name__}._C": kernels}
+    loaded = {f"{package.__name__}._C": kernels, counters.__name__: _fresh(counters)}
     for name in dict.fromkeys(("launch", "quantization", stem)):
         spec = importlib.util.spec_from_file_location(f"{package.__name__}.{name}", Path(package.__file__).with_name(f"{name}.py"))
         module = loaded[spec.name] = importlib.util.module_from_spec(spec)
@@ -103,6 +106,13 @@ def op_module(stem: str, kernels: ModuleType) -> ModuleType:
         if name == "launch":
             module.on = lambda device: contextlib.nullcontext(0)
     return module
+
+
+def _fresh(module: ModuleType) -> ModuleType:
+    """The module, executed once more."""
+    copy = importlib.util.module_from_spec(module.__spec__)
+    module.__spec__.loader.exec_module(copy)
+    return copy
 
 
 def run_sanitized(script: str, *arguments: str) -> subprocess.CompletedProcess:

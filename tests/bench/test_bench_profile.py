@@ -97,7 +97,7 @@ def test_a_layer_shows_the_kernels_of_its_ops():
 @pytest.mark.skipif(bool(cuda.why_not_built()), reason=cuda.why_not_built() or "-")
 def test_the_extension_s_kernels_are_found_by_op():
     found = static.cuda_kernels(workloads.parse("quantize_per_token/fp8/scout/tp8/t64"))
-    assert found and all("quantize_per_token_kernel" in kernel.name for kernel in found)
+    assert found and all(kernel.name.startswith("quantize_") for kernel in found)
     assert all(kernel.registers > 0 and kernel.instructions["instructions"] > 100 for kernel in found)
 
 

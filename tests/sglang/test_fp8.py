@@ -1,11 +1,13 @@
 """Every FP8 form against transformers on codes * scale, with activations rounded as the ops define it.
 
 The bound is `oracle.rounding_bound`: half of what the smallest mistake in one place of quantisation would cost. It is one of means,
-because float32 noise moves a code now and then; see there.
+because float32 noise moves a code now and then; see there. Once moved, a code moves what follows in its prompt: so the median prompt has to
+keep the bound, which noise leaves alone and a mistake, which is in every prompt, does not.
 """
 
+import statistics
+
 import pytest
-import torch
 from engine import LENGTHS, ask, difference, llama4_server, prompt
 
 from llama4_kernels.cli import checkpoint
@@ -14,14 +16,13 @@ from llama4_kernels.cli.oracle import Oracle, rounding_bound
 
 def check(server, full, fp8):
     rounded, unrounded = Oracle(full, quantise_activations=fp8), Oracle(full)
-    errors, costs = [], []
+    shares = []
     for length in LENGTHS:
         answer = ask(server, prompt(length))
         ids = answer.prompt + answer.generated
-        errors.append(difference(answer, rounded))
-        costs.append((rounded.logprobs(ids)[0] - unrounded.logprobs(ids)[0]).abs())
-    error, cost = float(torch.cat(errors).mean()), float(torch.cat(costs).mean())
-    assert error <= rounding_bound(cost, rounded.rounding_sites())
+        cost = (rounded.logprobs(ids)[0] - unrounded.logprobs(ids)[0]).abs().mean()
+        shares.append(float(difference(answer, rounded).mean() / rounding_bound(float(cost), rounded.rounding_sites())))
+    assert statistics.median(shares) <= 1, shares
 
 
 @pytest.mark.parametrize(
