@@ -5,7 +5,6 @@ A row is one head of one token, of q, k and v alike. A program holds ROWS of the
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
