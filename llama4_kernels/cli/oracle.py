@@ -74,13 +74,13 @@ class Oracle:
 
 
 def rounding_bound(whole_error: float, sites: int) -> float:
-    """The mean |Δlogprob| from the rounding oracle that an engine must not exceed: half of what the smallest mistake would cost.
+    """The mean |Δlogprob| from the rounding oracle that an engine must not exceed: half of what a mistake at a typical site would cost.
 
     whole_error: mean |Δlogprob| between the two oracles, that is, what rounding activations at all `sites` costs.
 
-    The errors of the sites are independent and add up like variances, so that one of them is worth whole_error / sqrt(sites). A mistake
-    at one site (another granularity, another order) replaces its error by another one that is independent of it, a difference of sqrt(2)
-    times that.
+    The errors of the sites are independent and add up like variances, so that one of them is worth whole_error / sqrt(sites), if all weigh
+    alike. A mistake at one site (another granularity, another order) replaces its error by another one that is independent of it, a
+    difference of sqrt(2) times that. A mistake at a site that weighs less than most can stay below the bound.
     """
     return whole_error * math.sqrt(2 / sites) / 2
 

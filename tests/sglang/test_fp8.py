@@ -1,6 +1,6 @@
 """Every FP8 form against transformers on codes * scale, with activations rounded as the ops define it.
 
-The bound is `oracle.rounding_bound`: half of what the smallest mistake in one place of quantisation would cost. It is one of means,
+The bound is `oracle.rounding_bound`: half of what a mistake in a typical place of quantisation would cost. It is one of means,
 because float32 noise moves a code now and then; see there. Once moved, a code moves what follows in its prompt, so the median prompt has to
 keep the bound. The first tokens, before noise has moved a code, agree as in float32: a mistake anywhere, which is in every token, does not.
 """
