@@ -207,5 +207,13 @@ PYBIND11_MODULE(_C, module) {
 #ifdef LLAMA4_KERNELS_EMULATION
     module.def("launches_of", &launches_of, "What `call` launches on a GPU of so many multiprocessors; no kernel runs.", py::arg("call"),
                py::arg("multiprocessors"));
+    module.def(
+        "grouped_gemm_tile",
+        [](int64_t m, int64_t n, int groups, int multiprocessors) {
+            const GemmTile tile = grouped_gemm_tile(m, n, groups, multiprocessors);
+            return py::make_tuple(tile.tokens, tile.channels);
+        },
+        "(tokens, channels) of the tile that grouped_gemm takes.", py::kw_only(), py::arg("m"), py::arg("n"), py::arg("groups"),
+        py::arg("multiprocessors"));
 #endif
 }

@@ -35,7 +35,7 @@ __device__ inline void scale_accumulators(float (&sums)[TOKENS / 2], float low_c
 }
 
 // fp32: straight from the registers, 32 contiguous bytes for every 8 lanes.
-template <int TOKENS>
+template <int TOKENS, int PASS>
 __device__ inline void store_tile(const float (&sums)[TOKENS / 2], OutputTile<float> out, void*, unsigned) {
     const int thread = threadIdx.x % hopper::WARPGROUP;
 #pragma unroll
@@ -45,39 +45,44 @@ __device__ inline void store_tile(const float (&sums)[TOKENS / 2], OutputTile<fl
     }
 }
 
-// bf16: transposed through `staging`, shared memory of TOKENS · 64 elements of this warpgroup alone, then 16 bytes per thread at a time.
-// barrier: a named barrier of this warpgroup's.
-template <int TOKENS>
+// bf16: transposed through `staging`, shared memory of PASS · 64 elements of this warpgroup alone, PASS tokens at a time, then 16 bytes per
+// thread at a time. barrier: a named barrier of this warpgroup's.
+template <int TOKENS, int PASS>
 __device__ inline void store_tile(const float (&sums)[TOKENS / 2], OutputTile<__nv_bfloat16> out, void* staging, unsigned barrier) {
     constexpr int CHUNKS = 8;  // of 8 channels in a row of the staging tile
+    static_assert(TOKENS % PASS == 0 && PASS % 16 == 0);
     const int thread = threadIdx.x % hopper::WARPGROUP, warp = thread / hopper::WARP, lane = thread % hopper::WARP;
     const auto chunk_at = [&](int token, int chunk) { return static_cast<uint4*>(staging) + token * CHUNKS + (chunk ^ token % CHUNKS); };
-
-    hopper::named_barrier_sync(barrier, hopper::WARPGROUP);  // the last tile has left the staging memory
-#pragma unroll
-    for (int i = 0; i < TOKENS / 16; ++i) {
-        uint32_t matrices[4];  // channels 0–7 and 8–15 of the warp's 16, for 8 tokens and for the next 8
-#pragma unroll
-        for (int matrix = 0; matrix < 4; ++matrix) {
-            const __nv_bfloat162 pair = __floats2bfloat162_rn(sums[i * 8 + matrix * 2], sums[i * 8 + matrix * 2 + 1]);
-            matrices[matrix] = *reinterpret_cast<const uint32_t*>(&pair);
-        }
-        hopper::store_matrices<true>(chunk_at(i * 16 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2), matrices);
-    }
-    hopper::named_barrier_sync(barrier, hopper::WARPGROUP);
-
     const int channel = thread % CHUNKS * 8;
     const bool whole = out.stride % 8 == 0 && reinterpret_cast<uintptr_t>(out.first) % 16 == 0 && channel + 8 <= out.columns;
-    for (int token = thread / CHUNKS; token < min(TOKENS, out.rows); token += hopper::WARPGROUP / CHUNKS) {
-        const uint4 chunk = *chunk_at(token, thread % CHUNKS);
-        __nv_bfloat16* to = out.first + token * out.stride + channel;
-        if (whole) {
-            *reinterpret_cast<uint4*>(to) = chunk;
-        } else {
-            const auto* values = reinterpret_cast<const __nv_bfloat16*>(&chunk);
+
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                if (channel + i < out.columns) to[i] = values[i];
+    for (int first = 0; first < TOKENS; first += PASS) {
+        hopper::named_barrier_sync(barrier, hopper::WARPGROUP);  // what was staged last has left
+#pragma unroll
+        for (int i = 0; i < PASS / 16; ++i) {
+            uint32_t matrices[4];  // channels 0–7 and 8–15 of the warp's 16, for 8 tokens and for the next 8
+#pragma unroll
+            for (int matrix = 0; matrix < 4; ++matrix) {
+                const int at = first / 2 + i * 8 + matrix * 2;
+                const __nv_bfloat162 pair = __floats2bfloat162_rn(sums[at], sums[at + 1]);
+                matrices[matrix] = *reinterpret_cast<const uint32_t*>(&pair);
+            }
+            hopper::store_matrices<true>(chunk_at(i * 16 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2), matrices);
+        }
+        hopper::named_barrier_sync(barrier, hopper::WARPGROUP);
+
+        for (int token = thread / CHUNKS; token < min(PASS, out.rows - first); token += hopper::WARPGROUP / CHUNKS) {
+            const uint4 chunk = *chunk_at(token, thread % CHUNKS);
+            __nv_bfloat16* to = out.first + (first + token) * out.stride + channel;
+            if (whole) {
+                *reinterpret_cast<uint4*>(to) = chunk;
+            } else {
+                const auto* values = reinterpret_cast<const __nv_bfloat16*>(&chunk);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    if (channel + i < out.columns) to[i] = values[i];
+                }
             }
         }
     }

@@ -1,5 +1,6 @@
 // One output tile of weights · activationsᵀ by a warp-specialised block: CHANNELS rows of weights on the M side of wgmma, TOKENS rows of
-// activations on its N side, so that 16 tokens waste no more than 8. Two consumer warpgroups of 64 channels each, and a loader warpgroup.
+// activations on its N side, so that 16 tokens waste no more than 8. Two consumer warpgroups of SETS times 64 channels each, and a loader
+// warpgroup.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -15,30 +16,41 @@ namespace llama4_kernels {
 // How the numbers are multiplied. fp8_scaled_steps: each 128 of K have scales of their own, of weights, activations or both.
 enum class GemmKind { bf16, fp8, fp8_scaled_steps };
 
-template <int TOKENS_, GemmKind KIND_>
+template <int TOKENS_, int SETS_, GemmKind KIND_>
 struct GemmShape {
     static constexpr int TOKENS = TOKENS_;
+    static constexpr int SETS = SETS_;
     static constexpr GemmKind KIND = KIND_;
     static constexpr bool FP8 = KIND != GemmKind::bf16;
-    static constexpr int CHANNELS = 128;
     static constexpr int CONSUMERS = 2 * hopper::WARPGROUP;
+    static constexpr int SET_CHANNELS = 64;  // of a set, on wgmma's M side
+    static constexpr int WARPGROUP_CHANNELS = SETS * SET_CHANNELS;
+    static constexpr int CHANNELS = 2 * WARPGROUP_CHANNELS;
     static constexpr int LOADERS = hopper::WARPGROUP;
     static constexpr int ROW_BYTES = 128;  // of K per stage and row, one span of the swizzle
     static constexpr int STAGE_K = FP8 ? 128 : 64;
     static constexpr int WEIGHT_BYTES = CHANNELS * ROW_BYTES;
     static constexpr int TOKEN_BYTES = TOKENS * ROW_BYTES;
-    static constexpr int STAGES = TOKENS <= 16 ? 10 : TOKENS <= 64 ? 7 : 5;
+    static constexpr int STAGES = TOKENS <= 16 ? 10 : TOKENS <= 64 ? 7 : SETS == 1 ? 5 : 4;
+    static constexpr int GATHER_LAG = STAGES > 4 ? 3 : 2;  // stages whose gathered rows are under way; the consumers have one more
     static constexpr hopper::Swizzle SWIZZLE = hopper::Swizzle::bytes_128;
-    // Steps that wgmma may add up before the sum moves to fp32 registers: its own sums of e4m3 products keep fewer bits than fp32.
-    static constexpr int PROMOTE_STEPS = KIND == GemmKind::fp8 ? 4 : 1;
+    // Steps that wgmma may add up before the sum moves to fp32 registers: its own sums of e4m3 products keep fewer bits than fp32. With more
+    // than one set there are registers for the sums of one of them, for one step.
+    static constexpr int PROMOTE_STEPS = KIND == GemmKind::fp8 && SETS == 1 ? 4 : 1;
 
     static __host__ __device__ int steps(int64_t k) { return int((k + STAGE_K - 1) / STAGE_K); }
 };
 
+// This thread's accumulators of one tile, per set.
+template <class Shape>
+using Sums = float[Shape::SETS][Shape::TOKENS / 2];
+
+// At the start of the block's shared memory, so that tiles lie at multiples of 1024 bytes, as their swizzle has it.
 template <class Shape>
 struct GemmStages {
-    alignas(1024) uint8_t weights[Shape::STAGES][Shape::WEIGHT_BYTES];
-    alignas(1024) uint8_t tokens[Shape::STAGES][Shape::TOKEN_BYTES];
+    static_assert(Shape::WEIGHT_BYTES % 1024 == 0 && Shape::TOKEN_BYTES % 1024 == 0);
+    uint8_t weights[Shape::STAGES][Shape::WEIGHT_BYTES];
+    uint8_t tokens[Shape::STAGES][Shape::TOKEN_BYTES];
     float token_scales[Shape::STAGES][Shape::KIND == GemmKind::fp8_scaled_steps ? Shape::TOKENS : 1];
     Pipeline<Shape::STAGES> pipeline;
 };
@@ -94,43 +106,50 @@ __device__ inline void multiply_stage(const uint8_t* weights, const uint8_t* tok
     }
 }
 
-// A consumer warpgroup's view of the stages: it multiplies its 64 channels, and hands stages back.
+// A consumer warpgroup's view of the stages: it multiplies its sets of 64 channels, which follow one another, and hands stages back.
 template <class Shape>
 class StageConsumer {
 public:
     using Position = PipelinePosition<Shape::STAGES>;
 
-    // warpgroup: which 64 of the tile's channels are the caller's.
-    __device__ StageConsumer(GemmStages<Shape>& stages, int warpgroup) : stages_(stages), first_byte_(warpgroup * 64 * Shape::ROW_BYTES) {}
+    // warpgroup: which WARPGROUP_CHANNELS of the tile's channels are the caller's.
+    __device__ StageConsumer(GemmStages<Shape>& stages, int warpgroup)
+        : stages_(stages), first_byte_(warpgroup * Shape::WARPGROUP_CHANNELS * Shape::ROW_BYTES) {}
 
-    // The sum over `steps` stages, for every 8 tokens 4 of this thread's accumulators (hopper::accumulator_row is the channel, …_column the
-    // token). weight_scale(step): this tile's factor for the step, with GemmKind::fp8_scaled_steps.
+    // The sum over `steps` stages, for every 8 tokens 4 of this thread's accumulators (hopper::accumulator_row is the channel of the set,
+    // …_column the token). weight_scale(step): this warpgroup's factor for the step, with GemmKind::fp8_scaled_steps.
     template <class WeightScale>
-    __device__ void sum(int steps, float (&total)[Shape::TOKENS / 2], WeightScale weight_scale) {
+    __device__ void sum(int steps, Sums<Shape>& total, WeightScale weight_scale) {
         if constexpr (Shape::KIND == GemmKind::bf16) {
             sum_run(steps, total);
         } else {
 #pragma unroll
-            for (float& value : total) value = 0.0f;
-            float sums[Shape::TOKENS / 2];
-            for (int step = 0; step < steps; step += Shape::PROMOTE_STEPS) {
-                if constexpr (Shape::KIND == GemmKind::fp8) {
+            for (int i = 0; i < Shape::SETS * VALUES; ++i) total[i / VALUES][i % VALUES] = 0.0f;
+            if constexpr (Shape::PROMOTE_STEPS > 1) {
+                Sums<Shape> sums;
+                for (int step = 0; step < steps; step += Shape::PROMOTE_STEPS) {
                     sum_run(min(Shape::PROMOTE_STEPS, steps - step), sums);
 #pragma unroll
-                    for (int i = 0; i < Shape::TOKENS / 2; ++i) total[i] += sums[i];
-                } else {
-                    add_scaled_step(weight_scale(step), sums, total);
+                    for (int i = 0; i < Shape::SETS * VALUES; ++i) total[i / VALUES][i % VALUES] += sums[i / VALUES][i % VALUES];
                 }
+            } else {
+                for (int step = 0; step < steps; ++step) add_step(Shape::KIND == GemmKind::fp8 ? 1.0f : weight_scale(step), total);
             }
         }
     }
 
 private:
+    static constexpr int VALUES = Shape::TOKENS / 2;
+
     // `steps` stages in wgmma's own accumulators; one product group stays under way while the stage before it is handed back.
-    __device__ void sum_run(int steps, float (&sums)[Shape::TOKENS / 2]) {
+    __device__ void sum_run(int steps, Sums<Shape>& sums) {
         Position before = at_;
         for (int step = 0; step < steps; ++step) {
-            multiply(sums, step > 0);
+            stages_.pipeline.wait_until_full(at_);
+            hopper::wgmma_fence();
+#pragma unroll
+            for (int set = 0; set < Shape::SETS; ++set) multiply(set, sums[set], step > 0);
+            hopper::wgmma_commit();
             if (step > 0) {
                 hopper::wgmma_wait<1>();
                 release(before);
@@ -142,9 +161,32 @@ private:
         release(before);
     }
 
-    __device__ void add_scaled_step(float weight_scale, float (&sums)[Shape::TOKENS / 2], float (&total)[Shape::TOKENS / 2]) {
-        multiply(sums, false);
-        hopper::wgmma_wait<0>();
+    // One stage, set by set: while a set's sums are added to the total, the tensor cores have the other warpgroup's products.
+    __device__ void add_step(float weight_scale, Sums<Shape>& total) {
+        float sums[VALUES];
+        stages_.pipeline.wait_until_full(at_);
+#pragma unroll
+        for (int set = 0; set < Shape::SETS; ++set) {
+            hopper::wgmma_fence();
+            multiply(set, sums, false);
+            hopper::wgmma_commit();
+            hopper::wgmma_wait<0>();
+            if constexpr (Shape::KIND == GemmKind::fp8) {
+                if (set == Shape::SETS - 1) release(at_);
+#pragma unroll
+                for (int i = 0; i < VALUES; ++i) total[set][i] += sums[i];
+            } else {
+                add_scaled(weight_scale, sums, total[set]);
+            }
+        }
+        if constexpr (Shape::KIND == GemmKind::fp8_scaled_steps) {
+            __syncwarp();
+            release(at_);
+        }
+        at_.advance();
+    }
+
+    __device__ void add_scaled(float weight_scale, const float (&sums)[VALUES], float (&total)[VALUES]) {
         const float* scales = stages_.token_scales[at_.stage] + threadIdx.x % 4 * 2;
 #pragma unroll
         for (int i = 0; i < Shape::TOKENS / 8; ++i) {
@@ -154,16 +196,12 @@ private:
             total[i * 4 + 2] += sums[i * 4 + 2] * (weight_scale * scale.x);
             total[i * 4 + 3] += sums[i * 4 + 3] * (weight_scale * scale.y);
         }
-        __syncwarp();
-        release(at_);
-        at_.advance();
     }
 
-    __device__ void multiply(float (&sums)[Shape::TOKENS / 2], bool accumulate) {
-        stages_.pipeline.wait_until_full(at_);
-        hopper::wgmma_fence();
-        multiply_stage<Shape>(stages_.weights[at_.stage] + first_byte_, stages_.tokens[at_.stage], sums, accumulate);
-        hopper::wgmma_commit();
+    // Between wgmma_fence and wgmma_commit.
+    __device__ void multiply(int set, float (&sums)[VALUES], bool accumulate) {
+        const uint8_t* weights = stages_.weights[at_.stage] + first_byte_ + set * Shape::SET_CHANNELS * Shape::ROW_BYTES;
+        multiply_stage<Shape>(weights, stages_.tokens[at_.stage], sums, accumulate);
     }
 
     // Each warp for itself, since a wait for wgmma says nothing of the other warps' share.

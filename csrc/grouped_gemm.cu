@@ -4,6 +4,8 @@
 
 #include "grouped_gemm.h"
 
+#include <cstddef>
+
 #include "device.h"
 #include "epilogue.cuh"
 #include "gemm_tile.cuh"
@@ -38,7 +40,8 @@ struct Problem {
 template <class Shape>
 struct SharedMemory {
     GemmStages<Shape> stages;
-    alignas(128) __nv_bfloat16 staging[Shape::CONSUMERS / WARPGROUP][Shape::TOKENS * 64];
+    static constexpr int STAGED_TOKENS = Shape::TOKENS < 64 ? Shape::TOKENS : 64;
+    alignas(128) __nv_bfloat16 staging[Shape::CONSUMERS / WARPGROUP][STAGED_TOKENS * Shape::SET_CHANNELS];
     int first_tile[];  // of each group, and their number
 };
 
@@ -68,8 +71,7 @@ __device__ void load_with_tma(GemmStages<Shape>& stages, const GroupTiles<Shape:
 template <class Shape, bool GATHER>
 __device__ void load_with_all_threads(GemmStages<Shape>& stages, const GroupTiles<Shape::TOKENS>& tiles, const TensorMap& weights,
                                       const TensorMap& tokens, const Problem& problem) {
-    constexpr int LAG = GATHER ? 3 : 0;
-    static_assert(LAG < Shape::STAGES);
+    constexpr int LAG = GATHER ? Shape::GATHER_LAG : 0;
     const int thread = threadIdx.x % WARPGROUP;
     PipelinePosition<Shape::STAGES> at, arriving;
     int under_way = 0;
@@ -115,12 +117,14 @@ __device__ void load_with_all_threads(GemmStages<Shape>& stages, const GroupTile
 
 // ---- the consumer warpgroups
 
+// Of the block of channels that this channel lies in.
 template <class Shape>
-__device__ inline float weight_step_scale(const Problem& problem, const GroupTile& tile, int step) {
+__device__ inline float weight_step_scale(const Problem& problem, int group, int channel, int step) {
     if (problem.b_scale.form != ScaleForm::per_block) return 1.0f;
-    const int column_blocks = (problem.n + SCALE_BLOCK - 1) / SCALE_BLOCK;
-    static_assert(Shape::CHANNELS == SCALE_BLOCK && (!Shape::FP8 || Shape::STAGE_K == SCALE_BLOCK));
-    return problem.b_scale.values[(int64_t(tile.group) * column_blocks + tile.column_tile) * problem.steps + step];
+    static_assert(!Shape::FP8 || Shape::STAGE_K == SCALE_BLOCK);
+    const int blocks = (problem.n + SCALE_BLOCK - 1) / SCALE_BLOCK;
+    const int block = min(channel / SCALE_BLOCK, blocks - 1);  // a tile may end past the last one
+    return problem.b_scale.values[(int64_t(group) * blocks + block) * problem.steps + step];
 }
 
 __device__ inline float channel_scale(const Problem& problem, int group, int channel) {
@@ -132,32 +136,41 @@ __device__ inline float channel_scale(const Problem& problem, int group, int cha
 
 template <class Shape>
 __device__ void multiply_and_store(SharedMemory<Shape>& shared, const GroupTiles<Shape::TOKENS>& tiles, const Problem& problem) {
-    const int warpgroup = threadIdx.x / WARPGROUP;
+    static_assert(SCALE_BLOCK % Shape::WARPGROUP_CHANNELS == 0, "a warpgroup's channels share the scales of their block");
+    // The same in all lanes, as the compiler then knows: descriptors stay in uniform registers.
+    const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0);
     StageConsumer<Shape> consumer(shared.stages, warpgroup);
     for (int64_t index = blockIdx.x; index < tiles.count(); index += gridDim.x) {
         const GroupTile tile = tiles[index];
-        float sums[Shape::TOKENS / 2];
-        consumer.sum(problem.steps, sums, [&](int step) { return weight_step_scale<Shape>(problem, tile, step); });
+        const int first_channel = tile.column_tile * Shape::CHANNELS + warpgroup * Shape::WARPGROUP_CHANNELS;
+        Sums<Shape> sums;
+        consumer.sum(problem.steps, sums, [&](int step) { return weight_step_scale<Shape>(problem, tile.group, first_channel, step); });
 
-        const int first_channel = tile.column_tile * Shape::CHANNELS + warpgroup * 64;
         const int rows = tile.end_row - tile.first_row;
         if constexpr (Shape::FP8) {
-            const int channel = first_channel + accumulator_row(threadIdx.x % WARPGROUP, 0);
-            scale_accumulators<Shape::TOKENS>(sums, channel_scale(problem, tile.group, channel),
-                                              channel_scale(problem, tile.group, channel + 8), [&](int token) {
-                                                  if (problem.a_scale.form == ScaleForm::per_tensor) return *problem.a_scale.values;
-                                                  if (problem.a_scale.form != ScaleForm::per_row || token >= rows) return 1.0f;
-                                                  return problem.a_scale.values[problem.source_row(tile.first_row + token)];
-                                              });
+#pragma unroll
+            for (int set = 0; set < Shape::SETS; ++set) {
+                const int channel = first_channel + set * Shape::SET_CHANNELS + accumulator_row(threadIdx.x % WARPGROUP, 0);
+                scale_accumulators<Shape::TOKENS>(sums[set], channel_scale(problem, tile.group, channel),
+                                                  channel_scale(problem, tile.group, channel + 8), [&](int token) {
+                                                      if (problem.a_scale.form == ScaleForm::per_tensor) return *problem.a_scale.values;
+                                                      if (problem.a_scale.form != ScaleForm::per_row || token >= rows) return 1.0f;
+                                                      return problem.a_scale.values[problem.source_row(tile.first_row + token)];
+                                                  });
+            }
         }
-        const int64_t first = int64_t(tile.first_row) * problem.n + first_channel;
-        const int columns = problem.n - first_channel;
-        if (problem.out_is_bf16) {
-            const OutputTile<__nv_bfloat16> out{static_cast<__nv_bfloat16*>(problem.out) + first, problem.n, rows, columns};
-            store_tile<Shape::TOKENS>(sums, out, shared.staging[warpgroup], 1 + warpgroup);
-        } else {
-            store_tile<Shape::TOKENS>(sums, OutputTile<float>{static_cast<float*>(problem.out) + first, problem.n, rows, columns}, nullptr,
-                                      0);
+        constexpr int STAGED = SharedMemory<Shape>::STAGED_TOKENS;
+#pragma unroll
+        for (int set = 0; set < Shape::SETS; ++set) {
+            const int channel = first_channel + set * Shape::SET_CHANNELS, columns = problem.n - channel;
+            const int64_t first = int64_t(tile.first_row) * problem.n + channel;
+            if (problem.out_is_bf16) {
+                const OutputTile<__nv_bfloat16> out{static_cast<__nv_bfloat16*>(problem.out) + first, problem.n, rows, columns};
+                store_tile<Shape::TOKENS, STAGED>(sums[set], out, shared.staging[warpgroup], 1 + warpgroup);
+            } else {
+                const OutputTile<float> out{static_cast<float*>(problem.out) + first, problem.n, rows, columns};
+                store_tile<Shape::TOKENS, STAGED>(sums[set], out, nullptr, 0);
+            }
         }
     }
 }
@@ -169,6 +182,8 @@ __global__ void __launch_bounds__(Shape::CONSUMERS + Shape::LOADERS, 1)
     grouped_gemm_kernel(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap tokens,
                         const __grid_constant__ Problem problem) {
     constexpr bool ALL_LOAD = GATHER || Shape::KIND == GemmKind::fp8_scaled_steps;
+    // Of the 504 that three threads, one of each warpgroup, have at launch.
+    constexpr int LOADER_REGISTERS = Shape::SETS == 1 ? 56 : 40, CONSUMER_REGISTERS = (504 - LOADER_REGISTERS) / 2;
     auto& shared = *shared_memory<SharedMemory<Shape>>();
     const int column_tiles = (problem.n + Shape::CHANNELS - 1) / Shape::CHANNELS;
     GroupTiles<Shape::TOKENS> tiles(problem.offsets, problem.groups, column_tiles, shared.first_tile);
@@ -181,14 +196,14 @@ __global__ void __launch_bounds__(Shape::CONSUMERS + Shape::LOADERS, 1)
     __syncthreads();
 
     if (threadIdx.x >= Shape::CONSUMERS) {
-        decrease_registers<56>();
+        decrease_registers<LOADER_REGISTERS>();
         if constexpr (ALL_LOAD) {
             load_with_all_threads<Shape, GATHER>(shared.stages, tiles, weights, tokens, problem);
         } else if (threadIdx.x == Shape::CONSUMERS) {
             load_with_tma<Shape>(shared.stages, tiles, weights, tokens, problem.steps);
         }
     } else {
-        increase_registers<224>();
+        increase_registers<CONSUMER_REGISTERS>();
         multiply_and_store<Shape>(shared, tiles, problem);
     }
 }
@@ -203,9 +218,10 @@ void launch_shape(const GroupedGemmArguments& a, const Problem& problem, cudaStr
         {"b", a.b, type, {k, n, uint64_t(a.groups)}, {row_bytes, n * row_bytes}, {Shape::STAGE_K, Shape::CHANNELS, 1}, Shape::SWIZZLE});
     const TensorMap tokens =
         make_tensor_map<2>({"a", a.a, type, {k, uint64_t(a.a_rows)}, {row_bytes}, {Shape::STAGE_K, Shape::TOKENS}, Shape::SWIZZLE});
-    static_assert(sizeof(SharedMemory<Shape>) + (MAX_GEMM_GROUPS + 1) * sizeof(int) <= 227 << 10, "a block's shared memory");
+    constexpr size_t BEFORE_FIRST_TILE = offsetof(SharedMemory<Shape>, first_tile);
+    static_assert(BEFORE_FIRST_TILE + (MAX_GEMM_GROUPS + 1) * sizeof(int) <= 227 << 10, "a block's shared memory");
     const int64_t tiles = most_row_tiles(a.m, a.groups, Shape::TOKENS) * ceil_div(a.n, Shape::CHANNELS);
-    const size_t shared_bytes = sizeof(SharedMemory<Shape>) + (a.groups + 1) * sizeof(int);
+    const size_t shared_bytes = BEFORE_FIRST_TILE + (a.groups + 1) * sizeof(int);
     const LaunchConfig config{"grouped_gemm", grid_of(std::min<int64_t>(tiles, multiprocessors())), dim3(Shape::CONSUMERS + Shape::LOADERS),
                               shared_bytes, stream};
     launch(config, a.rows ? &grouped_gemm_kernel<Shape, true> : &grouped_gemm_kernel<Shape, false>, weights, tokens, problem);
@@ -213,14 +229,26 @@ void launch_shape(const GroupedGemmArguments& a, const Problem& problem, cudaStr
 
 template <GemmKind KIND>
 void launch_kind(const GroupedGemmArguments& a, const Problem& problem, cudaStream_t stream) {
-    const int64_t per_group = 2 * ceil_div(a.m, a.groups);  // room for groups twice the mean, at most all rows
-    const int64_t tokens = std::min(a.m, per_group);
-    if (tokens <= 16) return launch_shape<GemmShape<16, KIND>>(a, problem, stream);
-    if (tokens <= 64) return launch_shape<GemmShape<64, KIND>>(a, problem, stream);
-    launch_shape<GemmShape<128, KIND>>(a, problem, stream);
+    const GemmTile tile = grouped_gemm_tile(a.m, a.n, a.groups, multiprocessors());
+    if (tile.tokens == 16) return launch_shape<GemmShape<16, 1, KIND>>(a, problem, stream);
+    if (tile.tokens == 64) return launch_shape<GemmShape<64, 1, KIND>>(a, problem, stream);
+    if (tile.channels == 128) return launch_shape<GemmShape<128, 1, KIND>>(a, problem, stream);
+    launch_shape<GemmShape<128, 2, KIND>>(a, problem, stream);
 }
 
 }  // namespace
+
+GemmTile grouped_gemm_tile(int64_t m, int64_t n, int groups, int multiprocessors) {
+    const int64_t rows = std::min(m, 2 * ceil_div(m, groups));  // room for groups twice the mean, at most all rows
+    if (rows <= 64) return {rows <= 16 ? 16 : 64, 128};
+    // Large tiles wait for L2, so one takes as long as its rows of weights and activations. Groups end anywhere: half a tile each is empty.
+    constexpr int TOKENS = 128;
+    const int64_t row_tiles = std::max<int64_t>(1, m / TOKENS + groups / 2);
+    const auto time = [&](int channels) {
+        return ceil_div(row_tiles * ceil_div(n, channels), multiprocessors) * (channels + TOKENS);
+    };
+    return {TOKENS, time(256) < time(128) ? 256 : 128};
+}
 
 void grouped_gemm(const GroupedGemmArguments& a, cudaStream_t stream) {
     if (a.m == 0 || a.n == 0 || a.groups == 0 || a.a_rows == 0) return;

@@ -31,4 +31,11 @@ struct GroupedGemmArguments {
 
 void grouped_gemm(const GroupedGemmArguments& arguments, cudaStream_t stream);
 
+struct GemmTile {
+    int tokens, channels;
+};
+
+// The tile for a product of these sizes, on a GPU of so many multiprocessors.
+GemmTile grouped_gemm_tile(int64_t m, int64_t n, int groups, int multiprocessors);
+
 }  // namespace llama4_kernels

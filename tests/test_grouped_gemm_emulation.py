@@ -22,8 +22,13 @@ WEIGHTS = ["bf16", "tensor", "tensor static", "channel", "block"]
 
 
 @pytest.fixture(scope="module")
-def module():
-    return emulation.op_module("grouped_gemm", emulation.load(emulation.build()))
+def kernels():
+    return emulation.load(emulation.build())
+
+
+@pytest.fixture(scope="module")
+def module(kernels):
+    return emulation.op_module("grouped_gemm", kernels)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +64,47 @@ def quantized(rows: int, k: int, per: str) -> Quantized:
 @pytest.mark.parametrize("sizes", GROUPS, ids=str)
 def test_ragged_groups(op, sizes, form):
     assert_like_reference(op, torch.randn(sum(sizes), 256).bfloat16(), linear(form, len(sizes), 136, 256), offsets_of(sizes))
+
+
+TILES = [
+    ((16, 128), [3, 0, 5], 264),
+    ((64, 128), [20, 0, 30], 264),
+    ((128, 128), [70, 0, 130, 1], 72),
+    ((128, 128), [230], 264),
+    ((128, 256), [70, 0, 130, 1], 440),
+    ((128, 256), [0, 128, 5, 0, 256], 512),
+    ((128, 256), [300, 0], 136),
+]
+
+
+@pytest.mark.parametrize(("a", "form"), [("bf16", "bf16"), ("row", "channel"), ("block", "block")], ids=["bf16", "fp8", "fp8 scaled steps"])
+@pytest.mark.parametrize("gather", [False, True], ids=["in place", "gathered"])
+@pytest.mark.parametrize(("tile", "sizes", "n"), TILES, ids=str)
+def test_every_tile_in_every_kind(kernels, op, tile, sizes, n, gather, a, form):
+    """More steps than a large tile has stages, the last of them cut short, beside rows and channels that end inside a tile."""
+    m, k = sum(sizes), 720
+    assert kernels.grouped_gemm_tile(m=m, n=n, groups=len(sizes), multiprocessors=3) == tile
+    activations = torch.randn(m, k).bfloat16() if a == "bf16" else quantized(m, k, a)
+    rows = torch.randperm(m, dtype=torch.int32) if gather else None
+    assert_like_reference(op, activations, linear(form, len(sizes), n, k), offsets_of(sizes), rows)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "groups", "tile"),
+    [
+        (8192, 8192, 16, (128, 256)),
+        (8192, 2048, 16, (128, 256)),
+        (8192, 2048, 128, (128, 256)),  # 16 rounds of the small tile
+        (1024, 2048, 16, (128, 256)),  # 128 tiles for 132 multiprocessors; 256 of the small ones would be two rounds
+        (1024, 2048, 1, (128, 128)),  # 64 tiles would leave half of the multiprocessors idle
+        (8192, 128, 16, (128, 128)),  # half of a wide tile would be empty
+        (64, 2048, 2, (64, 128)),
+        (64, 2048, 16, (16, 128)),
+        (1, 8192, 16, (16, 128)),
+    ],
+)
+def test_which_tile(kernels, m, n, groups, tile):
+    assert kernels.grouped_gemm_tile(m=m, n=n, groups=groups, multiprocessors=132) == tile
 
 
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
@@ -157,7 +203,12 @@ def test_arguments_that_it_does_not_take(module, monkeypatch, a, b, reason):
 NAN = "nan"
 PLANTED = {
     "a stage handed back too early": (
-        "gemm_tile.cuh", "multiply(sums, step > 0);", "multiply(sums, step > 0), release(at_);", "may still read|more arrivals"),
+        "gemm_tile.cuh", "multiply(set, sums, false);", "multiply(set, sums, false), release(at_);", "may still read|more arrivals"),
+    "the second set's weights for the first": (
+        "gemm_tile.cuh", "+ set * Shape::SET_CHANNELS * Shape::ROW_BYTES", "+ (1 - set) * Shape::SET_CHANNELS * Shape::ROW_BYTES", "wrong"),
+    "the first set's channels for both": (
+        "grouped_gemm.cu", "const int channel = first_channel + set * Shape::SET_CHANNELS, columns", "const int channel = first_channel, columns", NAN),
+    "half a tile's tokens staged in place of the others": ("epilogue.cuh", "first / 2 + i * 8", "i * 8", "wrong"),
     "a token past the group stored": ("grouped_gemm.cu", "int rows = tile.end_row -", "int rows = 1 + tile.end_row -", "guard"),
     "scales of the next token": ("epilogue.cuh", "i * 4 + pair));", "i * 4 + 1 - pair));", "wrong"),
     "a gather without its proxy fence": ("grouped_gemm.cu", "if (GATHER) fence_async_proxy();", "", "without a fence_async_proxy"),
@@ -170,7 +221,7 @@ PLANTED = {
 def test_a_planted_bug_is_noticed(bug):
     file, old, new, sign = PLANTED[bug]
     op = emulation.op_module("grouped_gemm", emulation.load(emulation.build(planted={file: (old, new)}))).grouped_gemm
-    a, b, offsets = quantized(150, 400, "row"), linear("channel", 3, 200, 400), int32(0, 1, 90, 150)
+    a, b, offsets = quantized(150, 1040, "row"), linear("channel", 3, 200, 1040), int32(0, 1, 90, 150)
     rows = torch.randint(0, 150, (150,), dtype=torch.int32) if "gather" in bug else None
     try:
         got = run(op, a, b, offsets, rows)
