@@ -43,6 +43,9 @@ OVERLAP_STEPS = 8
 # Speculative algorithms whose drafts are one chain of tokens, with --speculative-eagle-topk 1.
 CHAIN_DRAFTS = ("EAGLE", "EAGLE3", "STANDALONE")
 
+# Caches that rope_qk_norm writes and chunked_attention reads: no e5m2, no 4 bits, no scales per block.
+KV_CACHE_DTYPES = ("auto", "bf16", "bfloat16", "fp8_e4m3")
+
 
 class Llama4MoE(nn.Module):
     """Routed experts, top-1, and the shared expert; the output is this rank's part of the sum."""
@@ -280,8 +283,16 @@ def _check_server() -> None:
     ):
         if asked:
             raise ValueError(f"--model-impl llama4_kernels does not serve Llama 4 with {flag}")
+    check_kv_cache(get_model().kv_cache_dtype)
     if get_spec().speculative_algorithm is not None:
         check_speculation(get_spec().speculative_algorithm, get_spec().speculative_eagle_topk)
+
+
+def check_kv_cache(kv_cache_dtype: str) -> None:
+    """ValueError for a --kv-cache-dtype that the attention ops do not take."""
+    if kv_cache_dtype not in KV_CACHE_DTYPES:
+        needs = " or ".join(KV_CACHE_DTYPES)
+        raise ValueError(f"--model-impl llama4_kernels does not serve Llama 4 with --kv-cache-dtype {kv_cache_dtype}, needs {needs}")
 
 
 def check_speculation(algorithm: str, topk: int) -> None:
