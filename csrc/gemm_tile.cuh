@@ -26,6 +26,7 @@ struct GemmShape {
     static constexpr int SET_CHANNELS = 64;  // of a set, on wgmma's M side
     static constexpr int WARPGROUP_CHANNELS = SETS * SET_CHANNELS;
     static constexpr int CHANNELS = 2 * WARPGROUP_CHANNELS;
+    static constexpr int CLUSTER = SETS == 1 ? 1 : 2;  // blocks that share what their tiles have in common
     static constexpr int LOADERS = hopper::WARPGROUP;
     static constexpr int ROW_BYTES = 128;  // of K per stage and row, one span of the swizzle
     static constexpr int STAGE_K = FP8 ? 128 : 64;
@@ -34,8 +35,8 @@ struct GemmShape {
     static constexpr int STAGES = TOKENS <= 16 ? 10 : TOKENS <= 64 ? 7 : SETS == 1 ? 5 : 4;
     static constexpr int GATHER_LAG = STAGES > 4 ? 3 : 2;  // stages whose gathered rows are under way; the consumers have one more
     static constexpr hopper::Swizzle SWIZZLE = hopper::Swizzle::bytes_128;
-    // Steps that wgmma may add up before the sum moves to fp32 registers: its own sums of e4m3 products keep fewer bits than fp32. With more
-    // than one set there are registers for the sums of one of them, for one step.
+    // Steps that wgmma may add up before the sum moves to fp32 registers: its own sums of e4m3 products keep fewer bits than fp32. With two
+    // sets there are registers for the sums of one of them, for one step.
     static constexpr int PROMOTE_STEPS = KIND == GemmKind::fp8 && SETS == 1 ? 4 : 1;
 
     static __host__ __device__ int steps(int64_t k) { return int((k + STAGE_K - 1) / STAGE_K); }
@@ -204,9 +205,14 @@ private:
         multiply_stage<Shape>(weights, stages_.tokens[at_.stage], sums, accumulate);
     }
 
-    // Each warp for itself, since a wait for wgmma says nothing of the other warps' share.
+    // Each warp for itself, since a wait for wgmma says nothing of the other warps' share; to every block that may write to the stage.
     __device__ void release(Position at) {
-        if (threadIdx.x % hopper::WARP == 0) stages_.pipeline.empty[at.stage].arrive();
+        const unsigned lane = threadIdx.x % hopper::WARP;
+        if constexpr (Shape::CLUSTER > 1) {
+            if (lane < Shape::CLUSTER) stages_.pipeline.empty[at.stage].arrive_remote(lane);
+        } else {
+            if (lane == 0) stages_.pipeline.empty[at.stage].arrive();
+        }
     }
 
     GemmStages<Shape>& stages_;

@@ -1,6 +1,6 @@
-// grouped_gemm: a persistent grid whose blocks walk the output tiles of all groups. In a block, a loader warpgroup fills a ring of stages,
-// with TMA or where rows are gathered with cp.async, and runs ahead over the ends of tiles; two consumer warpgroups multiply, scale and
-// store.
+// grouped_gemm: a persistent grid whose blocks, or clusters of two, walk the output tiles of all groups. In a block, a loader warpgroup
+// fills a ring of stages, with TMA or where rows are gathered with cp.async, and runs ahead over the ends of tiles; two consumer warpgroups
+// multiply, scale and store.
 
 #include "grouped_gemm.h"
 
@@ -9,6 +9,7 @@
 #include "device.h"
 #include "epilogue.cuh"
 #include "gemm_tile.cuh"
+#include "hopper/cluster.cuh"
 #include "hopper/registers.cuh"
 #include "tile_scheduler.cuh"
 
@@ -45,23 +46,104 @@ struct SharedMemory {
     int first_tile[];  // of each group, and their number
 };
 
+// ---- which tile
+
+// What a tile has in common with that of the cluster's other block.
+enum class Shared { nothing, weights, tokens };
+
+struct BlockTile {
+    int group, first_row, end_row, column_tile;
+    Shared shared;
+};
+
+// The tiles of this block. A cluster of two blocks takes two tiles of a group at a time: of two row tiles, one above the other, first the
+// one column tile and then the next, and of a last row tile without a partner both column tiles at once.
+template <class Shape>
+class BlockTiles {
+public:
+    // first_tile: shared memory of groups + 1 elements, for fill.
+    __device__ BlockTiles(const Problem& problem, int* first_tile)
+        : offsets_(problem.offsets), tiles_(problem.offsets, problem.groups, (problem.n + WIDTH - 1) / WIDTH, first_tile) {}
+
+    // By all lanes of one warp, before a barrier of the block.
+    __device__ void fill() { tiles_.fill(); }
+
+    // index from `first` to `count` in steps of `step`.
+    __device__ static int64_t first() { return blockIdx.x / Shape::CLUSTER; }
+    __device__ static int64_t step() { return gridDim.x / Shape::CLUSTER; }
+    __device__ int64_t count() const { return tiles_.count(); }
+
+    __device__ BlockTile operator[](int64_t index) const {
+        const GroupTile tile = tiles_[index];
+        if constexpr (Shape::CLUSTER == 1) {
+            return {tile.group, tile.first_row, tile.end_row, tile.column_tile, Shared::nothing};
+        } else {
+            const int rank = cluster_rank(), turn = (tile.first_row - offsets_[tile.group]) / Shape::TOKENS % 2;
+            if (turn == 0 && tile.first_row + Shape::TOKENS >= tile.end_row)
+                return {tile.group, tile.first_row, tile.end_row, tile.column_tile * 2 + rank, Shared::tokens};
+            return {tile.group, tile.first_row + (rank - turn) * Shape::TOKENS, tile.end_row, tile.column_tile * 2 + turn, Shared::weights};
+        }
+    }
+
+private:
+    static constexpr int WIDTH = Shape::CLUSTER * Shape::CHANNELS;
+
+    const int* offsets_;
+    GroupTiles<Shape::TOKENS> tiles_;
+};
+
 // ---- the loader warpgroup
+
+template <class Shape>
+__device__ inline void wait_until_empty(GemmStages<Shape>& stages, PipelinePosition<Shape::STAGES> at) {
+    if constexpr (Shape::CLUSTER > 1) {
+        stages.pipeline.empty[at.stage].wait_cluster(at.parity ^ 1);
+    } else {
+        stages.pipeline.wait_until_empty(at);
+    }
+}
+
+// ROWS rows of a stage by TMA, in as many parts as the cluster has blocks. Where they are shared, each block loads a part for all.
+template <class Shape, int ROWS, L2 HINT, class... Group>
+__device__ inline void load_rows(uint8_t* to, const TensorMap& map, Barrier& full, bool shared, int step, int first_row, Group... group) {
+    constexpr int PART = ROWS / Shape::CLUSTER;
+#pragma unroll
+    for (int part = 0; part < Shape::CLUSTER; ++part) {
+        const int k = step * Shape::STAGE_K, row = first_row + part * PART;
+        uint8_t* part_to = to + part * PART * Shape::ROW_BYTES;
+        if (Shape::CLUSTER == 1 || !shared) {
+            tma_load<HINT>(part_to, map, full, k, row, group...);
+        } else if (part == int(cluster_rank())) {
+            tma_load_multicast<HINT>(part_to, map, full, (1 << Shape::CLUSTER) - 1, k, row, group...);
+        }
+    }
+}
+
+// By one thread, one arrival at `full`: a stage's weights, and unless they are gathered its activations.
+template <class Shape, bool GATHER, L2 WEIGHT_HINT, L2 TOKEN_HINT>
+__device__ inline void load_stage(GemmStages<Shape>& stages, int stage, const BlockTile& tile, int step, const TensorMap& weights,
+                                  const TensorMap& tokens) {
+    Barrier& full = stages.pipeline.full[stage];
+    full.arrive_expect(Shape::WEIGHT_BYTES + (GATHER ? 0 : Shape::TOKEN_BYTES));
+    load_rows<Shape, Shape::CHANNELS, WEIGHT_HINT>(stages.weights[stage], weights, full, tile.shared == Shared::weights, step,
+                                                   tile.column_tile * Shape::CHANNELS, tile.group);
+    if constexpr (!GATHER) {
+        load_rows<Shape, Shape::TOKENS, TOKEN_HINT>(stages.tokens[stage], tokens, full, tile.shared == Shared::tokens, step,
+                                                    tile.first_row);
+    }
+}
 
 // One thread: weights and activations of every step by TMA.
 template <class Shape>
-__device__ void load_with_tma(GemmStages<Shape>& stages, const GroupTiles<Shape::TOKENS>& tiles, const TensorMap& weights,
-                              const TensorMap& tokens, int steps) {
+__device__ void load_with_tma(GemmStages<Shape>& stages, const BlockTiles<Shape>& tiles, const TensorMap& weights, const TensorMap& tokens,
+                              int steps) {
     constexpr L2 WEIGHT_HINT = Shape::TOKENS <= 16 ? L2::evict_first : L2::normal;
     PipelinePosition<Shape::STAGES> at;
-    for (int64_t index = blockIdx.x; index < tiles.count(); index += gridDim.x) {
-        const GroupTile tile = tiles[index];
+    for (int64_t index = tiles.first(); index < tiles.count(); index += tiles.step()) {
+        const BlockTile tile = tiles[index];
         for (int step = 0; step < steps; ++step, at.advance()) {
-            stages.pipeline.wait_until_empty(at);
-            Barrier& full = stages.pipeline.full[at.stage];
-            full.arrive_expect(Shape::WEIGHT_BYTES + Shape::TOKEN_BYTES);
-            tma_load<WEIGHT_HINT>(stages.weights[at.stage], weights, full, step * Shape::STAGE_K, tile.column_tile * Shape::CHANNELS,
-                                  tile.group);
-            tma_load<L2::evict_last>(stages.tokens[at.stage], tokens, full, step * Shape::STAGE_K, tile.first_row);
+            wait_until_empty(stages, at);
+            load_stage<Shape, false, WEIGHT_HINT, L2::evict_last>(stages, at.stage, tile, step, weights, tokens);
         }
     }
 }
@@ -69,7 +151,7 @@ __device__ void load_with_tma(GemmStages<Shape>& stages, const GroupTiles<Shape:
 // All threads of the warpgroup: they gather rows and fetch the steps' scales, and one of them loads what TMA can. A stage's copies are
 // waited for LAG stages later, so that several are under way.
 template <class Shape, bool GATHER>
-__device__ void load_with_all_threads(GemmStages<Shape>& stages, const GroupTiles<Shape::TOKENS>& tiles, const TensorMap& weights,
+__device__ void load_with_all_threads(GemmStages<Shape>& stages, const BlockTiles<Shape>& tiles, const TensorMap& weights,
                                       const TensorMap& tokens, const Problem& problem) {
     constexpr int LAG = GATHER ? Shape::GATHER_LAG : 0;
     const int thread = threadIdx.x % WARPGROUP;
@@ -81,20 +163,15 @@ __device__ void load_with_all_threads(GemmStages<Shape>& stages, const GroupTile
         arriving.advance();
         --under_way;
     };
-    for (int64_t index = blockIdx.x; index < tiles.count(); index += gridDim.x) {
-        const GroupTile tile = tiles[index];
+    for (int64_t index = tiles.first(); index < tiles.count(); index += tiles.step()) {
+        const BlockTile tile = tiles[index];
         const int row = tile.first_row + thread;
         const bool has_row = thread < Shape::TOKENS && row < tile.end_row;
         const int64_t source = has_row && Shape::KIND == GemmKind::fp8_scaled_steps ? problem.source_row(row) : 0;
         const RowGather<Shape> gather(problem.a, problem.row_bytes, problem.rows, tile.first_row, GATHER ? tile.end_row : 0);
         for (int step = 0; step < problem.steps; ++step, at.advance()) {
-            stages.pipeline.wait_until_empty(at);
-            Barrier& full = stages.pipeline.full[at.stage];
-            if (thread == 0) {
-                full.arrive_expect(Shape::WEIGHT_BYTES + (GATHER ? 0 : Shape::TOKEN_BYTES));
-                tma_load(stages.weights[at.stage], weights, full, step * Shape::STAGE_K, tile.column_tile * Shape::CHANNELS, tile.group);
-                if (!GATHER) tma_load(stages.tokens[at.stage], tokens, full, step * Shape::STAGE_K, tile.first_row);
-            }
+            wait_until_empty(stages, at);
+            if (thread == 0) load_stage<Shape, GATHER, L2::normal, L2::normal>(stages, at.stage, tile, step, weights, tokens);
             if constexpr (Shape::KIND == GemmKind::fp8_scaled_steps) {
                 if (thread < Shape::TOKENS) {
                     const bool per_block = problem.a_scale.form == ScaleForm::per_block;
@@ -135,13 +212,13 @@ __device__ inline float channel_scale(const Problem& problem, int group, int cha
 }
 
 template <class Shape>
-__device__ void multiply_and_store(SharedMemory<Shape>& shared, const GroupTiles<Shape::TOKENS>& tiles, const Problem& problem) {
+__device__ void multiply_and_store(SharedMemory<Shape>& shared, const BlockTiles<Shape>& tiles, const Problem& problem) {
     static_assert(SCALE_BLOCK % Shape::WARPGROUP_CHANNELS == 0, "a warpgroup's channels share the scales of their block");
     // The same in all lanes, as the compiler then knows: descriptors stay in uniform registers.
     const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0);
     StageConsumer<Shape> consumer(shared.stages, warpgroup);
-    for (int64_t index = blockIdx.x; index < tiles.count(); index += gridDim.x) {
-        const GroupTile tile = tiles[index];
+    for (int64_t index = tiles.first(); index < tiles.count(); index += tiles.step()) {
+        const BlockTile tile = tiles[index];
         const int first_channel = tile.column_tile * Shape::CHANNELS + warpgroup * Shape::WARPGROUP_CHANNELS;
         Sums<Shape> sums;
         consumer.sum(problem.steps, sums, [&](int step) { return weight_step_scale<Shape>(problem, tile.group, first_channel, step); });
@@ -185,15 +262,19 @@ __global__ void __launch_bounds__(Shape::CONSUMERS + Shape::LOADERS, 1)
     // Of the 504 that three threads, one of each warpgroup, have at launch.
     constexpr int LOADER_REGISTERS = Shape::SETS == 1 ? 56 : 40, CONSUMER_REGISTERS = (504 - LOADER_REGISTERS) / 2;
     auto& shared = *shared_memory<SharedMemory<Shape>>();
-    const int column_tiles = (problem.n + Shape::CHANNELS - 1) / Shape::CHANNELS;
-    GroupTiles<Shape::TOKENS> tiles(problem.offsets, problem.groups, column_tiles, shared.first_tile);
+    BlockTiles<Shape> tiles(problem, shared.first_tile);
     if (threadIdx.x < WARP) tiles.fill();
     if (threadIdx.x == Shape::CONSUMERS) {
-        shared.stages.pipeline.init(1 + (ALL_LOAD ? Shape::LOADERS : 0), Shape::CONSUMERS / WARP);
+        shared.stages.pipeline.init(1 + (ALL_LOAD ? Shape::LOADERS : 0), Shape::CLUSTER * Shape::CONSUMERS / WARP);
         prefetch_tensor_map(weights);
         prefetch_tensor_map(tokens);
     }
-    __syncthreads();
+    if constexpr (Shape::CLUSTER > 1) {
+        __syncwarp();
+        cluster_sync();
+    } else {
+        __syncthreads();
+    }
 
     if (threadIdx.x >= Shape::CONSUMERS) {
         decrease_registers<LOADER_REGISTERS>();
@@ -206,6 +287,10 @@ __global__ void __launch_bounds__(Shape::CONSUMERS + Shape::LOADERS, 1)
         increase_registers<CONSUMER_REGISTERS>();
         multiply_and_store<Shape>(shared, tiles, problem);
     }
+    if constexpr (Shape::CLUSTER > 1) {
+        __syncwarp();
+        cluster_sync();  // the other block may still arrive here
+    }
 }
 
 // ---- launch
@@ -214,16 +299,22 @@ template <class Shape>
 void launch_shape(const GroupedGemmArguments& a, const Problem& problem, cudaStream_t stream) {
     const auto type = Shape::FP8 ? ElementType::uint8 : ElementType::bfloat16;
     const uint64_t row_bytes = problem.row_bytes, k = a.k, n = a.n;
-    const TensorMap weights = make_tensor_map<3>(
-        {"b", a.b, type, {k, n, uint64_t(a.groups)}, {row_bytes, n * row_bytes}, {Shape::STAGE_K, Shape::CHANNELS, 1}, Shape::SWIZZLE});
-    const TensorMap tokens =
-        make_tensor_map<2>({"a", a.a, type, {k, uint64_t(a.a_rows)}, {row_bytes}, {Shape::STAGE_K, Shape::TOKENS}, Shape::SWIZZLE});
+    const TensorMap weights = make_tensor_map<3>({"b",
+                                                  a.b,
+                                                  type,
+                                                  {k, n, uint64_t(a.groups)},
+                                                  {row_bytes, n * row_bytes},
+                                                  {Shape::STAGE_K, Shape::CHANNELS / Shape::CLUSTER, 1},
+                                                  Shape::SWIZZLE});
+    const TensorMap tokens = make_tensor_map<2>(
+        {"a", a.a, type, {k, uint64_t(a.a_rows)}, {row_bytes}, {Shape::STAGE_K, Shape::TOKENS / Shape::CLUSTER}, Shape::SWIZZLE});
     constexpr size_t BEFORE_FIRST_TILE = offsetof(SharedMemory<Shape>, first_tile);
     static_assert(BEFORE_FIRST_TILE + (MAX_GEMM_GROUPS + 1) * sizeof(int) <= 227 << 10, "a block's shared memory");
-    const int64_t tiles = most_row_tiles(a.m, a.groups, Shape::TOKENS) * ceil_div(a.n, Shape::CHANNELS);
+    const int64_t tiles = most_row_tiles(a.m, a.groups, Shape::TOKENS) * ceil_div(a.n, Shape::CHANNELS * Shape::CLUSTER);
+    const int64_t clusters = std::min<int64_t>(tiles, std::max(1, multiprocessors() / Shape::CLUSTER));
     const size_t shared_bytes = BEFORE_FIRST_TILE + (a.groups + 1) * sizeof(int);
-    const LaunchConfig config{"grouped_gemm", grid_of(std::min<int64_t>(tiles, multiprocessors())), dim3(Shape::CONSUMERS + Shape::LOADERS),
-                              shared_bytes, stream};
+    const LaunchConfig config{"grouped_gemm", grid_of(clusters * Shape::CLUSTER), dim3(Shape::CONSUMERS + Shape::LOADERS),
+                              shared_bytes, stream, Shape::CLUSTER};
     launch(config, a.rows ? &grouped_gemm_kernel<Shape, true> : &grouped_gemm_kernel<Shape, false>, weights, tokens, problem);
 }
 
@@ -241,13 +332,13 @@ void launch_kind(const GroupedGemmArguments& a, const Problem& problem, cudaStre
 GemmTile grouped_gemm_tile(int64_t m, int64_t n, int groups, int multiprocessors) {
     const int64_t rows = std::min(m, 2 * ceil_div(m, groups));  // room for groups twice the mean, at most all rows
     if (rows <= 64) return {rows <= 16 ? 16 : 64, 128};
-    // Large tiles wait for L2, so one takes as long as its rows of weights and activations. Groups end anywhere: half a tile each is empty.
+    // Tiles wait for L2, and a block of two that share 256 channels of weights brings as much as one of 128 channels alone: a round takes
+    // as long with either. Groups end anywhere: half a tile each is empty.
     constexpr int TOKENS = 128;
     const int64_t row_tiles = std::max<int64_t>(1, m / TOKENS + groups / 2);
-    const auto time = [&](int channels) {
-        return ceil_div(row_tiles * ceil_div(n, channels), multiprocessors) * (channels + TOKENS);
-    };
-    return {TOKENS, time(256) < time(128) ? 256 : 128};
+    const int64_t rounds = ceil_div(row_tiles * ceil_div(n, 128), multiprocessors);
+    const int64_t cluster_rounds = ceil_div(row_tiles * ceil_div(n, 2 * 256), std::max(1, multiprocessors / 2));
+    return {TOKENS, cluster_rounds < rounds ? 256 : 128};
 }
 
 void grouped_gemm(const GroupedGemmArguments& a, cudaStream_t stream) {

@@ -71,9 +71,9 @@ TILES = [
     ((64, 128), [20, 0, 30], 264),
     ((128, 128), [70, 0, 130, 1], 72),
     ((128, 128), [230], 264),
-    ((128, 256), [70, 0, 130, 1], 440),
+    ((128, 256), [70, 0, 130, 1], 440),  # one row tile, or two that share weights; a column tile that is not full
     ((128, 256), [0, 128, 5, 0, 256], 512),
-    ((128, 256), [300, 0], 136),
+    ((128, 256), [300, 0], 1160),  # three row tiles; five column tiles, in pairs
 ]
 
 
@@ -94,10 +94,12 @@ def test_every_tile_in_every_kind(kernels, op, tile, sizes, n, gather, a, form):
     [
         (8192, 8192, 16, (128, 256)),
         (8192, 2048, 16, (128, 256)),
-        (8192, 2048, 128, (128, 256)),  # 16 rounds of the small tile
+        (8192, 2048, 128, (128, 256)),  # 8 rounds, of the small tile 16
         (1024, 2048, 16, (128, 256)),  # 128 tiles for 132 multiprocessors; 256 of the small ones would be two rounds
-        (1024, 2048, 1, (128, 128)),  # 64 tiles would leave half of the multiprocessors idle
-        (8192, 128, 16, (128, 128)),  # half of a wide tile would be empty
+        (1024, 2048, 1, (128, 128)),  # one round with either; 64 wide tiles would leave half of the multiprocessors idle
+        (8192, 768, 16, (128, 256)),  # 3 column tiles are 2 pairs: 3 rounds, of the small tile 4
+        (8192, 640, 16, (128, 128)),  # 3 rounds with either
+        (8192, 128, 16, (128, 128)),  # three of four wide tiles would be empty
         (64, 2048, 2, (64, 128)),
         (64, 2048, 16, (16, 128)),
         (1, 8192, 16, (16, 128)),
@@ -116,25 +118,26 @@ def test_tails_of_n_and_k(op, n, k, form, out_dtype):
 
 @pytest.mark.parametrize("per", ["tensor", "row", "block"])
 @pytest.mark.parametrize("form", ["tensor", "channel", "block"])
-@pytest.mark.parametrize("sizes", [[9, 0, 3], [130, 20]], ids=str)
-def test_activations_with_every_scale(op, sizes, form, per):
-    a, b = quantized(sum(sizes), 400, per), linear(form, len(sizes), 200, 400)
+@pytest.mark.parametrize(("sizes", "n"), [([9, 0, 3], 200), ([130, 20], 200), ([130, 20], 440)], ids=str)
+def test_activations_with_every_scale(op, sizes, n, form, per):
+    a, b = quantized(sum(sizes), 400, per), linear(form, len(sizes), n, 400)
     assert_like_reference(op, a, b, offsets_of(sizes), out_dtype=torch.float32)
 
 
 @pytest.mark.parametrize("a", ["bf16", "tensor", "row", "block"])
-@pytest.mark.parametrize("sizes", [[4, 0, 3], [70, 50], [0, 260]], ids=str)
-def test_rows_are_gathered(op, sizes, a):
+@pytest.mark.parametrize(("sizes", "n"), [([4, 0, 3], 72), ([70, 50], 72), ([0, 260], 72), ([0, 260], 440)], ids=str)
+def test_rows_are_gathered(op, sizes, n, a):
     activations = torch.randn(41, 656).bfloat16() if a == "bf16" else quantized(41, 656, a)
     rows = torch.randint(0, 41, (sum(sizes),), dtype=torch.int32)
-    assert_like_reference(op, activations, linear("bf16" if a == "bf16" else "channel", len(sizes), 72, 656), offsets_of(sizes), rows)
+    assert_like_reference(op, activations, linear("bf16" if a == "bf16" else "channel", len(sizes), n, 656), offsets_of(sizes), rows)
 
 
 @pytest.mark.parametrize("form", ["bf16", "channel", "block"])
 @pytest.mark.parametrize("gather", [False, True])
-def test_what_stands_past_the_last_group_does_not_matter(op, form, gather):
+@pytest.mark.parametrize("n", [72, 440])
+def test_what_stands_past_the_last_group_does_not_matter(op, form, gather, n):
     """NaN in its activations, rows out of range: the groups' rows keep their bits, and no byte past the output changes."""
-    a, b, offsets = torch.randn(90, 256).bfloat16(), linear(form, 2, 72, 256), int32(0, 40, 70)
+    a, b, offsets = torch.randn(90, 256).bfloat16(), linear(form, 2, n, 256), int32(0, 40, 70)
     clean = run(op, a, b, offsets)
     a[70:] = float("nan")
     rows = torch.cat([torch.arange(70), torch.tensor([10**6, -1])]).int() if gather else None
@@ -142,9 +145,9 @@ def test_what_stands_past_the_last_group_does_not_matter(op, form, gather):
 
 
 @pytest.mark.parametrize("form", ["bf16", "channel", "block"])
-@pytest.mark.parametrize("sizes", [[4, 2], [70, 60]], ids=str)
-def test_a_row_of_nan_touches_no_other_row(op, sizes, form):
-    a, b, offsets = torch.randn(sum(sizes), 256).bfloat16(), linear(form, 2, 72, 256), offsets_of(sizes)
+@pytest.mark.parametrize(("sizes", "n"), [([4, 2], 72), ([70, 60], 72), ([150, 60], 440)], ids=str)
+def test_a_row_of_nan_touches_no_other_row(op, sizes, n, form):
+    a, b, offsets = torch.randn(sum(sizes), 256).bfloat16(), linear(form, 2, n, 256), offsets_of(sizes)
     clean = run(op, a, b, offsets)
     a[2] = float("nan")
     spoilt = run(op, a, b, offsets)
@@ -154,8 +157,9 @@ def test_a_row_of_nan_touches_no_other_row(op, sizes, form):
 
 
 @pytest.mark.parametrize("form", ["bf16", "channel", "block"])
-def test_gives_the_same_bits_however_threads_take_turns(op, form):
-    a, b, offsets = torch.randn(150, 640).bfloat16(), linear(form, 3, 200, 640), int32(0, 1, 90, 150)
+@pytest.mark.parametrize("n", [200, 440])
+def test_gives_the_same_bits_however_threads_take_turns(op, form, n):
+    a, b, offsets = torch.randn(300, 640).bfloat16(), linear(form, 3, n, 640), int32(0, 1, 90, 300)
     assert_same_bits(*(run(op, a, b, offsets) for _ in range(2)))
 
 
@@ -208,6 +212,14 @@ PLANTED = {
         "gemm_tile.cuh", "+ set * Shape::SET_CHANNELS * Shape::ROW_BYTES", "+ (1 - set) * Shape::SET_CHANNELS * Shape::ROW_BYTES", "wrong"),
     "the first set's channels for both": (
         "grouped_gemm.cu", "const int channel = first_channel + set * Shape::SET_CHANNELS, columns", "const int channel = first_channel, columns", NAN),
+    "a stage handed back to its own block alone": (
+        "gemm_tile.cuh", "arrive_remote(lane);", "arrive_remote(hopper::cluster_rank());", "may still read|still writes|another copy"),
+    "a stage handed back to the first block alone": ("gemm_tile.cuh", "if (lane < Shape::CLUSTER)", "if (lane == 0)", "deadlock"),
+    "a part that both blocks load": ("grouped_gemm.cu", "part == int(cluster_rank())", "part == 0", "another copy|lacks|more"),
+    "shared weights for another column tile": (
+        "grouped_gemm.cu", "tile.column_tile * 2 + turn, Shared", "tile.column_tile * 2 + rank, Shared", NAN),
+    "a row tile taken twice": ("grouped_gemm.cu", "+ (rank - turn) * Shape::TOKENS", "+ (1 - turn) * Shape::TOKENS", NAN),
+    "a block that does not wait for the other": ("grouped_gemm.cu", "cluster_sync();  // the other", "// the other", "which has ended"),
     "half a tile's tokens staged in place of the others": ("epilogue.cuh", "first / 2 + i * 8", "i * 8", "wrong"),
     "a token past the group stored": ("grouped_gemm.cu", "int rows = tile.end_row -", "int rows = 1 + tile.end_row -", "guard"),
     "scales of the next token": ("epilogue.cuh", "i * 4 + pair));", "i * 4 + 1 - pair));", "wrong"),
@@ -221,8 +233,8 @@ PLANTED = {
 def test_a_planted_bug_is_noticed(bug):
     file, old, new, sign = PLANTED[bug]
     op = emulation.op_module("grouped_gemm", emulation.load(emulation.build(planted={file: (old, new)}))).grouped_gemm
-    a, b, offsets = quantized(150, 1040, "row"), linear("channel", 3, 200, 1040), int32(0, 1, 90, 150)
-    rows = torch.randint(0, 150, (150,), dtype=torch.int32) if "gather" in bug else None
+    a, b, offsets = quantized(300, 1040, "row"), linear("channel", 3, 440, 1040), int32(0, 1, 300, 300)
+    rows = torch.randint(0, 300, (300,), dtype=torch.int32) if "gather" in bug else None
     try:
         got = run(op, a, b, offsets, rows)
     except (RuntimeError, AssertionError) as noticed:
@@ -246,8 +258,8 @@ libc = ctypes.CDLL(None)
 libc.aligned_alloc.restype = libc.calloc.restype = ctypes.c_void_p
 def floats(count): return libc.calloc(ctypes.c_size_t(count), ctypes.c_size_t(4))
 def rows_of(count, size): return libc.aligned_alloc(ctypes.c_size_t(16), ctypes.c_size_t(count * size))
-n, k = 136, 272
-for sizes in ([2, 0, 1], [60, 3, 1], [130, 0, 7]):
+k = 272
+for sizes, n in (([2, 0, 1], 136), ([60, 3, 1], 136), ([130, 0, 7], 136), ([130, 0, 7], 392)):
     m = sum(sizes)
     offsets = (ctypes.c_int * 4)(*(sum(sizes[:i]) for i in range(4)))
     rows = (ctypes.c_int * m)(*range(m))
@@ -258,5 +270,5 @@ for sizes in ([2, 0, 1], [60, 3, 1], [130, 0, 7]):
                 a=rows_of(m, k * element), b=rows_of(3 * n, k * element), dtype=getattr(kernels.Dtype, dtype), out=out,
                 out_dtype=kernels.Dtype.bfloat16, a_rows=m, m=m, n=n, k=k, groups=3, offsets=ctypes.addressof(offsets), rows=gathered,
                 a_scale=floats(m if a_dimensions == 1 else m * 3), a_scale_dimensions=a_dimensions,
-                b_scale=floats(3 * n if b_dimensions == 2 else 3 * 2 * 3), b_scale_dimensions=b_dimensions, stream=0)
+                b_scale=floats(3 * n if b_dimensions == 2 else 3 * -(-n // 128) * 3), b_scale_dimensions=b_dimensions, stream=0)
 """

@@ -15,6 +15,10 @@ inline MemoryBarrier& memory_barrier(const void* word, Site site) {
     return found->second;
 }
 
+inline bool has_ended(const Block& block) {
+    return std::all_of(block.threads.begin(), block.threads.end(), [](const Thread& thread) { return thread.done; });
+}
+
 inline void complete_phase_if_over(MemoryBarrier& barrier) {
     if (barrier.pending != 0 || barrier.bytes != 0) return;
     ++barrier.phase;
@@ -73,9 +77,8 @@ struct Barrier {
 
     void arrive_remote(unsigned rank, Site site = Site::here()) {
         emulation::Block& block = emulation::scheduler().block(rank);
-        const bool ended =
-            std::all_of(block.threads.begin(), block.threads.end(), [](const emulation::Thread& thread) { return thread.done; });
-        if (ended) emulation::scheduler().fail(site, "an arrival in block " + std::to_string(rank) + " of the cluster, which has ended");
+        if (emulation::has_ended(block))
+            emulation::scheduler().fail(site, "an arrival in block " + std::to_string(rank) + " of the cluster, which has ended");
         emulation::arrive(block.shared.get() + (shared_address(this) - emulation::FIRST_SHARED_ADDRESS), site);
     }
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "emulation/barrier.h"
+#include "emulation/cluster.h"
 #include "hopper/tensor_map.h"
 
 namespace emulation {
@@ -185,6 +186,23 @@ struct TensorMapAt {
     const TensorMap& map;
     Site site;
 };
+
+template <L2 HINT = L2::normal, class... Coordinates>
+void tma_load_multicast(void* to, const TensorMap& map, BarrierAt barrier, uint16_t blocks, Coordinates... coordinates) {
+    const auto at = emulation::coordinates_of(map, barrier.site, coordinates...);
+    emulation::check_aligned(to, emulation::alignment(map), barrier.site, "the destination");
+    if (blocks == 0 || blocks >> emulation::scheduler().blocks())
+        emulation::scheduler().fail(barrier.site, "a copy to blocks that the cluster of " +
+                                                      std::to_string(emulation::scheduler().blocks()) + " does not have");
+    for (unsigned rank = 0; rank < emulation::scheduler().blocks(); ++rank) {
+        if ((blocks >> rank & 1) == 0) continue;
+        if (emulation::has_ended(emulation::scheduler().block(rank)))
+            emulation::scheduler().fail(barrier.site, "a copy to block " + std::to_string(rank) + " of the cluster, which has ended");
+        emulation::begin_load(remote_shared(static_cast<uint8_t*>(to), rank, barrier.site), map.box_bytes(),
+                              remote_shared(&barrier.barrier, rank, barrier.site), barrier.site,
+                              [map, at](emulation::Block& block, uint32_t address) { emulation::load_box(map, at, block, address); });
+    }
+}
 
 template <L2 HINT = L2::normal, class... Coordinates>
 void tma_load(void* to, const TensorMap& map, BarrierAt barrier, Coordinates... coordinates) {

@@ -74,6 +74,27 @@ __device__ inline void tma_load(void* to, const TensorMap& map, Barrier& barrier
     }
 }
 
+// The same in every block of the cluster whose bit is set in `blocks`: the box goes to the place of `to` in each, and its bytes to the
+// barrier in the place of `barrier`. Two or three dimensions.
+template <L2 HINT = L2::normal, class... Coordinates>
+__device__ inline void tma_load_multicast(void* to, const TensorMap& map, Barrier& barrier, uint16_t blocks, Coordinates... coordinates) {
+    static_assert(sizeof...(coordinates) >= 2 && sizeof...(coordinates) <= 3);
+    const int at[] = {int(coordinates)...};
+    if constexpr (sizeof...(coordinates) == 2) {
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::
+                "r"(shared_address(to)),
+            "l"(&map), "r"(at[0]), "r"(at[1]), "r"(shared_address(&barrier)), "h"(blocks), "l"(uint64_t(HINT))
+            : "memory");
+    } else {
+        asm volatile(
+            "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6, %7;" ::
+                "r"(shared_address(to)),
+            "l"(&map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(shared_address(&barrier)), "h"(blocks), "l"(uint64_t(HINT))
+            : "memory");
+    }
+}
+
 // Bring the box into L2.
 template <class... Coordinates>
 __device__ inline void tma_prefetch(const TensorMap& map, Coordinates... coordinates) {

@@ -7,6 +7,7 @@
 #include <cuda_bf16.h>
 
 #include "device.h"
+#include "hopper/cluster.cuh"
 #include "hopper/matrix.cuh"
 #include "hopper/cp_async.cuh"
 #include "hopper/tma.cuh"
@@ -36,6 +37,24 @@ __global__ void load_box(const __grid_constant__ TensorMap map, int x, int y, in
     __syncthreads();
     barrier.wait(0);
     for (int i = threadIdx.x; i < box_bytes; i += blockDim.x) out[i] = shared[i];
+}
+
+// Each of two blocks loads one of two boxes, one below the other, for both.
+__global__ void multicast_boxes(const __grid_constant__ TensorMap map, int x, int y, int box_rows, int box_bytes, uint8_t* out) {
+    uint8_t* shared = shared_memory<uint8_t>();
+    Barrier& barrier = *reinterpret_cast<Barrier*>(shared + BARRIER_AT);
+    const int rank = cluster_rank();
+    if (threadIdx.x == 0) {
+        barrier.init(1);
+        fence_barrier_init();
+        barrier.arrive_expect(2 * box_bytes);
+    }
+    cluster_sync();
+    if (threadIdx.x == 0) tma_load_multicast(shared + rank * box_bytes, map, barrier, 0b11, x, y + rank * box_rows);
+    __syncwarp();
+    barrier.wait(0);
+    for (int i = threadIdx.x; i < 2 * box_bytes; i += blockDim.x) out[rank * 2 * box_bytes + i] = shared[i];
+    cluster_sync();
 }
 
 __global__ void store_box(const __grid_constant__ TensorMap map, int x, int y, int box_bytes, const uint8_t* in) {
@@ -173,6 +192,15 @@ EXPORT probe_load(const void* tensor, int element, int rows, int columns, int bo
     return report([&] {
         const TensorMap map = map_of(tensor, element, rows, columns, box_rows, box_columns, swizzle);
         launch(config(32), &load_box, map, x, y, box_rows * box_columns * element, static_cast<uint8_t*>(out));
+    });
+}
+
+EXPORT probe_multicast(const void* tensor, int element, int rows, int columns, int box_rows, int box_columns, int swizzle, int x, int y,
+                       void* out) {
+    return report([&] {
+        const TensorMap map = map_of(tensor, element, rows, columns, box_rows, box_columns, swizzle);
+        const LaunchConfig two{"layouts", dim3(2), dim3(32), SHARED_BYTES, nullptr, 2};
+        launch(two, &multicast_boxes, map, x, y, box_rows, box_rows * box_columns * element, static_cast<uint8_t*>(out));
     });
 }
 

@@ -51,7 +51,7 @@ def build_cuda() -> Path:
 
 def load(library: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library))
-    for name in ("probe_load", "probe_store", "probe_wgmma", "probe_matrices"):
+    for name in ("probe_load", "probe_multicast", "probe_store", "probe_wgmma", "probe_matrices"):
         getattr(loaded, name).restype = ctypes.c_char_p
     return loaded
 
@@ -63,6 +63,9 @@ def cases() -> Iterator[Case]:
             for at in ((0, 0), (16 // element, 5), (-(16 // element), -3), (40, 20)):
                 where = f"{SPANS[swizzle]} byte rows, {element} byte elements, at {at}"
                 yield Case(f"TMA load, {where}", lambda library, device, s=swizzle, e=element, at=at: _load(library, device, s, e, at))
+                yield Case(
+                    f"multicast, {where}", lambda library, device, s=swizzle, e=element, at=at: _multicast(library, device, s, e, at)
+                )
                 yield Case(f"TMA store, {where}", lambda library, device, s=swizzle, e=element, at=at: _store(library, device, s, e, at))
     for transposed in (False, True):
         yield Case(f"ldmatrix and stmatrix, transposed: {transposed}", lambda library, device, t=transposed: _matrices(library, device, t))
@@ -142,14 +145,14 @@ def _run(function, *arguments) -> None:
         torch.cuda.synchronize()
 
 
-def _box(swizzle: int, element: int, at: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
-    """A tensor [37, 64] of random bytes, the box [24, ·] at `at` of it with zeros out of bounds, and the box's columns."""
+def _box(swizzle: int, element: int, at: tuple[int, int], rows: int = 24) -> tuple[Tensor, Tensor, int]:
+    """A tensor [37, 64] of random bytes, the box [rows, ·] at `at` of it with zeros out of bounds, and the box's columns."""
     columns = SPANS[swizzle] // element
     tensor = torch.randint(1, 255, (37, 64 * element), dtype=torch.uint8)
     margin = 256
     padded = torch.nn.functional.pad(tensor, (margin * element, margin * element, margin, margin))
     top, left = at[1] + margin, (at[0] + margin) * element
-    return tensor, padded[top : top + 24, left : left + SPANS[swizzle]].contiguous(), columns
+    return tensor, padded[top : top + rows, left : left + SPANS[swizzle]].contiguous(), columns
 
 
 def _load(library: ctypes.CDLL, device: torch.device, swizzle: int, element: int, at: tuple[int, int]) -> bool:
@@ -157,6 +160,13 @@ def _load(library: ctypes.CDLL, device: torch.device, swizzle: int, element: int
     out = torch.zeros(box.numel(), dtype=torch.uint8, device=device)
     _run(library.probe_load, tensor.to(device), element, 37, 64, 24, columns, swizzle, *at, out)
     return torch.equal(out.cpu(), permute_chunks(box, swizzle).flatten())
+
+
+def _multicast(library: ctypes.CDLL, device: torch.device, swizzle: int, element: int, at: tuple[int, int]) -> bool:
+    tensor, boxes, columns = _box(swizzle, element, at, rows=48)
+    out = torch.zeros(2, boxes.numel(), dtype=torch.uint8, device=device)
+    _run(library.probe_multicast, tensor.to(device), element, 37, 64, 24, columns, swizzle, *at, out)
+    return torch.equal(out.cpu(), permute_chunks(boxes, swizzle).flatten().expand(2, -1))
 
 
 def _store(library: ctypes.CDLL, device: torch.device, swizzle: int, element: int, at: tuple[int, int]) -> bool:

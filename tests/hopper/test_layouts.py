@@ -20,6 +20,13 @@ def test_another_layout_is_noticed():
     assert failed and all(name.startswith("wgmma") for name in failed)
 
 
+@pytest.mark.skipif(bool(emulation.why_not()), reason=emulation.why_not() or "-")
+def test_a_multicast_to_one_block_alone_is_noticed():
+    library = emulation.build(sources=[layouts.SOURCE], planted={"layouts.cu": ("barrier, 0b11, x", "barrier, 1 << rank, x")})
+    with pytest.raises(RuntimeError, match=r"deadlock(.|\n)*lacks 0 of 1 arrivals"):
+        layouts.failures(layouts.load(library), torch.device("cpu"))
+
+
 @pytest.mark.gpu
 def test_the_hardware_has_the_assumed_layouts():
     assert layouts.failures(layouts.load(layouts.build_cuda()), torch.device("cuda")) == []
