@@ -7,13 +7,17 @@ recorded in CUDA graphs.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
+from sglang.srt.layers.attention.verify_mask import VerifyMask, maybe_create_verify_mask
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+from sglang.srt.runtime_context import get_spec
+from sglang.srt.speculative.spec_info import SpecInput
 from torch import Tensor
 
 from llama4_kernels import ops
@@ -58,7 +62,25 @@ class Llama4AttentionBackend(AttentionBackend):
         self.req_to_token_pool = runner.req_to_token_pool
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.forward_metadata: StepMetadata | None = None
-        self._one_query_each = torch.arange(self.req_to_token_pool.req_to_token.shape[0] + 1, dtype=torch.int32, device=runner.device)
+        max_requests = self.req_to_token_pool.req_to_token.shape[0]
+        self._one_query_each = torch.arange(max_requests + 1, dtype=torch.int32, device=runner.device)
+
+    @functools.cached_property
+    def verify_mask(self) -> VerifyMask:
+        """Drafts of each request's own that precede a draft. Nothing here reads it, but where a backend has none SGLang builds a mask
+        over every key of the batch in each step, or fails where the lengths are not known on the host."""
+        return maybe_create_verify_mask(
+            is_draft_runner=False,
+            skip_prefill=False,
+            max_bs=self._one_query_each.shape[0] - 1,
+            max_context_len=0,
+            num_draft_tokens=get_spec().speculative_num_draft_tokens,
+            device=self._one_query_each.device,
+            is_read=False,
+        )
+
+    def update_verify_buffers_to_fill_after_draft(self, spec_info: SpecInput, cuda_graph_bs: int | None) -> None:
+        """A chain's metadata depends on lengths alone, which are known before its tokens."""
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Nothing to allocate: a graph's metadata lives in its own memory pool."""
