@@ -23,7 +23,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
 from sglang.srt.models import llama4, mllama4
 from sglang.srt.models.llama import LlamaMLP
-from sglang.srt.runtime_context import get_mm, get_model, get_parallel, get_spec
+from sglang.srt.runtime_context import get_mm, get_model, get_parallel
 from sglang.srt.utils import add_prefix, make_layers
 from torch import Tensor, nn
 from transformers import Llama4Config, Llama4TextConfig
@@ -33,18 +33,13 @@ from llama4_kernels.ops import backend
 from llama4_kernels.sglang.attention import layer_cache
 from llama4_kernels.sglang.checkpoint import CheckedWeights, CheckpointError
 from llama4_kernels.sglang.config import LayerConfig, check_sharding, cos_sin_cache, layer_config
+from llama4_kernels.sglang.server_modes import check_server
 from llama4_kernels.sglang.weights import adopt, moe_weights
 
 logger = logging.getLogger("llama4_kernels")
 
 # SGLang's overlapped schedule runs a request that has reached the context length a step or more further and drops the result.
 OVERLAP_STEPS = 8
-
-# Speculative algorithms whose drafts are one chain of tokens, with --speculative-eagle-topk 1.
-CHAIN_DRAFTS = ("EAGLE", "EAGLE3", "STANDALONE")
-
-# Caches that rope_qk_norm writes and chunked_attention reads: no e5m2, no 4 bits, no scales per block.
-KV_CACHE_DTYPES = ("auto", "bf16", "bfloat16", "fp8_e4m3")
 
 
 class Llama4MoE(nn.Module):
@@ -216,7 +211,7 @@ class Llama4ForConditionalGeneration(mllama4.Llama4ForConditionalGeneration):
 
     def __init__(self, config: Llama4Config | Llama4TextConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""):
         nn.Module.__init__(self)
-        _check_server()
+        check_server()
         self.config = config
         self.quant_config = quant_config
         text_config = config.get_text_config()
@@ -272,33 +267,3 @@ class Llama4ForConditionalGeneration(mllama4.Llama4ForConditionalGeneration):
 
 class Llama4ForCausalLM(Llama4ForConditionalGeneration):
     """A text-only checkpoint: the same, with a text config and no vision tower."""
-
-
-def _check_server() -> None:
-    """ValueError where the server is asked for a mode that this model does not have."""
-    parallel = get_parallel()
-    for asked, flag in (
-        (parallel.moe_ep_size > 1, f"--ep-size {parallel.moe_ep_size}"),
-        (parallel.pp_size > 1, f"--pp-size {parallel.pp_size}"),
-    ):
-        if asked:
-            raise ValueError(f"--model-impl llama4_kernels does not serve Llama 4 with {flag}")
-    check_kv_cache(get_model().kv_cache_dtype)
-    if get_spec().speculative_algorithm is not None:
-        check_speculation(get_spec().speculative_algorithm, get_spec().speculative_eagle_topk)
-
-
-def check_kv_cache(kv_cache_dtype: str) -> None:
-    """ValueError for a --kv-cache-dtype that the attention ops do not take."""
-    if kv_cache_dtype not in KV_CACHE_DTYPES:
-        needs = " or ".join(KV_CACHE_DTYPES)
-        raise ValueError(f"--model-impl llama4_kernels does not serve Llama 4 with --kv-cache-dtype {kv_cache_dtype}, needs {needs}")
-
-
-def check_speculation(algorithm: str, topk: int) -> None:
-    """ValueError where drafts are not one chain of tokens. NGRAM's never are: it fills up short ones with siblings of their first token."""
-    if algorithm not in CHAIN_DRAFTS:
-        needs = " or ".join(CHAIN_DRAFTS)
-        raise ValueError(f"--model-impl llama4_kernels does not serve Llama 4 with --speculative-algorithm {algorithm}, needs {needs}")
-    if topk != 1:
-        raise ValueError(f"--model-impl llama4_kernels does not serve Llama 4 with --speculative-eagle-topk {topk}, needs 1: drafts of one chain")

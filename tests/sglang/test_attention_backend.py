@@ -14,7 +14,6 @@ from sglang.srt.speculative.eagle_info import EagleVerifyInput
 from llama4_kernels import use_backend
 from llama4_kernels.reference import attention as reference
 from llama4_kernels.sglang.attention import Llama4AttentionBackend
-from llama4_kernels.sglang.model import check_speculation
 
 CHUNK, HEADS, KV_HEADS, HEAD_DIM, SLOTS, WIDTH = 64, 4, 2, 64, 512, 160
 LAYER = SimpleNamespace(
@@ -147,16 +146,6 @@ def test_a_tree_of_drafts_is_refused():
     backend = Llama4AttentionBackend(runner())
     with pytest.raises(ValueError, match="verifies drafts that are one chain"):
         backend.init_forward_metadata(batch(ForwardMode.TARGET_VERIFY, [67], [4], topk=2))
-
-
-@pytest.mark.parametrize("algorithm, topk, message", [
-    ("NGRAM", 1, "--speculative-algorithm NGRAM, needs EAGLE or EAGLE3 or STANDALONE"),
-    ("EAGLE3", 4, "--speculative-eagle-topk 4, needs 1: drafts of one chain"),
-])  # fmt: skip
-def test_speculation_that_the_model_does_not_serve(algorithm, topk, message):
-    check_speculation("EAGLE3", 1)
-    with pytest.raises(ValueError, match=f"does not serve Llama 4 with {message}"):
-        check_speculation(algorithm, topk)
 
 
 @pytest.mark.parametrize("mode, queries", [(ForwardMode.DECODE, [1]), (ForwardMode.EXTEND, [10])])

@@ -14,7 +14,6 @@ from transformers import Llama4TextConfig
 
 from llama4_kernels.cli.server import ServerError
 from llama4_kernels.sglang.config import check_sharding
-from llama4_kernels.sglang.model import check_kv_cache
 
 
 def test_bad_requests_are_refused(make, oracle, tmp_path):
@@ -68,13 +67,6 @@ def test_a_checkpoint_that_lacks_a_tensor(make, tmp_path):
 def test_sizes_that_the_ranks_do_not_divide(sizes, tp_size, named):
     with pytest.raises(ValueError, match=f"--tp-size that divides {named} of config.json"):
         check_sharding(Llama4TextConfig(**sizes), tp_size)
-
-
-@pytest.mark.parametrize("kv_cache_dtype", ["fp8_e5m2", "mxfp8", "nvfp4"])
-def test_a_kv_cache_that_the_ops_do_not_take(kv_cache_dtype):
-    check_kv_cache("auto")
-    with pytest.raises(ValueError, match=f"with --kv-cache-dtype {kv_cache_dtype}, needs auto or bf16 or bfloat16 or fp8_e4m3"):
-        check_kv_cache(kv_cache_dtype)
 
 
 @pytest.mark.parametrize("environment, ours", [({}, True), ({"SGLANG_PLUGINS": "another"}, False)])

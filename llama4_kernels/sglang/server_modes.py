@@ -1,0 +1,34 @@
+"""What a server may be asked for that this model does not have. It is refused while the model is built: SGLang would start, and the answers
+would be wrong or the first request would end the server."""
+
+from __future__ import annotations
+
+from sglang.srt.runtime_context import get_exec, get_model, get_parallel, get_spec
+
+# Speculative algorithms whose drafts are one chain of tokens, with --speculative-eagle-topk 1. NGRAM's never are: it fills up short ones
+# with siblings of their first token.
+CHAIN_DRAFTS = ("EAGLE", "EAGLE3", "STANDALONE")
+
+# Caches that rope_qk_norm writes and chunked_attention reads: no e5m2, no 4 bits, no scales per block.
+KV_CACHE_DTYPES = ("auto", "bf16", "bfloat16", "fp8_e4m3")
+
+
+def check_server() -> None:
+    """ValueError where this process's server, as SGLang has resolved its flags, is asked for a mode that the model does not have."""
+    parallel, model, spec = get_parallel(), get_model(), get_spec()
+    algorithm, topk = spec.speculative_algorithm, spec.speculative_eagle_topk
+    for is_asked, flag, needs in (
+        (parallel.moe_ep_size > 1, f"--ep-size {parallel.moe_ep_size}", "1: every rank has a part of every expert"),
+        (parallel.pp_size > 1, f"--pp-size {parallel.pp_size}", "1"),
+        (model.is_embedding, "--is-embedding", "a model with a pooling layer"),
+        (model.kv_cache_dtype not in KV_CACHE_DTYPES, f"--kv-cache-dtype {model.kv_cache_dtype}", " or ".join(KV_CACHE_DTYPES)),
+        (
+            get_exec().deterministic.enable_deterministic_inference,
+            "--enable-deterministic-inference",
+            "ops whose bits do not depend on the batch: the MoE layer's sums are split by its number of tokens",
+        ),
+        (algorithm not in (None, *CHAIN_DRAFTS), f"--speculative-algorithm {algorithm}", " or ".join(CHAIN_DRAFTS)),
+        (algorithm is not None and topk != 1, f"--speculative-eagle-topk {topk}", "1: drafts of one chain"),
+    ):
+        if is_asked:
+            raise ValueError(f"--model-impl llama4_kernels does not serve Llama 4 with {flag}, needs {needs}")

@@ -1,0 +1,52 @@
+"""Flags of SGLang that this model refuses; tests/sglang/test_errors.py starts servers."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+
+from llama4_kernels.sglang import server_modes
+
+PLAIN = SimpleNamespace(
+    parallel=SimpleNamespace(moe_ep_size=1, pp_size=1),
+    model=SimpleNamespace(is_embedding=False, kv_cache_dtype="auto"),
+    spec=SimpleNamespace(speculative_algorithm=None, speculative_eagle_topk=None),
+    deterministic=SimpleNamespace(enable_deterministic_inference=False),
+)
+
+
+def check(monkeypatch, **changes):
+    """check_server() with the plain flags, but for {field: value} of each group named."""
+    flags = copy.deepcopy(PLAIN)
+    for group, fields in changes.items():
+        vars(getattr(flags, group)).update(fields)
+    monkeypatch.setattr(server_modes, "get_parallel", lambda: flags.parallel)
+    monkeypatch.setattr(server_modes, "get_model", lambda: flags.model)
+    monkeypatch.setattr(server_modes, "get_spec", lambda: flags.spec)
+    monkeypatch.setattr(server_modes, "get_exec", lambda: SimpleNamespace(deterministic=flags.deterministic))
+    server_modes.check_server()
+
+
+@pytest.mark.parametrize("changes", [
+    {},
+    {"model": {"kv_cache_dtype": "fp8_e4m3"}},
+    {"spec": {"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 1}},
+    {"spec": {"speculative_algorithm": "STANDALONE", "speculative_eagle_topk": 1}},
+], ids=str)  # fmt: skip
+def test_what_the_model_serves(monkeypatch, changes):
+    check(monkeypatch, **changes)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"parallel": {"moe_ep_size": 2}}, "--ep-size 2, needs 1"),
+    ({"parallel": {"pp_size": 4}}, "--pp-size 4, needs 1"),
+    ({"model": {"is_embedding": True}}, "--is-embedding, needs a model with a pooling layer"),
+    ({"model": {"kv_cache_dtype": "fp8_e5m2"}}, "--kv-cache-dtype fp8_e5m2, needs auto or bf16 or bfloat16 or fp8_e4m3"),
+    ({"model": {"kv_cache_dtype": "mxfp8"}}, "--kv-cache-dtype mxfp8, needs auto"),
+    ({"deterministic": {"enable_deterministic_inference": True}}, "--enable-deterministic-inference, needs ops whose bits"),
+    ({"spec": {"speculative_algorithm": "NGRAM", "speculative_eagle_topk": 1}}, "--speculative-algorithm NGRAM, needs EAGLE or EAGLE3 or"),
+    ({"spec": {"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 4}}, "--speculative-eagle-topk 4, needs 1: drafts of one"),
+], ids=str)  # fmt: skip
+def test_what_the_model_refuses(monkeypatch, changes, message):
+    with pytest.raises(ValueError, match=f"does not serve Llama 4 with {message}"):
+        check(monkeypatch, **changes)
