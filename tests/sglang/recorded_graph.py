@@ -9,15 +9,18 @@ replay. An op whose result depends on a tensor's values on the host is refused, 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from types import SimpleNamespace
 
 import msgspec
 import torch
 from sglang.srt.model_executor.runner_backend.base_cuda_graph_backend import BaseCudaGraphBackend
+from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph import breakable_cuda_graph as breakable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 REPLAYED = "recorded_graph: {mode} of {requests} requests in a graph for {size}"
+REPLAYED_SEGMENTS = "recorded_graph: prefill with {breaks} breaks"
 NEEDS_THE_HOST = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -73,16 +76,62 @@ class RecordedGraphs(BaseCudaGraphBackend):
         self.recorders.clear()
 
 
+class RecordedSegments:
+    """SGLang's BreakableCUDAGraph: recorded parts with calls between them that are made anew at each replay, those of attention."""
+
+    def __init__(self, registry=None):
+        self._segments, self._break_fns = [], []
+
+    def replay(self) -> None:
+        print(REPLAYED_SEGMENTS.format(breaks=len(self._break_fns)), flush=True)
+        for segment, break_fn in itertools.zip_longest(self._segments, self._break_fns):
+            segment.replay()
+            if break_fn is not None:
+                break_fn()
+
+
+class SegmentCapture:
+    """SGLang's BreakableCUDAGraphCapture, which its eager_on_graph tells where a break is."""
+
+    _barrier_fn = None
+
+    def __init__(self, cuda_graph: RecordedSegments, **_):
+        self.cuda_graph = cuda_graph
+
+    def _begin_new_segment(self) -> None:
+        self.cuda_graph._segments.append(Recorder())
+        self.cuda_graph._segments[-1].__enter__()
+
+    def _end_current_segment(self) -> None:
+        self.cuda_graph._segments[-1].__exit__(None, None, None)
+
+    def __enter__(self):
+        self._token = breakable._current_capture_var.set(self)
+        self._begin_new_segment()
+        return self
+
+    def __exit__(self, *error):
+        self._end_current_segment()
+        breakable._current_capture_var.reset(self._token)
+
+
 def install() -> list[tuple]:
-    """Let SGLang's decode graph runner run on the CPU with RecordedGraphs, for the target model; the hooks that are left to register."""
+    """Let SGLang's decode and prefill graph runners run on the CPU, for the target model; the hooks that are left to register."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
-    from sglang.srt.model_executor.runner import decode_cuda_graph_runner
+    from sglang.srt.model_executor.runner import decode_cuda_graph_runner, prefill_cuda_graph_runner
+    from sglang.srt.model_executor.runner_backend import breakable_cuda_graph_backend
     from sglang.srt.platforms import current_platform
     from sglang.srt.speculative import eagle_worker_v2
 
     decode_cuda_graph_runner.resolve_decode_backend = RecordedGraphs
-    decode_cuda_graph_runner.graph_capture = lambda stream: contextlib.nullcontext(SimpleNamespace(stream=None))
-    decode_cuda_graph_runner.get_or_create_global_graph_capture_stream = lambda: None
+    for runner in (decode_cuda_graph_runner, prefill_cuda_graph_runner):
+        runner.graph_capture = lambda stream: contextlib.nullcontext(SimpleNamespace(stream=None))
+        runner.get_or_create_global_graph_capture_stream = lambda: None
+    breakable_cuda_graph_backend.BreakableCUDAGraph = RecordedSegments
+    breakable_cuda_graph_backend.BreakableCUDAGraphCapture = SegmentCapture
+    breakable_cuda_graph_backend.get_or_create_global_graph_memory_pool = lambda device_module: None
+    breakable_cuda_graph_backend.set_graph_pool_id = lambda pool: None
+    breakable_cuda_graph_backend.GraphPoolPrecarve.measure = contextlib.nullcontext
     type(current_platform).capabilities = msgspec.structs.replace(current_platform.capabilities, graph_capture=True)
     torch.cpu.is_current_stream_capturing = lambda: False
     ForwardMode.is_cpu_graph = ForwardMode.is_cuda_graph

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import engine_standins
 import torch
-from engine import Answer, Server, assert_agrees, llama4_server, prompt
-from recorded_graph import REPLAYED
+from engine import Answer, Server, ask, ask_at_once, assert_agrees, llama4_server, prompt
+from recorded_graph import REPLAYED, REPLAYED_SEGMENTS
 from safetensors.torch import save_file
 
 from llama4_kernels.cli.checkpoint import CHUNK, SHARED, VOCABULARY
@@ -119,6 +119,29 @@ def test_verification_in_graphs_with_pages_of_16(make, oracle, tmp_path):
         check_speculation(server, folder, oracle(path))
         log = server.log.read_text()
     assert all(REPLAYED.format(mode="TARGET_VERIFY", requests=requests, size=size) in log for requests, size in ((1, 1), (3, 4), (7, 8)))
+
+
+def test_prefill_and_decode_in_graphs(make, oracle, tmp_path):
+    """Prefill in graphs with a break at every attention, as SGLang has it on GPUs."""
+    path, folder = make("scout"), tmp_path / "standins"
+    flags = (
+        "--attention-backend=triton",
+        "--cuda-graph-backend-decode=full",
+        *("--cuda-graph-bs-decode", "1", "4", "8"),
+        "--cuda-graph-backend-prefill=breakable",
+        *("--cuda-graph-bs-prefill", "64", "160"),
+        "--chunked-prefill-size=160",
+    )
+    with llama4_server(path, *flags, log=tmp_path / "log", environment=engine_standins.environment(folder)) as server:
+        assert engine_standins.INSTALLED in server.log.read_text()
+        for answer in ask_at_once(server, [prompt(length, seed=4) for length in LENGTHS]):
+            assert_agrees(answer, oracle(path))
+        again = ask(server, prompt(LENGTHS[-1], seed=4), whole=False)
+        assert again.cached_tokens > CHUNK
+        assert_agrees(again, oracle(path))
+        log = server.log.read_text()
+    assert REPLAYED_SEGMENTS.format(breaks=SHARED["num_hidden_layers"]) in log
+    assert all(REPLAYED.format(mode="DECODE", requests=requests, size=size) in log for requests, size in ((1, 1), (7, 8)))
 
 
 def test_eagle3_gets_the_hidden_states_it_asks_for(make, oracle, tmp_path):
