@@ -1,4 +1,4 @@
-// The threads of one block, or of the blocks of one cluster, and the order in which they take turns.
+// The threads of one block, of the blocks of one cluster or of several of them, and the order in which they take turns.
 //
 // A thread runs until it has to wait. Who goes on is drawn at random among those that can; only when nobody can, one of the asynchronous copies
 // under way is completed, again drawn at random: as late as the program allows. When there is no copy either, the launch ends with an error
@@ -52,6 +52,7 @@ struct Site {
 };
 
 struct Block;
+struct Cluster;
 
 // What copies under way do with a byte of shared memory.
 enum class Owner : uint8_t { nobody, written, read };
@@ -198,6 +199,7 @@ struct Block {
     }
 
     dim3 index;
+    Cluster* cluster = nullptr;
     std::vector<Thread> threads;
     std::vector<std::deque<Exchange>> exchanges;  // of each warp, one for each mask
     std::vector<Warpgroup> warpgroups;
@@ -222,6 +224,11 @@ private:
     std::vector<Owner> owners;       // of each chunk
 };
 
+struct Cluster {
+    std::vector<std::unique_ptr<Block>> blocks;
+    Rendezvous rendezvous;
+};
+
 // A copy to shared memory under way.
 struct Load {
     std::function<void()> complete;
@@ -231,19 +238,22 @@ struct Load {
 
 class Scheduler {
 public:
-    // The blocks of one cluster, from start to end.
-    void run(std::vector<std::unique_ptr<Block>> blocks, const std::function<void()>& kernel) {
+    // Clusters that run together, from start to end.
+    void run(std::vector<Cluster> clusters, const std::function<void()>& kernel) {
         kernel_ = &kernel;
-        blocks_ = std::move(blocks);
+        clusters_ = std::move(clusters);
         alive_ = 0;
-        for (const auto& block : blocks_) {
-            for (Thread& thread : block->threads) {
-                if (alive_ == fibers_.size()) fibers_.push_back(std::make_unique<Fiber>(&Scheduler::body));
-                thread.fiber = fibers_[alive_++].get();
-                ready_.push_back(&thread);
+        for (Cluster& cluster : clusters_) {
+            for (const auto& block : cluster.blocks) {
+                block->cluster = &cluster;
+                cluster.rendezvous.count += unsigned(block->threads.size());
+                for (Thread& thread : block->threads) {
+                    if (alive_ == fibers_.size()) fibers_.push_back(std::make_unique<Fiber>(&Scheduler::body));
+                    thread.fiber = fibers_[alive_++].get();
+                    ready_.push_back(&thread);
+                }
             }
         }
-        cluster.count = unsigned(alive_);
         Thread* first = next();
         enter(*first);
         Fiber::change(main_, *first->fiber);
@@ -295,18 +305,21 @@ public:
     // The block of the cluster that a shared-memory pointer lies in.
     Block& owner(const void* pointer, Site site, const char* what) {
         if (current_->block->holds(pointer)) return *current_->block;
-        for (const auto& block : blocks_) {
+        for (const auto& block : cluster().blocks) {
             if (block->holds(pointer)) return *block;
         }
         fail(site, std::string(what) + " is not in shared memory, or past its end");
     }
 
-    Block& block(unsigned rank) { return *blocks_.at(rank); }
+    // Of the running thread.
+    Cluster& cluster() { return *current_->block->cluster; }
+    Block& block(unsigned rank) { return *cluster().blocks.at(rank); }
     unsigned rank() {
-        return unsigned(std::find_if(blocks_.begin(), blocks_.end(), [&](auto& block) { return block.get() == current_->block; }) -
-                        blocks_.begin());
+        const auto& blocks = cluster().blocks;
+        return unsigned(std::find_if(blocks.begin(), blocks.end(), [&](auto& block) { return block.get() == current_->block; }) -
+                        blocks.begin());
     }
-    unsigned blocks() { return unsigned(blocks_.size()); }
+    unsigned blocks() { return unsigned(cluster().blocks.size()); }
 
     [[noreturn]] void fail(Site site, const std::string& what) {
         std::ostringstream text;
@@ -315,7 +328,6 @@ public:
     }
 
     std::vector<Load> loads;
-    Rendezvous cluster;
 
 private:
     static constexpr int MAX_IDLE_ROUNDS = 1000;
@@ -340,11 +352,21 @@ private:
         for (;;) {
             if (!ready_.empty()) return take(ready_);
             const bool copied = !loads.empty();
-            if (copied) take(loads).complete();
+            if (copied) complete(take(loads));
             if (!copied && (polling_.empty() || ++idle_rounds_ > MAX_IDLE_ROUNDS)) return nullptr;
             ready_.insert(ready_.end(), polling_.begin(), polling_.end());
             polling_.clear();
         }
+    }
+
+    // In the name of a thread of the copy's block, whoever runs.
+    void complete(const Load& load) {
+        struct Restored {
+            Thread *&current, *running = current;
+            ~Restored() { current = running; }
+        } restored{current_};
+        current_ = &load.block->threads.front();
+        load.complete();
     }
 
     template <class T>
@@ -364,8 +386,7 @@ private:
         ready_.clear();
         polling_.clear();
         loads.clear();
-        blocks_.clear();
-        cluster = {};
+        clusters_.clear();
         idle_rounds_ = 0;
     }
 
@@ -388,12 +409,14 @@ private:
     std::string deadlock() const {
         std::ostringstream text;
         text << "deadlock";
-        for (const auto& block : blocks_) {
-            std::map<std::string, std::vector<unsigned>> places;
-            for (const Thread& thread : block->threads) places[describe(thread)].push_back(thread.index);
-            for (const auto& [place, threads] : places) {
-                text << "\n  block " << block->index.x << ", " << threads.size() << " threads from " << threads.front() << " to "
-                     << threads.back() << ": " << place;
+        for (const Cluster& cluster : clusters_) {
+            for (const auto& block : cluster.blocks) {
+                std::map<std::string, std::vector<unsigned>> places;
+                for (const Thread& thread : block->threads) places[describe(thread)].push_back(thread.index);
+                for (const auto& [place, threads] : places) {
+                    text << "\n  block " << block->index.x << ", " << threads.size() << " threads from " << threads.front() << " to "
+                         << threads.back() << ": " << place;
+                }
             }
         }
         return text.str();
@@ -401,7 +424,7 @@ private:
 
     Thread* current_ = nullptr;
     const std::function<void()>* kernel_ = nullptr;
-    std::vector<std::unique_ptr<Block>> blocks_;
+    std::vector<Cluster> clusters_;
     std::vector<Thread*> ready_, polling_;
     std::vector<std::unique_ptr<Fiber>> fibers_;
     Fiber main_;

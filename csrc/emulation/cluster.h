@@ -9,12 +9,13 @@ inline unsigned cluster_rank() { return emulation::scheduler().rank(); }
 inline unsigned cluster_size() { return emulation::scheduler().blocks(); }
 
 inline void cluster_arrive() {
-    emulation::current().cluster_phase = emulation::scheduler().cluster.generation + 1;
-    emulation::scheduler().arrive(emulation::scheduler().cluster);
+    emulation::Rendezvous& cluster = emulation::scheduler().cluster().rendezvous;
+    emulation::current().cluster_phase = cluster.generation + 1;
+    emulation::scheduler().arrive(cluster);
 }
 
 inline void cluster_wait(emulation::Site site = emulation::Site::here()) {
-    emulation::Rendezvous& cluster = emulation::scheduler().cluster;
+    emulation::Rendezvous& cluster = emulation::scheduler().cluster().rendezvous;
     if (cluster.generation >= emulation::current().cluster_phase) return;
     cluster.waiting.push_back(&emulation::current());
     emulation::scheduler().wait(site, "the cluster");

@@ -1,5 +1,5 @@
-// CUDA on the host, for tests without a GPU: the blocks of a grid run one after another (those of a cluster together), each thread as a
-// fiber. What a GPU leaves undefined shows: shared memory starts as NaNs and is exactly as large as asked for, so that AddressSanitizer
+// CUDA on the host, for tests without a GPU: the clusters of a grid run one after another, or as many together as a test asks for, each
+// thread as a fiber. What a GPU leaves undefined shows: shared memory starts as NaNs and is exactly as large as asked for, so that AddressSanitizer
 // guards it.
 #pragma once
 
@@ -19,6 +19,8 @@
 namespace emulation {
 
 constexpr int MULTIPROCESSORS = 3;  // few, so that a persistent kernel has more work than blocks
+
+inline unsigned clusters_together = 1;  // take turns, before the next of the grid begin
 
 // Launches that are noted instead of run, as a GPU of so many multiprocessors would get them.
 struct Recording {
@@ -48,16 +50,19 @@ inline void run(const char* op, dim3 grid, dim3 block, size_t shared_bytes, unsi
     if (recording) return recording->launches.push_back({op, grid, block, cluster_blocks, shared_bytes});
     gridDim = grid;
     blockDim = block;
+    std::vector<Cluster> clusters;
+    const auto run_all = [&] { scheduler().run(std::exchange(clusters, {}), kernel); };
     for (unsigned z = 0; z < grid.z; ++z) {
         for (unsigned y = 0; y < grid.y; ++y) {
             for (unsigned x = 0; x < grid.x; x += cluster_blocks) {
-                std::vector<std::unique_ptr<Block>> blocks;
+                std::vector<std::unique_ptr<Block>>& blocks = clusters.emplace_back().blocks;
                 for (unsigned rank = 0; rank < cluster_blocks; ++rank)
                     blocks.push_back(std::make_unique<Block>(dim3(x + rank, y, z), block.x, shared_bytes));
-                scheduler().run(std::move(blocks), kernel);
+                if (clusters.size() == clusters_together) run_all();
             }
         }
     }
+    if (!clusters.empty()) run_all();
 }
 
 }  // namespace emulation

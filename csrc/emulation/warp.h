@@ -162,6 +162,10 @@ T atomicAdd(T* at, T value) {
     return emulation::atomic(at, [&](T old) { return T(old + value); });
 }
 
+inline unsigned atomicInc(unsigned* at, unsigned last) {
+    return emulation::atomic(at, [&](unsigned old) { return old >= last ? 0 : old + 1; });
+}
+
 template <class T>
 T atomicMax(T* at, T value) {
     return emulation::atomic(at, [&](T old) { return std::max(old, value); });

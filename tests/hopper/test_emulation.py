@@ -102,3 +102,37 @@ for bug in (sys.argv[2], ""):
     a, b, c = (ctypes.c_void_p(libc.aligned_alloc(ctypes.c_size_t(64), ctypes.c_size_t(size))) for size in sizes)
     assert gemm(a, b, c, None, 64, 64, 64, 384, bug.encode()) == b""
 """
+
+
+@pytest.mark.parametrize(("together", "says"), [(1, "deadlock"), (2, "deadlock"), (3, "")])
+def test_as_many_blocks_take_turns_as_a_test_asks_for(tmp_path, together, says):
+    source = tmp_path / "meeting.cu"
+    source.write_text(MEETING)
+    library = ctypes.CDLL(str(emulation.build(sources=[source])))
+    library.meet.restype = ctypes.c_char_p
+    error = library.meet(together).decode()
+    assert error.startswith(says) and bool(error) == bool(says)
+
+
+MEETING = """
+#include "device.h"
+#include "hopper/memory.cuh"
+using namespace llama4_kernels;
+__global__ void meeting(unsigned* arrived) {
+    if (threadIdx.x == 0) ++*arrived;
+    while (hopper::load_acquire(arrived) < gridDim.x) {
+    }
+}
+extern "C" __attribute__((visibility("default"))) const char* meet(unsigned together) {
+    static std::string error;
+    unsigned arrived = 0;
+    emulation::clusters_together = together;
+    try {
+        launch(LaunchConfig{"meeting", dim3(3), dim3(64), 1024, nullptr}, &meeting, &arrived);
+        return "";
+    } catch (const std::exception& caught) {
+        error = caught.what();
+        return error.c_str();
+    }
+}
+"""
