@@ -41,6 +41,7 @@ struct alignas(1024) SharedMemory {
     uint8_t k[ATTENTION_STAGES][Ring<HEAD_DIM>::TILE_BYTES];
     uint8_t v[ATTENTION_STAGES][Ring<HEAD_DIM>::TILE_BYTES];
     hopper::Barrier k_full[ATTENTION_STAGES], k_empty[ATTENTION_STAGES], v_full[ATTENTION_STAGES], v_empty[ATTENTION_STAGES];
+    DrawnItems drawn;
     Item items[ATTENDING];    // of each warpgroup, kept here while it needs its registers
     unsigned earlier_splits;  // that were done before this block's
     int item_ends[1];         // [requests], and then the loading warps' codes, to the end of the shared memory
@@ -406,22 +407,32 @@ __global__ void __launch_bounds__(THREADS, 1)
                 ring.empty[stage].init(ATTENDING * WARPGROUP / WARP);
             }
         }
+        shared.drawn.init(THREADS / WARP);
         hopper::fence_barrier_init();
     }
     count_all_items(a, shared.item_ends);
     zero_padding(a);
 
     const int items = a.requests ? shared.item_ends[a.requests - 1] * a.num_kv_heads : 0;
+    int item = blockIdx.x, taken = 0;
     if (threadIdx.x < WARPGROUP) {
         hopper::decrease_registers<LOAD_REGISTERS>();
         Loader<HEAD_DIM, Element> loader(a, k, v, reinterpret_cast<uint8_t*>(&shared) + codes_start<HEAD_DIM>(a.requests));
-        for (int item = blockIdx.x; item < items; item += gridDim.x) loader.load_item(item_of(a, shared.item_ends, item), k_map, v_map);
+        while (item < items) {
+            const unsigned drawn = loader.load_item(item_of(a, shared.item_ends, item), items, k_map, v_map);
+            shared.drawn.wait_empty(taken);
+            if (draws()) shared.drawn.put(taken, int(gridDim.x + drawn));
+            item = shared.drawn.take(taken++);
+        }
         loader.finish();
     } else {
         hopper::increase_registers<ATTEND_REGISTERS>();
         int count = 0;  // pairs of tiles of this block so far
         Attend<HEAD_DIM> attend(a, shared, k, v);
-        for (int item = blockIdx.x; item < items; item += gridDim.x) attend.attend(item_of(a, shared.item_ends, item), count);
+        while (item < items) {
+            attend.attend(item_of(a, shared.item_ends, item), count);
+            item = shared.drawn.take(taken++);
+        }
     }
 }
 

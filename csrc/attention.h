@@ -47,6 +47,7 @@ struct AttentionArguments {
     float* partial;  // [rows, num_heads, max_splits · ATTENTION_PARTS, head_dim]
     float* lse;      // [rows, num_heads, max_splits · ATTENTION_PARTS]: logarithms of base 2
     unsigned* tickets;  // [requests · num_kv_heads], zeros before and after
+    unsigned* drawn;    // items of work that blocks have drawn, 0 before and after
     int max_splits;     // 1 to ATTENTION_MAX_SPLITS
 };
 

@@ -75,14 +75,18 @@ public:
     __device__ Loader(const AttentionArguments& a, const Ring<HEAD_DIM>& k, const Ring<HEAD_DIM>& v, uint8_t* codes)
         : a(a), k(k), v(v), codes(codes + warp * (CODE_STAGES * WARP_CODE_BYTES)) {}
 
-    __device__ void load_item(const Item& item, const hopper::TensorMap& k_map, const hopper::TensorMap& v_map) {
+    // Gives, in the thread that draws, what it drew: before the last tile, so that nobody has to wait for it.
+    __device__ unsigned load_item(const Item& item, int items, const hopper::TensorMap& k_map, const hopper::TensorMap& v_map) {
         const int64_t table_row = a.page_table_rows.values ? at(a.page_table_rows, item.request.index) : item.request.index;
         const int* row = a.page_table + table_row * a.row_stride;
         const int first = item.keys.first_tile * ATTENTION_TILE + warp * ATTENTION_WARP_KEYS + lane;
         int64_t next = slot_of(a, row, first, item.keys);
+        const int draws_at = draws() ? item.keys.tiles - 1 : -1;
+        unsigned drawn = 0;
         for (int i = 0; i < item.keys.tiles; ++i) {
             const int64_t slot = next;
             next = i + 1 < item.keys.tiles ? slot_of(a, row, first + (i + 1) * ATTENTION_TILE, item.keys) : -1;
+            if (i == draws_at) drawn = draw(a, items);
             if constexpr (IS_FP8) {
                 load_codes(k, a.k_cache, slot, item.kv_head);
                 load_codes(v, a.v_cache, slot, item.kv_head);
@@ -91,6 +95,7 @@ public:
                 load(v, v_map, a.v_cache, slot, item.kv_head);
             }
         }
+        return drawn;
     }
 
     // After the last item.

@@ -1,5 +1,5 @@
-// How a batch becomes items of work, from sequence lengths on the device: each block counts every request's items, and takes every
-// gridDim.x-th.
+// How a batch becomes items of work, from sequence lengths on the device: each block counts every request's items, takes the one of its own
+// number, and then draws from a counter whichever is next: a block of short items takes more of them.
 //
 // A request of many queries has an item per block of 128 rows, a row being a query and one of the heads of a KV head; a request of few
 // queries has an item per split of its keys. Which it is, and how its keys are split, follows from the request alone, so that its bits do
@@ -8,6 +8,7 @@
 
 #include "attention.h"
 #include "device.h"
+#include "hopper/barrier.cuh"
 #include "indices.cuh"
 
 namespace llama4_kernels {
@@ -121,5 +122,46 @@ __device__ inline Item item_of(const AttentionArguments& a, const int* ends, int
     }
     return {request, item % a.num_kv_heads, few, first_row, rows, keys, few ? place : 0, few ? items : 1};
 }
+
+// ---- who takes which item
+
+// Whether this thread draws for its block, one of those that load.
+__device__ inline bool draws() { return threadIdx.x == 0; }
+
+// Once for each item of the block: so there are as many draws as items, and the last one turns the counter back to 0. (atomicAdd would
+// make the thread wait at once, for the shuffle that ptxas puts behind it.) What the block does next is item gridDim.x + draw.
+__device__ inline unsigned draw(const AttentionArguments& a, int items) { return atomicInc(a.drawn, unsigned(items) - 1); }
+
+// Drawn items on their way from the thread that draws to the block's warps, which take each in turn.
+struct DrawnItems {
+    static constexpr int SLOTS = 2;
+
+    int items[SLOTS];
+    hopper::Barrier full[SLOTS], empty[SLOTS];
+
+    // By one thread, which then calls fence_barrier_init before the block's next barrier.
+    __device__ void init(unsigned warps) {
+        for (int slot = 0; slot < SLOTS; ++slot) {
+            full[slot].init(1);
+            empty[slot].init(warps);
+        }
+    }
+
+    __device__ void wait_empty(int count) { empty[count % SLOTS].wait(count / SLOTS & 1 ^ 1); }
+
+    __device__ void put(int count, int item) {
+        items[count % SLOTS] = item;
+        full[count % SLOTS].arrive();
+    }
+
+    // By a whole warp.
+    __device__ int take(int count) {
+        full[count % SLOTS].wait(count / SLOTS & 1);
+        const int item = items[count % SLOTS];
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) empty[count % SLOTS].arrive();
+        return item;
+    }
+};
 
 }  // namespace llama4_kernels

@@ -22,6 +22,13 @@ SCOUT = dict(heads=(5, 1, 128), dtype=BF16)
 TILE = 128
 
 LOAD, WORK, MAIN = "attention_load.cuh", "attention_work.cuh", "attention.cu"
+GIVE_BACK = "        if (threadIdx.x % 32 == 0) empty[count % SLOTS].arrive();\n"
+SEEN = f"        const int item = items[count % SLOTS];\n        __syncwarp();\n{GIVE_BACK}"
+SLOW_LANES = """
+        if (threadIdx.x >= 128 && threadIdx.x % 32) {
+            for (int i = 0; i < 200; ++i) emulation::scheduler().poll(emulation::Site::here(), "its turn");
+        }
+"""
 PLANTED = {  # the file, its text, the bug
     "keys before the chunk are read": (LOAD, "position < keys.begin || ", ""),
     "boxes one key late": (LOAD, "load_boxes(map, int(first_slot),", "load_boxes(map, int(first_slot) + 1,"),
@@ -35,12 +42,23 @@ PLANTED = {  # the file, its text, the bug
     "old output not corrected": (MAIN, "            correct_output();\n            pack_weights();", "            pack_weights();"),
     "parts unweighted": (MAIN, "hopper::exp2_approximate(lse[part] - highest);", "1.0f;"),
     "ticket not given back": (MAIN, "*ticket = 0;", ";"),
+    "counter of draws not turned back": (WORK, "unsigned(items) - 1);", "~0u);"),
+    "counter of draws turned back one draw late": (WORK, "unsigned(items) - 1);", "unsigned(items));"),
+    "counter of draws turned back one draw early": (WORK, "unsigned(items) - 1);", "unsigned(max(items - 2, 0)));"),
+    "draws that overtake the block's warps": (MAIN, "            shared.drawn.wait_empty(taken);\n", ""),
+    "a draw given back before slow lanes have seen it": (WORK, SEEN, GIVE_BACK + SLOW_LANES + SEEN.replace(GIVE_BACK, "")),
 }  # fmt: skip
+
+
+def op_of(kernels, together: int = 3):
+    """chunked_attention with these kernels, of whose three blocks so many take turns."""
+    kernels.run_together(together)
+    return emulation.op_module("attention", kernels).chunked_attention
 
 
 @pytest.fixture(scope="module")
 def op():
-    return emulation.op_module("attention", emulation.load(emulation.build())).chunked_attention
+    return op_of(emulation.load(emulation.build()))
 
 
 def run(op, arguments: tuple, options: dict) -> Tensor:
@@ -54,6 +72,11 @@ def run(op, arguments: tuple, options: dict) -> Tensor:
 def assert_attention(op, arguments: tuple, options: dict) -> None:
     got, (want, bound) = run(op, arguments, options), oracle(*arguments, **options)
     assert_within(got, want, bound + (2.0**-7 * want.abs().amax() if want.numel() else 0))
+    assert_counters_are_zero(op)
+
+
+def assert_counters_are_zero(op) -> None:
+    assert not op.__globals__["tickets"](torch.device("cpu"), 1).any()
 
 
 def alone(arguments: tuple, options: dict, request: int) -> tuple[tuple, dict]:
@@ -124,6 +147,7 @@ def test_far_slots(op):
 
 
 MIXED = [(700, 1), (300, 150), (520, 8), (290, 9), (1, 1)]
+SHORT = [(20, 20)] * 9  # of one tile each
 
 
 @pytest.mark.parametrize("cache_dtype", [BF16, FP8])
@@ -134,6 +158,19 @@ def test_bits_depend_on_the_request_alone(op, cache_dtype):
     assert_same_bits(run(op, arguments, options), together)
     for request, (start, end) in enumerate(zip(options["query_start_loc"].tolist(), options["query_start_loc"].tolist()[1:])):
         assert_same_bits(run(op, *alone(arguments, options, request)), together[start:end])
+
+
+@pytest.mark.parametrize("slow_lanes", [False, True])
+def test_bits_do_not_depend_on_who_computes_what(op, slow_lanes):
+    """However many of the blocks are there to draw, every item is computed once, and the counters are 0 again."""
+    arguments, options = batch([*MIXED, *SHORT], chunk_size=512, page_size=16, **SCOUT)
+    together = run(op, arguments, options)
+    kernels = emulation.load(emulation.build(planted={WORK: (SEEN, SLOW_LANES + SEEN)} if slow_lanes else None))
+    for blocks in (1, 2, 3):
+        alone = op_of(kernels, blocks)
+        for _ in range(3):
+            assert_same_bits(run(alone, arguments, options), together)
+            assert_counters_are_zero(alone)
 
 
 def test_fewer_splits_where_memory_is_short(op, monkeypatch):
@@ -196,8 +233,8 @@ def without_wild_entries(arguments: tuple, options: dict) -> tuple[tuple, dict]:
 def test_a_planted_bug_is_noticed(bug):
     """In one of three batches: of gathered rows, of pages that TMA takes, and of fp8."""
     file, text, replacement = PLANTED[bug]
-    broken = emulation.op_module("attention", emulation.load(emulation.build(planted={file: (text, replacement)}))).chunked_attention
-    lengths = [(590, 1), (640, 150), (520, 8), (605, 9), (900, 2)]
+    broken = op_of(emulation.load(emulation.build(planted={file: (text, replacement)})))
+    lengths = [(590, 1), (640, 150), (520, 8), (605, 9), (900, 2), *SHORT]
     mapped = batch(lengths, chunk_size=600, page_size=4, holds="slots", slot_map=True, padding=2, **SCOUT)
     paged = batch(lengths, chunk_size=600, page_size=64, **SCOUT)
     fp8 = batch(lengths, chunk_size=600, page_size=16, cache_dtype=FP8, **SCOUT)
@@ -226,6 +263,7 @@ def ints(*values):
     address = zeros(4 * len(values))
     ctypes.memmove(address, (ctypes.c_int * len(values))(*values), 4 * len(values))
     return address
+kernels.run_together(3)
 requests, width, tokens, splits, none = 4, 300, 20, 2, kernels.Indices(0, False)
 for head_dim in (64, 128):
     for dtype, size in (("bfloat16", 2), ("float8_e4m3fn", 1)):
@@ -239,5 +277,5 @@ for head_dim in (64, 128):
                 row_stride=columns, requests=requests, page_table_rows=none, slot_map=none, seq_lens=ints(300, 9, 200, 1),
                 query_start_loc=ints(0, 5, 5, 17, 18), chunk_size=190, scale=0.1, k_scale=zeros(4), v_scale=zeros(4),
                 partial=zeros(tokens * 6 * splits * kernels.ATTENTION_PARTS * head_dim * 4),
-                lse=zeros(tokens * 6 * splits * kernels.ATTENTION_PARTS * 4), tickets=zeros(requests * 2 * 4), max_splits=splits, stream=0)
+                lse=zeros(tokens * 6 * splits * kernels.ATTENTION_PARTS * 4), tickets=zeros(requests * 2 * 4), drawn=zeros(4), max_splits=splits, stream=0)
 """

@@ -41,6 +41,7 @@ def chunked_attention(
     parts = splits * _C.ATTENTION_PARTS
     partial = torch.empty(rows, num_heads, parts, head_dim, dtype=torch.float32, device=device)
     lse = torch.empty(rows, num_heads, parts, dtype=torch.float32, device=device)
+    counters = tickets(device, 1 + requests * num_kv_heads)
     with launch.on(device) as stream:
         _C.chunked_attention(
             q=q.data_ptr(),
@@ -68,7 +69,8 @@ def chunked_attention(
             v_scale=launch.address(v_scale),
             partial=partial.data_ptr(),
             lse=lse.data_ptr(),
-            tickets=tickets(device, requests * num_kv_heads).data_ptr(),
+            tickets=counters[1:].data_ptr(),
+            drawn=counters.data_ptr(),
             max_splits=splits,
             stream=stream,
         )

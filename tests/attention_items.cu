@@ -1,0 +1,24 @@
+// The items of work of a batch by csrc/attention_work.cuh itself, for test_attention_balance.py.
+#include "attention_work.cuh"
+
+using namespace llama4_kernels;
+
+// tiles: of each item, in the order of their numbers. Gives how many items there are; more than `capacity` are not written.
+extern "C" __attribute__((visibility("default"))) int attention_items(int requests, const int* seq_lens, const int* query_start_loc,
+                                                                      int num_heads, int num_kv_heads, int chunk_size, int max_splits,
+                                                                      int* tiles, int capacity) {
+    AttentionArguments a{};
+    a.requests = requests;
+    a.seq_lens = seq_lens;
+    a.query_start_loc = query_start_loc;
+    a.num_heads = num_heads;
+    a.num_kv_heads = num_kv_heads;
+    a.chunk_size = chunk_size;
+    a.max_splits = max_splits;
+    std::vector<int> ends(requests);
+    int end = 0;
+    for (int b = 0; b < requests; ++b) ends[b] = end += count_items(a, b);
+    const int items = end * num_kv_heads;
+    for (int i = 0; i < std::min(items, capacity); ++i) tiles[i] = item_of(a, ends.data(), i).keys.tiles;
+    return items;
+}
