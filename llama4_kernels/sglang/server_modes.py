@@ -3,7 +3,7 @@ would be wrong or the first request would end the server."""
 
 from __future__ import annotations
 
-from sglang.srt.runtime_context import get_exec, get_model, get_parallel, get_spec
+from sglang.srt.runtime_context import get_exec, get_lora, get_model, get_parallel, get_spec
 
 # Speculative algorithms whose drafts are one chain of tokens, with --speculative-eagle-topk 1. NGRAM's never are: it fills up short ones
 # with siblings of their first token.
@@ -20,6 +20,9 @@ def check_server() -> None:
     for is_asked, flag, needs in (
         (parallel.moe_ep_size > 1, f"--ep-size {parallel.moe_ep_size}", "1: every rank has a part of every expert"),
         (parallel.pp_size > 1, f"--pp-size {parallel.pp_size}", "1"),
+        (parallel.attn_cp_size > 1, f"--attn-cp-size {parallel.attn_cp_size}", "1: attention reads whole sequences"),
+        (parallel.moe_dp_size > 1, f"--moe-dp-size {parallel.moe_dp_size}", "1"),
+        (get_lora().enable_lora, "--enable-lora", "weights without adapters: the MoE layer reads those of its experts itself"),
         (model.is_embedding, "--is-embedding", "a model with a pooling layer"),
         (model.kv_cache_dtype not in KV_CACHE_DTYPES, f"--kv-cache-dtype {model.kv_cache_dtype}", " or ".join(KV_CACHE_DTYPES)),
         (

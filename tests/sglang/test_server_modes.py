@@ -8,9 +8,10 @@ import pytest
 from llama4_kernels.sglang import server_modes
 
 PLAIN = SimpleNamespace(
-    parallel=SimpleNamespace(moe_ep_size=1, pp_size=1),
+    parallel=SimpleNamespace(moe_ep_size=1, pp_size=1, attn_cp_size=1, moe_dp_size=1),
     model=SimpleNamespace(is_embedding=False, kv_cache_dtype="auto"),
     spec=SimpleNamespace(speculative_algorithm=None, speculative_eagle_topk=None),
+    lora=SimpleNamespace(enable_lora=None),
     deterministic=SimpleNamespace(enable_deterministic_inference=False),
 )
 
@@ -23,6 +24,7 @@ def check(monkeypatch, **changes):
     monkeypatch.setattr(server_modes, "get_parallel", lambda: flags.parallel)
     monkeypatch.setattr(server_modes, "get_model", lambda: flags.model)
     monkeypatch.setattr(server_modes, "get_spec", lambda: flags.spec)
+    monkeypatch.setattr(server_modes, "get_lora", lambda: flags.lora)
     monkeypatch.setattr(server_modes, "get_exec", lambda: SimpleNamespace(deterministic=flags.deterministic))
     server_modes.check_server()
 
@@ -40,6 +42,9 @@ def test_what_the_model_serves(monkeypatch, changes):
 @pytest.mark.parametrize("changes, message", [
     ({"parallel": {"moe_ep_size": 2}}, "--ep-size 2, needs 1"),
     ({"parallel": {"pp_size": 4}}, "--pp-size 4, needs 1"),
+    ({"parallel": {"attn_cp_size": 2}}, "--attn-cp-size 2, needs 1: attention reads whole sequences"),
+    ({"parallel": {"moe_dp_size": 2}}, "--moe-dp-size 2, needs 1"),
+    ({"lora": {"enable_lora": True}}, "--enable-lora, needs weights without adapters"),
     ({"model": {"is_embedding": True}}, "--is-embedding, needs a model with a pooling layer"),
     ({"model": {"kv_cache_dtype": "fp8_e5m2"}}, "--kv-cache-dtype fp8_e5m2, needs auto or bf16 or bfloat16 or fp8_e4m3"),
     ({"model": {"kv_cache_dtype": "mxfp8"}}, "--kv-cache-dtype mxfp8, needs auto"),
