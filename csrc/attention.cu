@@ -27,6 +27,7 @@ constexpr int THREADS = (1 + ATTENDING) * WARPGROUP;
 constexpr int LOAD_REGISTERS = 104;
 constexpr int ATTEND_REGISTERS = 200;
 constexpr int ROWS = 64;  // of a warpgroup
+constexpr bool TAKE_TURNS = true;  // in items of many queries: one attending warpgroup begins its products, then the other
 constexpr float LOG2_E = 1.44269504088896f;
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 constexpr float SMALLEST = std::numeric_limits<float>::min();
@@ -53,9 +54,10 @@ __host__ __device__ inline size_t codes_start(int requests) {
     return (sizeof(SharedMemory<HEAD_DIM>) + requests * sizeof(int) + 15) / 16 * 16;
 }
 
-// ---- barriers: 0 is __syncthreads, 1 and 2 those of a warpgroup
+// ---- barriers: 0 is __syncthreads, 1 and 2 those of a warpgroup, 4 and 5 where each waits for its turn
 
 constexpr int BOTH_ATTENDING = 3;
+constexpr int TURN = 4;
 
 __device__ inline void sync_warpgroup(int warpgroup) { hopper::named_barrier_sync(1 + warpgroup, WARPGROUP); }
 
@@ -85,6 +87,16 @@ class Attend {
 public:
     __device__ Attend(const AttentionArguments& a, SharedMemory<HEAD_DIM>& shared, const Ring<HEAD_DIM>& k, const Ring<HEAD_DIM>& v)
         : a(a), shared(shared), k(k), v(v) {}
+
+    // Before the first item. From then on a turn has been passed to the first warpgroup that it has not taken yet.
+    __device__ void begin() const {
+        if (TAKE_TURNS && warpgroup == 1) pass_turn();
+    }
+
+    // After the last item.
+    __device__ void finish() const {
+        if (TAKE_TURNS && warpgroup == 0) wait_for_turn();
+    }
 
     __device__ void attend(const Item& item, int& count) {
         load_q(item);
@@ -173,8 +185,11 @@ private:
                 if (tile > 0) pass_v(count + tile - 1);
                 pass_k(count + next - 1);
             }
+            const bool by_turns = TAKE_TURNS && step == 1;
+            if (by_turns) wait_for_turn();
             begin_scores(count + next);
             begin_output(count + tile);
+            if (by_turns) pass_turn();
             hopper::wgmma_wait<1>();
             release(k.empty, count + next);
             softmax(first_tile + next);
@@ -193,6 +208,10 @@ private:
             pass_v(count + tile + 1);
         }
     }
+
+    __device__ void wait_for_turn() const { hopper::named_barrier_sync(TURN + warpgroup, ATTENDING * WARPGROUP); }
+
+    __device__ void pass_turn() const { hopper::named_barrier_arrive(TURN + (1 - warpgroup), ATTENDING * WARPGROUP); }
 
     __device__ void release(hopper::Barrier* empty, int count) const {
         if (arrives) empty[count % ATTENTION_STAGES].arrive();
@@ -429,10 +448,12 @@ __global__ void __launch_bounds__(THREADS, 1)
         hopper::increase_registers<ATTEND_REGISTERS>();
         int count = 0;  // pairs of tiles of this block so far
         Attend<HEAD_DIM> attend(a, shared, k, v);
+        attend.begin();
         while (item < items) {
             attend.attend(item_of(a, shared.item_ends, item), count);
             item = shared.drawn.take(taken++);
         }
+        attend.finish();
     }
 }
 

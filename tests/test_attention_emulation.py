@@ -45,6 +45,10 @@ PLANTED = {  # the file, its text, the bug
     "counter of draws not turned back": (WORK, "unsigned(items) - 1);", "~0u);"),
     "counter of draws turned back one draw late": (WORK, "unsigned(items) - 1);", "unsigned(items));"),
     "counter of draws turned back one draw early": (WORK, "unsigned(items) - 1);", "unsigned(max(items - 2, 0)));"),
+    "turns of the warpgroups not passed on": (MAIN, "            if (by_turns) pass_turn();\n", ""),
+    "turns where the warpgroups visit different tiles": (MAIN, "TAKE_TURNS && step == 1;", "TAKE_TURNS;"),
+    "nobody passes the first turn": (MAIN, "        attend.begin();\n", ""),
+    "nobody takes the last turn": (MAIN, "        attend.finish();\n", ""),
     "draws that overtake the block's warps": (MAIN, "            shared.drawn.wait_empty(taken);\n", ""),
     "a draw given back before slow lanes have seen it": (WORK, SEEN, GIVE_BACK + SLOW_LANES + SEEN.replace(GIVE_BACK, "")),
 }  # fmt: skip
@@ -230,8 +234,8 @@ def without_wild_entries(arguments: tuple, options: dict) -> tuple[tuple, dict]:
 
 
 @pytest.mark.parametrize("bug", PLANTED)
-def test_a_planted_bug_is_noticed(bug):
-    """In one of three batches: of gathered rows, of pages that TMA takes, and of fp8."""
+def test_a_planted_bug_is_noticed(bug, monkeypatch):
+    """In one of three batches: of gathered rows, of pages that TMA takes, and of fp8; or in the first one again, in splits of five tiles."""
     file, text, replacement = PLANTED[bug]
     broken = op_of(emulation.load(emulation.build(planted={file: (text, replacement)})))
     lengths = [(590, 1), (640, 150), (520, 8), (605, 9), (900, 2), *SHORT]
@@ -239,8 +243,10 @@ def test_a_planted_bug_is_noticed(bug):
     paged = batch(lengths, chunk_size=600, page_size=64, **SCOUT)
     fp8 = batch(lengths, chunk_size=600, page_size=16, cache_dtype=FP8, **SCOUT)
     with pytest.raises((AssertionError, RuntimeError)):
-        for arguments, options in (mapped, paged, fp8, mapped):
+        for arguments, options in (mapped, paged, fp8):
             assert_attention(broken, *without_wild_entries(arguments, options))
+        monkeypatch.setitem(broken.__globals__, "PARTIAL_BYTES", 1)
+        assert_attention(broken, *without_wild_entries(*mapped))
 
 
 def test_sanitizers_watch_every_path():
