@@ -7,6 +7,7 @@ from torch import Tensor
 
 _SMALLEST = 4096
 _counters: dict[tuple[torch.device, int], Tensor] = {}
+_outgrown: list[Tensor] = []  # a graph captured with them still counts in them
 
 
 def tickets(device: torch.device, count: int) -> Tensor:
@@ -19,9 +20,12 @@ def tickets(device: torch.device, count: int) -> Tensor:
 
 
 def _counters_of(key: tuple[torch.device, int], device: torch.device, count: int, *, keep: bool) -> Tensor:
-    counters = _counters.get(key)
-    if counters is None or len(counters) < count:
-        counters = torch.zeros(max(count, _SMALLEST), dtype=torch.int32, device=device)
-        if keep:
-            _counters[key] = counters
+    found = _counters.get(key)
+    if found is not None and len(found) >= count:
+        return found
+    counters = torch.zeros(max(count, _SMALLEST), dtype=torch.int32, device=device)
+    if keep:
+        if found is not None:
+            _outgrown.append(found)
+        _counters[key] = counters
     return counters

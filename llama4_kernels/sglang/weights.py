@@ -18,11 +18,14 @@ from llama4_kernels import ops
 
 FP8 = torch.float8_e4m3fn
 DTYPES = (torch.bfloat16, torch.float32, FP8)
+QUANTISATIONS = ("fp8", "compressed_tensors", "modelopt_fp8")
 
 
 def adapt_quant_config(quant_config: QuantizationConfig) -> None:
     """Let fp8 checkpoints be served with float32 activations, which the ops take, and be built where there is no GPU to ask for its
-    capability: the ops check their own."""
+    capability: the ops check their own. ValueError for a format whose parameters are not known here."""
+    if (name := quant_config.get_name()) not in QUANTISATIONS:
+        raise ValueError(f"--model-impl llama4_kernels does not serve Llama 4 quantised as {name}, needs {' or '.join(QUANTISATIONS)}")
     dtypes = [*quant_config.get_supported_act_dtypes(), torch.float32]
     quant_config.get_supported_act_dtypes = lambda: dtypes
     if not torch.cuda.is_available() and hasattr(quant_config, "_check_scheme_supported"):

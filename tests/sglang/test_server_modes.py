@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from llama4_kernels.sglang import server_modes
+from llama4_kernels.sglang.weights import adapt_quant_config
 
 PLAIN = SimpleNamespace(
     parallel=SimpleNamespace(moe_ep_size=1, pp_size=1, attn_cp_size=1, moe_dp_size=1),
@@ -55,3 +56,10 @@ def test_what_the_model_serves(monkeypatch, changes):
 def test_what_the_model_refuses(monkeypatch, changes, message):
     with pytest.raises(ValueError, match=f"does not serve Llama 4 with {message}"):
         check(monkeypatch, **changes)
+
+
+@pytest.mark.parametrize("name", ["w8a8_fp8", "mxfp8", "awq"])
+def test_quantisations_that_the_model_refuses(name):
+    needs = "needs fp8 or compressed_tensors or modelopt_fp8"
+    with pytest.raises(ValueError, match=f"does not serve Llama 4 quantised as {name}, {needs}"):
+        adapt_quant_config(SimpleNamespace(get_name=lambda: name))
