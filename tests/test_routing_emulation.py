@@ -14,17 +14,17 @@ from llama4_kernels.reference import routing as reference
 pytestmark = pytest.mark.skipif(bool(emulation.why_not()), reason=emulation.why_not() or "-")
 
 BF16, FP32 = torch.bfloat16, torch.float32
-PLANTED = {  # the text in routing.cu, the bug
-    "ties to the highest index": ("(~0u - unsigned(expert))", "unsigned(expert)"),
-    "a rank's sums left out": ("for (int from = 0; from < RANKS; ++from) logit +=", "for (int from = 1; from < RANKS; ++from) logit +="),
-    "the cluster not waited for": ("            shared.largest[thread] = most;\n        }\n        hopper::cluster_sync();", "            shared.largest[thread] = most;\n        }"),
-    "ticket not given back": ("if (shared.is_last) *a.tickets = 0;", ""),
-    "order not stable": ("ids[token] == ids[thread] && token < thread", "ids[token] == ids[thread] && token > thread"),
-    "many tokens' order not stable": ("__popc(peers & ((1u << lane) - 1))", "__popc(peers >> lane >> 1)"),
-    "all warps count in one place": ("counts + warp * bins;", "counts;"),
-    "equal experts of a warp counted once": ("own[ids[i]] = place + __popc(peers);", "own[ids[i]] = place + 1;"),
-    "the last expert left out": ("if (lane < EXPERTS && expert < a.experts)", "if (lane < EXPERTS && expert < a.experts - 1)"),
-    "barrier left out": ("sum;\n        }\n#pragma unroll\n        for (int token = 0; token < TOKENS; ++token) {\n            const unsigned most", "sum;\n        }\n        if (lane) __syncthreads();\n#pragma unroll\n        for (int token = 0; token < TOKENS; ++token) {\n            const unsigned most"),
+PLANTED = {  # the file, the text in it, the bug
+    "ties to the highest index": ("routing_key.cuh", "(~0u - unsigned(expert))", "unsigned(expert)"),
+    "a rank's sums left out": ("routing_fp32.cuh", "for (int from = 0; from < RANKS; ++from) logit +=", "for (int from = 1; from < RANKS; ++from) logit +="),
+    "the cluster not waited for": ("routing_fp32.cuh", "            shared.largest[thread] = most;\n        }\n        hopper::cluster_sync();", "            shared.largest[thread] = most;\n        }"),
+    "ticket not given back": ("routing_sort.cuh", "if (flag) *tickets = 0;", ""),
+    "order not stable": ("routing_sort.cuh", "ids[token] == ids[thread] && token < thread", "ids[token] == ids[thread] && token > thread"),
+    "many tokens' order not stable": ("routing_sort.cuh", "__popc(peers & ((1u << lane) - 1))", "__popc(peers >> lane >> 1)"),
+    "all warps count in one place": ("routing_sort.cuh", "counts + warp * bins;", "counts;"),
+    "equal experts of a warp counted once": ("routing_sort.cuh", "own[ids[i]] = place + __popc(peers);", "own[ids[i]] = place + 1;"),
+    "the last expert left out": ("routing_fp32.cuh", "if (lane < EXPERTS && expert < a.experts)", "if (lane < EXPERTS && expert < a.experts - 1)"),
+    "barrier left out": ("routing_fp32.cuh", "sum;\n        }\n#pragma unroll\n        for (int token = 0; token < TOKENS; ++token) {\n            const unsigned most", "sum;\n        }\n        if (lane) __syncthreads();\n#pragma unroll\n        for (int token = 0; token < TOKENS; ++token) {\n            const unsigned most"),
 }  # fmt: skip
 
 
@@ -136,10 +136,14 @@ def test_a_row_of_nan_touches_no_other_row(op, tokens):
     assert sorted(routing.order.tolist()) == list(range(tokens)) and int(routing.offsets[-1]) == tokens
 
 
+def op_with(path: str, text: str, bug: str):
+    torch.manual_seed(0)
+    return emulation.op_module("routing", emulation.load(emulation.build(planted={path: (text, bug)}))).route_top1
+
+
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_bugs_are_noticed(bug):
-    op = emulation.op_module("routing", emulation.load(emulation.build(planted={"routing.cu": PLANTED[bug]}))).route_top1
-    torch.manual_seed(0)
+    op = op_with(*PLANTED[bug])
     with pytest.raises((AssertionError, RuntimeError)):
         for x in (torch.ones(7, 1100), integers(7, 1100), torch.zeros(7, 1100)):
             assert_like_reference(op, x, integers(20, 1100) / 16)

@@ -1,0 +1,244 @@
+// route_top1 on the fp32 units, for rows of any type at any address: a block holds its eighth of the columns of a few tokens in
+// shared memory, multiplies them with slices of 16 experts, and reads the others' sums through distributed shared memory.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp8.h>
+
+#include "hopper/cluster.cuh"
+#include "hopper/dependent_launch.cuh"
+#include "routing_sort.cuh"
+
+namespace llama4_kernels::routing {
+
+constexpr int RANKS = 8;     // blocks of a cluster
+constexpr int EXPERTS = 16;  // of a slice
+constexpr int WARP_EXPERTS = 4;
+constexpr int EXPERT_WARPS = EXPERTS / WARP_EXPERTS;
+constexpr int MAX_COLUMN_WARPS = 5;
+constexpr int CHUNK = 4 * WARP;  // columns that a warp takes at a time
+
+struct Problem {
+    RouteArguments a;
+    int slices;
+    int columns;       // of a block, a multiple of CHUNK
+    int column_warps;  // that share a block's columns, for each of EXPERT_WARPS
+};
+
+// ---- numbers
+
+__device__ inline float to_float(float value) { return value; }
+__device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+template <class T>
+struct alignas(4 * sizeof(T)) Four {
+    T values[4];
+};
+
+// Elements `column` to `column` + 3 of a row; zeros from `end` on.
+template <bool ALIGNED, class T>
+__device__ inline float4 load_four(const T* row, int column, int end) {
+    Four<T> four;
+    if constexpr (ALIGNED) {
+        if (column >= end) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        four = *reinterpret_cast<const Four<T>*>(row + column);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) four.values[i] = column + i < end ? row[column + i] : T(0.0f);
+    }
+    return make_float4(to_float(four.values[0]), to_float(four.values[1]), to_float(four.values[2]), to_float(four.values[3]));
+}
+
+// Sums over the lanes of each of COUNT values, a power of two; lane l gets that of value l / (32 / COUNT).
+template <int COUNT, int BIT = WARP / 2>
+__device__ inline float sum_lanes(float (&values)[COUNT]) {
+    const bool upper = threadIdx.x & BIT;
+    float kept[COUNT > 1 ? COUNT / 2 : 1];
+    if constexpr (COUNT > 1) {
+#pragma unroll
+        for (int i = 0; i < COUNT / 2; ++i) {
+            const float given = upper ? values[i] : values[i + COUNT / 2];
+            kept[i] = (upper ? values[i + COUNT / 2] : values[i]) + __shfl_xor_sync(ALL_LANES, given, BIT);
+        }
+    } else {
+        kept[0] = values[0] + __shfl_xor_sync(ALL_LANES, values[0], BIT);
+    }
+    if constexpr (BIT == 1) {
+        return kept[0];
+    } else {
+        return sum_lanes<(COUNT > 1 ? COUNT / 2 : 1), BIT / 2>(kept);
+    }
+}
+
+// ---- shared memory
+
+template <int TOKENS>
+struct SharedMemory {
+    float logits[TOKENS][EXPERTS];  // this block's part of them
+    unsigned largest[TOKENS];       // magnitude in this block's columns
+    float scale[TOKENS];
+    int ids[ROUTE_FEW_TOKENS];
+    int is_last;
+    float column_logits[MAX_COLUMN_WARPS][TOKENS][EXPERTS];
+    unsigned column_largest[MAX_COLUMN_WARPS][TOKENS];
+    alignas(16) float x[];  // [TOKENS][columns], then counts of sort_many_tokens
+};
+
+// ---- the kernel
+
+template <class X, class W, int TOKENS, bool ALIGNED>
+__global__ void __launch_bounds__(EXPERT_WARPS* MAX_COLUMN_WARPS* WARP) route_fp32_kernel(const __grid_constant__ Problem problem) {
+    const RouteArguments& a = problem.a;
+    auto& shared = *shared_memory<SharedMemory<TOKENS>>();
+    const int thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP;
+    const int expert_warp = warp % EXPERT_WARPS, column_warp = warp / EXPERT_WARPS;
+    const int rank = int(hopper::cluster_rank());
+    const int first_token = int(blockIdx.x) / RANKS * TOKENS, first_column = rank * problem.columns;
+    const int columns = max(min(problem.columns, a.hidden - first_column), 0);
+    const auto router_at = [&](int slice, int i, int chunk) {
+        const int expert = slice * EXPERTS + expert_warp * WARP_EXPERTS + i;
+        const W* row = static_cast<const W*>(a.router) + int64_t(expert) * a.hidden + first_column;
+        return load_four<ALIGNED>(row, chunk * CHUNK + lane * 4, expert < a.experts ? columns : 0);
+    };
+    hopper::launch_dependents();
+
+    // The router does not depend on the kernel ahead, x does
+    float4 w[WARP_EXPERTS];
+#pragma unroll
+    for (int i = 0; i < WARP_EXPERTS; ++i) w[i] = router_at(blockIdx.y, i, column_warp);
+    hopper::wait_for_dependencies();
+    const int row_fours = problem.columns / 4;
+    for (int i = thread; i < TOKENS * row_fours; i += blockDim.x) {
+        const int token = first_token + i / row_fours;
+        const X* row = static_cast<const X*>(a.x) + int64_t(token) * a.hidden + first_column;
+        reinterpret_cast<float4*>(shared.x)[i] = load_four<ALIGNED>(row, i % row_fours * 4, token < a.tokens ? columns : 0);
+    }
+    __syncthreads();
+
+    Key best = 0;  // in warp 0: of the token first_token + rank, in the slices so far
+    for (int slice = blockIdx.y; slice < problem.slices; slice += gridDim.y) {
+        // Products of this warp's columns
+        float sums[TOKENS * WARP_EXPERTS] = {};
+        unsigned largest[TOKENS] = {};
+        for (int chunk = column_warp; chunk < problem.columns / CHUNK; chunk += problem.column_warps) {
+            if (slice != int(blockIdx.y) || chunk != column_warp) {
+#pragma unroll
+                for (int i = 0; i < WARP_EXPERTS; ++i) w[i] = router_at(slice, i, chunk);
+            }
+#pragma unroll
+            for (int token = 0; token < TOKENS; ++token) {
+                const float4 x = reinterpret_cast<const float4*>(shared.x)[token * row_fours + chunk * WARP + lane];
+                largest[token] = max(largest[token], max(max(magnitude(x.x), magnitude(x.y)), max(magnitude(x.z), magnitude(x.w))));
+#pragma unroll
+                for (int i = 0; i < WARP_EXPERTS; ++i) {
+                    float& sum = sums[token * WARP_EXPERTS + i];
+                    sum += x.x * w[i].x;
+                    sum += x.y * w[i].y;
+                    sum += x.z * w[i].z;
+                    sum += x.w * w[i].w;
+                }
+            }
+        }
+
+        // Of the block's, and of the cluster's: block `rank` takes token `rank`
+        const float sum = sum_lanes(sums);
+        constexpr int LANES = WARP / (TOKENS * WARP_EXPERTS);
+        if (lane % LANES == 0) {
+            const int value = lane / LANES;
+            shared.column_logits[column_warp][value / WARP_EXPERTS][expert_warp * WARP_EXPERTS + value % WARP_EXPERTS] = sum;
+        }
+#pragma unroll
+        for (int token = 0; token < TOKENS; ++token) {
+            const unsigned most = __reduce_max_sync(ALL_LANES, largest[token]);
+            if (expert_warp == 0 && lane == 0) shared.column_largest[column_warp][token] = most;
+        }
+        __syncthreads();
+        if (thread < TOKENS * EXPERTS) {
+            const int token = thread / EXPERTS, expert = thread % EXPERTS;
+            float logit = 0.0f;
+            for (int i = 0; i < problem.column_warps; ++i) logit += shared.column_logits[i][token][expert];
+            shared.logits[token][expert] = logit;
+        }
+        if (thread < TOKENS) {
+            unsigned most = 0;
+            for (int i = 0; i < problem.column_warps; ++i) most = max(most, shared.column_largest[i][thread]);
+            shared.largest[thread] = most;
+        }
+        hopper::cluster_sync();
+        if (warp == 0 && rank < TOKENS) {
+            const int expert = slice * EXPERTS + lane;
+            Key key = 0;
+            if (lane < EXPERTS && expert < a.experts) {
+                float logit = 0.0f;
+                for (int from = 0; from < RANKS; ++from) logit += *hopper::remote_shared(&shared.logits[rank][lane], from);
+                key = rank_key(logit, expert);
+            }
+            for (int bit = 1; bit < EXPERTS; bit *= 2) key = max(key, __shfl_xor_sync(ALL_LANES, key, bit));
+            best = max(best, key);
+        }
+        if (thread < TOKENS) {
+            unsigned most = 0;
+            for (int from = 0; from < RANKS; ++from) most = max(most, *hopper::remote_shared(&shared.largest[thread], from));
+            shared.scale[thread] = __uint_as_float(most) / E4M3_MAX;
+        }
+        hopper::cluster_sync();
+    }
+
+    // FP8 codes of this block's columns; blocks of other slices take other tokens
+    if (a.codes) {
+        for (int i = thread; i < TOKENS * row_fours; i += blockDim.x) {
+            const int token = i / row_fours, column = i % row_fours * 4;
+            if (token % gridDim.y != blockIdx.y || first_token + token >= a.tokens || column >= columns) continue;
+            const float scale = shared.scale[token];
+            const auto scaled = [&](float value) { return scale == 0.0f ? 0.0f : value / scale; };
+            const float4 x = reinterpret_cast<const float4*>(shared.x)[i];
+            Four<uint8_t> codes;
+            codes.values[0] = __nv_cvt_float_to_fp8(scaled(x.x), __NV_SATFINITE, __NV_E4M3);
+            codes.values[1] = __nv_cvt_float_to_fp8(scaled(x.y), __NV_SATFINITE, __NV_E4M3);
+            codes.values[2] = __nv_cvt_float_to_fp8(scaled(x.z), __NV_SATFINITE, __NV_E4M3);
+            codes.values[3] = __nv_cvt_float_to_fp8(scaled(x.w), __NV_SATFINITE, __NV_E4M3);
+            uint8_t* to = a.codes + int64_t(first_token + token) * a.hidden + first_column + column;
+            if constexpr (ALIGNED) {
+                *reinterpret_cast<Four<uint8_t>*>(to) = codes;
+            } else {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    if (column + j < columns) to[j] = codes.values[j];
+                }
+            }
+        }
+        const bool owns_scale = rank == 0 && thread < TOKENS && thread % gridDim.y == blockIdx.y && first_token + thread < a.tokens;
+        if (owns_scale) a.scale[first_token + thread] = shared.scale[thread];
+    }
+
+    const int token = first_token + rank;
+    const bool owns_token = thread == 0 && rank < TOKENS && token < a.tokens;
+    const bool few = TOKENS == 1 || a.tokens <= ROUTE_FEW_TOKENS;
+    if (owns_token && few) a.best[token * gridDim.y + blockIdx.y] = best;
+    if (owns_token && !few) {
+        a.expert_ids[token] = expert_of(best);
+        a.scores[token] = score_of(best);
+    }
+    if (!is_last_block(a.tickets, shared.is_last)) return;
+    few ? sort_few_tokens(shared.ids, a, int(gridDim.y)) : sort_many_tokens(reinterpret_cast<int*>(shared.x), a);
+}
+
+// ---- launch
+
+template <class X, class W, int TOKENS, bool ALIGNED>
+void launch_fp32(const RouteArguments& a, cudaStream_t stream) {
+    const int64_t groups = std::max<int64_t>(ceil_div(a.tokens, TOKENS), 1);
+    const int slices = route_slices(a.experts), slices_at_once = a.tokens <= ROUTE_FEW_TOKENS ? slices : 1;
+    const int columns = int(ceil_div(a.hidden, RANKS * CHUNK)) * CHUNK;
+    const bool fills_gpu = groups * RANKS * slices_at_once > multiprocessors();
+    const int column_warps = std::min(columns / CHUNK, fills_gpu ? 2 : MAX_COLUMN_WARPS);
+    const int64_t x_bytes = int64_t(TOKENS) * columns * sizeof(float);
+    const int64_t sort_bytes = a.tokens <= ROUTE_FEW_TOKENS ? 0 : count_bytes(EXPERT_WARPS * column_warps, a.experts);
+    const size_t shared_bytes = sizeof(SharedMemory<TOKENS>) + std::max(x_bytes, sort_bytes);
+    dim3 grid = grid_of(groups * RANKS);
+    grid.y = slices_at_once;
+    const LaunchConfig config{"route_top1", grid, dim3(EXPERT_WARPS * column_warps * WARP), shared_bytes, stream, RANKS, a.dependent};
+    launch(config, &route_fp32_kernel<X, W, TOKENS, ALIGNED>, Problem{a, slices, columns, column_warps});
+}
+
+}  // namespace llama4_kernels::routing
