@@ -1,8 +1,10 @@
-// route_top1: clusters of 8 blocks share the columns of a few tokens; the last block of the grid to finish sorts all of them.
+// route_top1: many tokens of bfloat16 on the tensor cores, others on the fp32 units. Clusters of 8 blocks share the columns of some tokens;
+// the last block of the grid to finish sorts all of them.
 
 #include "routing.h"
 
 #include "routing_fp32.cuh"
+#include "routing_wgmma.cuh"
 
 namespace llama4_kernels {
 namespace {
@@ -22,11 +24,17 @@ void launch_x(const RouteArguments& a, cudaStream_t stream) {
     a.router_dtype == Dtype::bfloat16 ? launch_types<X, __nv_bfloat16>(a, stream) : launch_types<X, float>(a, stream);
 }
 
+void launch_many(const RouteArguments& a, cudaStream_t stream) {
+    if (a.experts <= 16) return launch_wgmma<TileShape<16>>(a, stream);
+    a.experts <= 128 ? launch_wgmma<TileShape<128>>(a, stream) : launch_wgmma<TileShape<256>>(a, stream);
+}
+
 }  // namespace
 
 int route_slices(int experts) { return int(ceil_div(experts, EXPERTS)); }
 
 void route_top1(const RouteArguments& a, cudaStream_t stream) {
+    if (takes_wgmma(a)) return launch_many(a, stream);
     a.x_dtype == Dtype::bfloat16 ? launch_x<__nv_bfloat16>(a, stream) : launch_x<float>(a, stream);
 }
 

@@ -1,4 +1,4 @@
-// route_top1 on the fp32 units, for rows of any type at any address: a block holds its eighth of the columns of a few tokens in
+// route_top1 on the fp32 units, for few tokens, float32 and rows at any address: a block holds its eighth of the columns of a few tokens in
 // shared memory, multiplies them with slices of 16 experts, and reads the others' sums through distributed shared memory.
 #pragma once
 

@@ -26,11 +26,32 @@ PLANTED = {  # the file, the text in it, the bug
     "the last expert left out": ("routing_fp32.cuh", "if (lane < EXPERTS && expert < a.experts)", "if (lane < EXPERTS && expert < a.experts - 1)"),
     "barrier left out": ("routing_fp32.cuh", "sum;\n        }\n#pragma unroll\n        for (int token = 0; token < TOKENS; ++token) {\n            const unsigned most", "sum;\n        }\n        if (lane) __syncthreads();\n#pragma unroll\n        for (int token = 0; token < TOKENS; ++token) {\n            const unsigned most"),
 }  # fmt: skip
+PLANTED_ON_TENSOR_CORES = {  # the text in routing_wgmma.cuh, the bug
+    "a rank's sums left out": ("for (int from = 0; from < Shape::RANKS; ++from) {", "for (int from = 1; from < Shape::RANKS; ++from) {"),
+    "a rank's magnitudes left out": ("for (int from = 0; from < Shape::RANKS; ++from) most", "for (int from = 0; from < Shape::RANKS - 1; ++from) most"),
+    "another slice of the router": ("load_router(shared, at, router, first_column + step * Shape::STEP);\n            }", "load_router(shared, at, router, step * Shape::STEP);\n            }"),
+    "x not waited for": ("shared.x_full[step].wait(0);\n        shared.pipeline", "shared.pipeline"),
+    "the router not waited for": ("shared.pipeline.wait_until_full(at);", ""),
+    "a stage given back too early": ("hopper::wgmma_wait<1>();\n", ""),
+    "a stage filled before it is given back": ("shared.pipeline.wait_until_empty(at);", ""),
+    "the cluster not waited for": ("hopper::cluster_sync();", "__syncthreads();"),
+    "the magnitudes of half the columns": ("most = max(most, __shfl_xor_sync(ALL_LANES, most, WARP_TOKENS));", ""),
+    "the scale of another row": ("shared.scale[token], reciprocal", "shared.scale[token ^ 1], reciprocal"),
+    "quotients not corrected": ("return fmaf(fmaf(-product, scale, value), reciprocal, product);", "return product;"),
+    "codes of tokens past the last": ("min(Shape::TOKENS, a.tokens - first_token)", "min(Shape::TOKENS, a.tokens - first_token + 1)"),
+    "codes of columns past the last": ("if (column >= a.hidden) return;", ""),
+    "experts past the last": ("if (expert + i < experts) best", "best"),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def module():
-    return emulation.op_module("routing", emulation.load(emulation.build()))
+def kernels():
+    return emulation.load(emulation.build())
+
+
+@pytest.fixture(scope="module")
+def module(kernels):
+    return emulation.op_module("routing", kernels)
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +143,9 @@ def test_random_logits(op):
     assert_same_bits(run(op, x, router, quantize=True), (got, codes))
 
 
-@pytest.mark.parametrize("tokens", [9, 70])
-def test_a_row_of_nan_touches_no_other_row(op, tokens):
-    x, router = torch.randn(tokens, 64), torch.randn(16, 64)
+@pytest.mark.parametrize(("tokens", "dtype"), [(9, FP32), (70, FP32), (70, BF16)], ids=str)
+def test_a_row_of_nan_touches_no_other_row(op, tokens, dtype):
+    x, router = torch.randn(tokens, 64).to(dtype), torch.randn(16, 64).to(dtype)
     spoilt = x.clone()
     spoilt[[2, 8], 5] = float("nan")
     (clean, clean_codes), (routing, codes) = run(op, x, router, quantize=True), run(op, spoilt, router, quantize=True)
@@ -148,6 +169,129 @@ def test_planted_bugs_are_noticed(bug):
         for x in (torch.ones(7, 1100), integers(7, 1100), torch.zeros(7, 1100)):
             assert_like_reference(op, x, integers(20, 1100) / 16)
         assert_sorted(op, integers(300, 8), integers(16, 8))
+
+
+# ---- on the tensor cores: more than 64 tokens, all of bfloat16
+
+THREADS = 288  # of a block that multiplies on them
+
+
+def offset(tensor: Tensor) -> Tensor:
+    """The same values at an address that is no multiple of 4."""
+    return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+
+
+@pytest.mark.parametrize(
+    ("x", "router", "on_tensor_cores"),
+    [
+        (integers(65, 8, dtype=BF16), integers(1, 8, dtype=BF16), True),
+        (integers(65, 10240, dtype=BF16), integers(16, 10240, dtype=BF16), True),
+        (integers(65, 10248, dtype=BF16), integers(16, 10248, dtype=BF16), False),
+        (integers(64, 64, dtype=BF16), integers(16, 64, dtype=BF16), False),
+        (integers(65, 68, dtype=BF16), integers(16, 68, dtype=BF16), False),
+        (integers(65, 63, dtype=BF16), integers(16, 63, dtype=BF16), False),
+        (offset(integers(65, 64, dtype=BF16)), integers(16, 64, dtype=BF16), False),
+        (integers(65, 64, dtype=BF16), offset(integers(16, 64, dtype=BF16)), False),
+        (integers(65, 64), integers(16, 64, dtype=BF16), False),
+        (integers(65, 64, dtype=BF16), integers(16, 64), False),
+    ],
+    ids=lambda value: f"{value.dtype}{list(value.shape)}" if isinstance(value, Tensor) else str(value),
+)
+def test_which_multiply_on_tensor_cores(kernels, op, x, router, on_tensor_cores):
+    (launch,) = kernels.launches_of(lambda: op(x, router), 132)
+    assert (launch["threads"] == THREADS) == on_tensor_cores
+    (got, codes), (want, want_codes) = op(x, router, quantize=True), reference.route_top1(x, router, quantize=True)
+    assert_same_bits([got.expert_ids, got.order, codes.codes], [want.expert_ids, want.order, want_codes.codes])
+
+
+SMALL = [(65, 1, 64), (65, 17, 72), (128, 16, 136), (129, 128, 640), (65, 256, 72), (300, 16, 64), (300, 200, 136)]
+LARGE = [(65, 128, 5120), (128, 16, 5120)]
+
+
+@pytest.mark.parametrize(("tokens", "experts", "hidden"), [*SMALL, *LARGE])
+def test_exact_logits_on_tensor_cores(op, tokens, experts, hidden):
+    assert_like_reference(op, integers(tokens, hidden, dtype=BF16), integers(experts, hidden, dtype=BF16))
+
+
+@pytest.mark.parametrize(("tokens", "experts", "hidden"), [(129, 128, 640), (65, 200, 5120), (300, 16, 72)])
+def test_random_logits_on_tensor_cores(op, tokens, experts, hidden):
+    x, router = torch.randn(tokens, hidden).to(BF16), (torch.randn(experts, hidden) / hidden**0.5).to(BF16)
+    got, codes = run(op, x, router, quantize=True)
+    logits = x.double() @ router.double().t()
+    ids = got.expert_ids.long()
+    chosen = logits.gather(1, ids[:, None])[:, 0]
+    assert (logits.amax(1) - chosen < 1e-4).all()
+    torch.testing.assert_close(got.scores, chosen.sigmoid().float(), rtol=1e-5, atol=0)
+    assert_same_bits([got.order, got.offsets[1:]], [ids.argsort(stable=True).int(), ids.bincount(minlength=experts).cumsum(0).int()])
+    want = reference.route_top1(x, router, quantize=True)[1]
+    assert_same_bits([codes.codes, codes.scale], [want.codes, want.scale])
+    assert_same_bits(run(op, x, router, quantize=True), (got, codes))
+
+
+def test_equal_experts_tie_on_tensor_cores(op):
+    x, router = torch.randn(65, 328).to(BF16), torch.randn(20, 328).to(BF16)
+    ids = run(op, x, router)[0].expert_ids
+    assert_same_bits([run(op, x, router.repeat_interleave(2, 0))[0].expert_ids], [2 * ids])
+    assert_same_bits([run(op, x, router.repeat(10, 1))[0].expert_ids], [ids])
+
+
+def test_logits_below_zero_on_tensor_cores(op):
+    assert_like_reference(op, torch.ones(65, 64, dtype=BF16), integers(20, 64, dtype=BF16) - 2)
+
+
+def bfloat16_rows() -> Tensor:
+    """Rows with each of bfloat16's 128 mantissas as their largest magnitude, in turns in each eighth of the columns, over each mantissa in
+    20 powers of two below; rows of many exponents."""
+    mantissas = torch.arange(128, 256) / 128
+    values = (mantissas * 2.0 ** -torch.arange(20.0)[:, None]).flatten() * torch.tensor([1.0, -1.0]).repeat(64 * 20)
+    rows = torch.minimum(values, mantissas[:, None]).maximum(-mantissas[:, None])
+    rows = torch.stack([row.roll(len(values) // 8 * i) for i, row in enumerate(rows)])
+    return (rows * 2.0 ** torch.randint(-60, 60, (128, 1))).to(BF16)
+
+
+def test_codes_are_those_of_a_division(op):
+    extremes = torch.tensor([[1e38, 3e38, -1e20, 1e-38], [1e-38, 1e-39, 1e-40, 0], [0, 0, 0, 0]], dtype=BF16)
+    for x in (bfloat16_rows(), extremes.repeat(30, 4)):
+        (_, got), (_, want) = (each(x, torch.ones_like(x[:1]), quantize=True) for each in (op, reference.route_top1))
+        assert_same_bits([got.codes, got.scale], [want.codes, want.scale])
+    infinite = torch.tensor([float("inf"), 1, -1, 0]).to(BF16).repeat(65, 2)
+    assert op(infinite, infinite[:1], quantize=True)[1].codes.float().nan_to_num(7).unique(dim=0).tolist() == [[7, 0, 0, 0] * 2]
+
+
+@pytest.mark.parametrize("bug", PLANTED_ON_TENSOR_CORES)
+def test_planted_bugs_on_tensor_cores_are_noticed(bug):
+    op = op_with("routing_wgmma.cuh", *PLANTED_ON_TENSOR_CORES[bug])
+    with pytest.raises((AssertionError, RuntimeError)):
+        for experts, hidden in ((17, 1800), (16, 5120), (20, 72)):
+            assert_like_reference(op, integers(70, hidden, dtype=BF16), integers(experts, hidden, dtype=BF16))
+        test_logits_below_zero_on_tensor_cores(op)
+        test_codes_are_those_of_a_division(op)
+
+
+def test_sanitizers_watch_every_path():
+    done = emulation.run_sanitized(RUN_SANITIZED, str(emulation.build(sanitize=True)))
+    assert done.returncode == 0, done.stderr
+
+
+RUN_SANITIZED = """
+import ctypes, importlib.util, sys
+spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
+C = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(C)
+libc = ctypes.CDLL(None)
+libc.aligned_alloc.restype = libc.calloc.restype = ctypes.c_void_p
+def zeros(count): return libc.calloc(ctypes.c_size_t(count), ctypes.c_size_t(4))
+def rows(count, size): return libc.aligned_alloc(ctypes.c_size_t(min(16, count * size & -count * size)), ctypes.c_size_t(count * size))
+for tokens, experts, hidden, dtype in ((1, 17, 72, "bfloat16"), (9, 17, 70, "float32"), (70, 17, 70, "bfloat16"), (65, 1, 72, "bfloat16"),
+                                       (70, 17, 1800, "bfloat16"), (130, 200, 136, "bfloat16")):
+    size = 2 if dtype == "bfloat16" else 4
+    best = zeros(2 * tokens * C.route_slices(experts)) if tokens <= C.ROUTE_FEW_TOKENS else 0
+    for codes, scale in ((0, 0), (rows(tokens, hidden), zeros(tokens))):
+        C.route_top1(x=rows(tokens, size * hidden), x_dtype=getattr(C.Dtype, dtype), router=rows(experts, size * hidden),
+                     router_dtype=getattr(C.Dtype, dtype), tokens=tokens, hidden=hidden, experts=experts, expert_ids=zeros(tokens),
+                     scores=zeros(tokens), order=zeros(tokens), offsets=zeros(experts + 1), codes=codes, scale=scale,
+                     best=best, tickets=zeros(1), dependent=False, stream=0)
+"""
 
 
 @pytest.mark.parametrize(

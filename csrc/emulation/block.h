@@ -263,6 +263,9 @@ public:
         if (error) std::rethrow_exception(error);
     }
 
+    // Keep those of about a block: a process may have 65530 mappings, two a stack, and each library that it loads has a scheduler.
+    void give_back_stacks() { fibers_.resize(std::min(fibers_.size(), KEPT_STACKS)); }
+
     // The running thread waits until it is woken.
     void wait(Site site, const char* waits_for, uint32_t waits_on = 0, unsigned parity = 0) {
         Thread& self = *current_;
@@ -331,6 +334,7 @@ public:
 
 private:
     static constexpr int MAX_IDLE_ROUNDS = 1000;
+    static constexpr size_t KEPT_STACKS = 512;
 
     static void body();
 

@@ -63,6 +63,7 @@ inline void run(const char* op, dim3 grid, dim3 block, size_t shared_bytes, unsi
         }
     }
     if (!clusters.empty()) run_all();
+    scheduler().give_back_stacks();
 }
 
 }  // namespace emulation

@@ -215,6 +215,9 @@ inline int __popcll(unsigned long long value) { return __builtin_popcountll(valu
 inline int __ffs(int value) { return __builtin_ffs(value); }
 inline int __clz(int value) { return value ? __builtin_clz(unsigned(value)) : 32; }
 
+// The larger of each half.
+inline unsigned __vmaxu2(unsigned a, unsigned b) { return std::max(a & 0xffff0000u, b & 0xffff0000u) | std::max(a & 0xffffu, b & 0xffffu); }
+
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float a, float b) { return a / b; }

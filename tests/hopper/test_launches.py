@@ -54,8 +54,8 @@ def test_nothing_runs_while_launches_are_noted_and_all_does_afterwards(kernels):
 
 
 def test_a_launch_too_many_is_seen():
-    launch = "launch(config, &route_fp32_kernel<X, W, TOKENS, ALIGNED>, Problem{a, slices, columns, column_warps});"
-    planted = {"routing_fp32.cuh": (launch, f"{launch} if (a.tokens > ROUTE_FEW_TOKENS) {launch}")}
+    launch = "launch(config, &route_wgmma_kernel<Shape>, x, router, TileProblem{a, steps});"
+    planted = {"routing_wgmma.cuh": (launch, f"{launch} {launch}")}
     few, many = "fused_moe/fp8/scout/tp8/t64", "fused_moe/fp8/scout/tp8/t8192"
     found = launches.measure(emulation.load(emulation.build(planted=planted)), [few, many])
     assert found[few] == BASELINE[few] and len(found[many]) == 4

@@ -63,6 +63,12 @@ def test_every_half_of_the_moe_layer_multiplies_on_wgmma_what_tma_loads(stem):
     assert len(kernels) == 3 and all(kernel["wgmma"] and kernel["tma_load"] for kernel in kernels.values())
 
 
+def test_routing_of_many_tokens_multiplies_on_wgmma_what_tma_loads():
+    kernels = machine_code.compile_stem(NVCC, "routing").kernels
+    on_wgmma = {name for name, kernel in kernels.items() if kernel["wgmma"] and kernel["tma_load"]}
+    assert len(on_wgmma) == 3 and on_wgmma == {name for name in kernels if "route_wgmma_kernel<" in name}
+
+
 def test_a_spill_and_a_serialised_wgmma_are_seen(tmp_path, monkeypatch):
     """What the rules above forbid, planted in a kernel, does not pass."""
     shutil.copytree(machine_code.CSRC, tmp_path / "csrc", ignore=shutil.ignore_patterns("*.cu"))
