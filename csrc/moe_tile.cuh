@@ -10,6 +10,7 @@
 #include <cuda_fp8.h>
 
 #include "device.h"
+#include "e4m3.cuh"
 #include "epilogue.cuh"
 #include "hopper/cp_async.cuh"
 #include "hopper/dependent_launch.cuh"
@@ -21,7 +22,6 @@
 
 namespace llama4_kernels {
 
-constexpr float E4M3_MAX = 448.0f;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int SCALE_BLOCK = 128;
 
@@ -77,9 +77,6 @@ struct Segment {
     int tile_row;  // the tile's first row
     int first_row, end_row;
 };
-
-// The order of integers is that of the floats, infinity above them and NaN on top.
-__device__ inline unsigned magnitude(float value) { return __float_as_uint(value) & 0x7fffffffu; }
 
 // What comes first in a kernel, before it depends on the one ahead.
 template <class Shape>

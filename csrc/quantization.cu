@@ -7,11 +7,11 @@
 #include <cuda_fp8.h>
 
 #include "device.h"
+#include "e4m3.cuh"
 
 namespace llama4_kernels {
 namespace {
 
-constexpr float E4M3_MAX = 448.0f;
 constexpr int PIECE = 16;
 constexpr int THREADS = 512;
 constexpr int WARP = 32;
@@ -72,12 +72,11 @@ __device__ inline void encode(const Piece<T>& piece, float scale, uint8_t* row, 
     }
 }
 
-// |x| as an integer: the order of the floats, with infinity above them and NaN above infinity, so that a NaN reaches the scale.
 template <class T>
 __device__ inline unsigned largest_magnitude(const Piece<T>& piece) {
     unsigned largest = 0;
 #pragma unroll
-    for (int i = 0; i < PIECE; ++i) largest = max(largest, __float_as_uint(to_float(piece.elements[i])) & 0x7fffffffu);
+    for (int i = 0; i < PIECE; ++i) largest = max(largest, magnitude(to_float(piece.elements[i])));
     return largest;
 }
 

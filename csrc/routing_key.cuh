@@ -1,14 +1,9 @@
-// How route_top1 compares: logits with their experts, and magnitudes, as integers.
+// How route_top1 compares logits with their experts: as integers.
 #pragma once
 
-#include "device.h"
+#include "e4m3.cuh"
 
 namespace llama4_kernels::routing {
-
-constexpr float E4M3_MAX = 448.0f;
-
-// The order of integers is that of the floats, infinity above them and NaN on top.
-__device__ inline unsigned magnitude(float value) { return __float_as_uint(value) & 0x7fffffffu; }
 
 using Key = unsigned long long;
 
