@@ -246,7 +246,7 @@ __device__ inline float weight_scale(const MoePath& path, int group, int channel
 template <class Shape>
 class StageConsumer {
 public:
-    __device__ explicit StageConsumer(MoeStages<Shape>& stages) : stages_(stages) {}
+    __device__ explicit StageConsumer(MoeStages<Shape>& stages) : stages_(stages), warpgroup_(__shfl_sync(ALL_LANES, warpgroup(), 0)) {}
 
     // Channel, within its set, of this thread's accumulator i.
     static __device__ int channel_of(int i) { return warpgroup() * 64 + hopper::accumulator_row(threadIdx.x % hopper::WARPGROUP, i); }
@@ -271,7 +271,7 @@ public:
             stages_.pipeline.wait_until_full(at_);
 #pragma unroll
             for (int set = 0; set < Shape::SETS; ++set) {
-                multiply(path.fp8, stages_.weights[at_.stage][set] + warpgroup() * 64 * Shape::ROW_BYTES, sums);
+                multiply(path.fp8, stages_.weights[at_.stage][set] + warpgroup_ * 64 * Shape::ROW_BYTES, sums);
 #pragma unroll
                 for (int i = 0; i < Shape::TOKENS / 8; ++i) {
                     const float2 token = *reinterpret_cast<const float2*>(&stages_.token_scales[at_.stage][token_of(i * 4)]);
@@ -314,6 +314,7 @@ private:
     }
 
     MoeStages<Shape>& stages_;
+    const int warpgroup_;  // from a shuffle, so that ptxas knows it to be the same in all lanes and keeps descriptors in uniform registers
     PipelinePosition<Shape::STAGES> at_;
 };
 
