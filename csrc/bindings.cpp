@@ -10,6 +10,7 @@
 
 #ifdef LLAMA4_KERNELS_EMULATION
 #include "device.h"
+#include "moe_runs.cuh"
 #endif
 
 namespace py = pybind11;
@@ -23,6 +24,13 @@ T* pointer(uintptr_t address) {
 }
 
 #ifdef LLAMA4_KERNELS_EMULATION
+
+std::vector<int64_t> moe_run_begins(int64_t stages, int grid) {
+    const StageRuns runs = StageRuns::of(stages, grid);
+    std::vector<int64_t> begins;
+    for (int block = 0; block <= grid; ++block) begins.push_back(runs.begin(block));
+    return begins;
+}
 
 std::vector<py::dict> launches_of(const py::function& call, int multiprocessors) {
     emulation::Recording recording{multiprocessors, {}};
@@ -163,9 +171,9 @@ PYBIND11_MODULE(_C, module) {
                  return MoeWeight{pointer<void>(values), dtype, pointer<float>(scale), scale_dimensions};
              }),
              py::kw_only(), py::arg("values"), py::arg("dtype"), py::arg("scale"), py::arg("scale_dimensions"));
-    py::class_<MoeSplits>(module, "MoeSplits", py::module_local())
-        .def(py::init([](int count, uintptr_t parts, uintptr_t tickets) { return MoeSplits{count, pointer<float>(parts), pointer<unsigned>(tickets)}; }),
-             py::kw_only(), py::arg("count"), py::arg("parts"), py::arg("tickets"));
+    py::class_<MoeSharing>(module, "MoeSharing", py::module_local())
+        .def(py::init([](int blocks, uintptr_t parts, uintptr_t tickets) { return MoeSharing{blocks, pointer<float>(parts), pointer<unsigned>(tickets)}; }),
+             py::kw_only(), py::arg("blocks"), py::arg("parts"), py::arg("tickets"));
     py::class_<MoeRouting>(module, "MoeRouting", py::module_local())
         .def(py::init([](uintptr_t order, uintptr_t offsets) { return MoeRouting{pointer<int>(order), pointer<int>(offsets)}; }), py::kw_only(),
              py::arg("order"), py::arg("offsets"));
@@ -177,6 +185,8 @@ PYBIND11_MODULE(_C, module) {
 
     module.def("moe_multiprocessors", &moe_multiprocessors);
     module.attr("MOE_GATE_UP_COLUMNS") = MOE_GATE_UP_COLUMNS;
+    module.attr("MOE_MIN_RUN") = MOE_MIN_RUN;
+    module.attr("MOE_MANY_ROUNDS") = MOE_MANY_ROUNDS;
     module.def("moe_tile_tokens", &moe_tile_tokens, py::arg("tokens"));
     module.def("moe_gate_up_part", &moe_gate_up_part, py::arg("tokens"));
     module.def("moe_down_part", &moe_down_part, py::arg("tokens"));
@@ -184,27 +194,28 @@ PYBIND11_MODULE(_C, module) {
     module.def(
         "moe_gate_up",
         [](const MoeOperand& x_shared, const MoeOperand& x_routed, const MoeWeight& w_shared, const MoeWeight& w_routed, const MoeHidden& h_shared,
-           const MoeHidden& h_routed, const MoeRouting& routing, int tokens, int hidden, int experts, const MoeSplits& splits, bool prefetch_shared,
+           const MoeHidden& h_routed, const MoeRouting& routing, int tokens, int hidden, int experts, const MoeSharing& sharing, bool prefetch_shared,
            uintptr_t prefetch, int64_t prefetch_bytes, bool dependent, uintptr_t stream) {
-            moe_gate_up({x_shared, x_routed, w_shared, w_routed, h_shared, h_routed, routing, tokens, hidden, experts, splits, prefetch_shared,
+            moe_gate_up({x_shared, x_routed, w_shared, w_routed, h_shared, h_routed, routing, tokens, hidden, experts, sharing, prefetch_shared,
                          pointer<void>(prefetch), prefetch_bytes, dependent},
                         pointer<CUstream_st>(stream));
         },
         py::kw_only(), py::arg("x_shared"), py::arg("x_routed"), py::arg("w_shared"), py::arg("w_routed"), py::arg("h_shared"), py::arg("h_routed"),
-        py::arg("routing"), py::arg("tokens"), py::arg("hidden"), py::arg("experts"), py::arg("splits"), py::arg("prefetch_shared"), py::arg("prefetch"),
+        py::arg("routing"), py::arg("tokens"), py::arg("hidden"), py::arg("experts"), py::arg("sharing"), py::arg("prefetch_shared"), py::arg("prefetch"),
         py::arg("prefetch_bytes"), py::arg("dependent"), py::arg("stream"));
     module.def(
         "moe_down",
         [](const MoeOperand& h_shared, const MoeOperand& h_routed, const MoeWeight& w_shared, const MoeWeight& w_routed, int k_shared, int k_routed,
-           const MoeRouting& routing, int tokens, int hidden, int experts, uintptr_t out, const MoeSplits& splits, bool dependent, uintptr_t stream) {
-            moe_down({h_shared, h_routed, w_shared, w_routed, k_shared, k_routed, routing, tokens, hidden, experts, pointer<void>(out), splits, dependent},
+           const MoeRouting& routing, int tokens, int hidden, int experts, uintptr_t out, const MoeSharing& sharing, bool dependent, uintptr_t stream) {
+            moe_down({h_shared, h_routed, w_shared, w_routed, k_shared, k_routed, routing, tokens, hidden, experts, pointer<void>(out), sharing, dependent},
                      pointer<CUstream_st>(stream));
         },
         py::kw_only(), py::arg("h_shared"), py::arg("h_routed"), py::arg("w_shared"), py::arg("w_routed"), py::arg("k_shared"), py::arg("k_routed"),
-        py::arg("routing"), py::arg("tokens"), py::arg("hidden"), py::arg("experts"), py::arg("out"), py::arg("splits"), py::arg("dependent"),
+        py::arg("routing"), py::arg("tokens"), py::arg("hidden"), py::arg("experts"), py::arg("out"), py::arg("sharing"), py::arg("dependent"),
         py::arg("stream"));
 
 #ifdef LLAMA4_KERNELS_EMULATION
+    module.def("moe_run_begins", &moe_run_begins, "The first stage of each block's run, and the end of the last.", py::arg("stages"), py::arg("grid"));
     module.def("launches_of", &launches_of, "What `call` launches on a GPU of so many multiprocessors; no kernel runs.", py::arg("call"),
                py::arg("multiprocessors"));
     module.def(

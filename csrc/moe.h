@@ -28,12 +28,15 @@ struct MoeWeight {
     int scale_dimensions;  // beyond the stack's: 0 per tensor, 1 per channel, 2 per block of 128 × 128
 };
 
-// Blocks that share each tile's steps along K.
-struct MoeSplits {
-    int count;
-    float* parts;       // [tiles, count, tile], where count > 1
-    unsigned* tickets;  // [tiles], 0 before and after
+// The grid, and where its blocks leave what they have of tiles that they share: at most two parts each.
+struct MoeSharing {
+    int blocks;
+    float* parts;       // [2 · blocks, part], or null where every routing gives MOE_MANY_ROUNDS · blocks tiles
+    unsigned* tickets;  // one per tile, of less than MOE_MANY_ROUNDS · blocks; 0 before and after
 };
+
+constexpr int MOE_MIN_RUN = 4;      // stages: blocks beyond what this gives to each have none
+constexpr int MOE_MANY_ROUNDS = 8;  // tiles per block from which on no tile is shared
 
 struct MoeRouting {
     const int* order;    // [tokens]
@@ -55,7 +58,7 @@ struct MoeGateUpArguments {
     MoeHidden h_shared, h_routed;
     MoeRouting routing;
     int tokens, hidden, experts;
-    MoeSplits splits;
+    MoeSharing sharing;
     bool prefetch_shared;  // bring w_shared into L2 before the kernel ahead has ended
     const void* prefetch;  // and these bytes, of the shared expert's second weight; or null
     int64_t prefetch_bytes;
@@ -69,7 +72,7 @@ struct MoeDownArguments {
     MoeRouting routing;
     int tokens, hidden, experts;
     void* out;  // [tokens, hidden] bfloat16
-    MoeSplits splits;
+    MoeSharing sharing;
     bool dependent;
 };
 

@@ -20,8 +20,8 @@ template <class Shape>
 struct SharedMemory {
     MoeStages<Shape> stages;
     alignas(16) uint8_t staging[Shape::PASS * (Shape::SETS * Shape::SET_CHANNELS * 2 + 16)];
-    int experts;    // that have tokens
-    int present[];  // those
+    int experts;  // that have tokens
+    int lists[];  // see Tiles
 };
 
 // ---- which tile, which segments
@@ -31,72 +31,134 @@ __device__ inline int column_tiles(int hidden) {
     return (hidden + Shape::SETS * Shape::SET_CHANNELS - 1) / (Shape::SETS * Shape::SET_CHANNELS);
 }
 
-// One split of one tile, and the experts that have rows in it. The constructor is for whole warps.
 template <class Shape>
-class Unit {
-public:
-    __device__ Unit(const Problem& problem, const SharedMemory<Shape>& shared, int64_t index) : problem_(problem), shared_(shared) {
-        const MoeDownArguments& a = problem.a;
-        split = int(index % a.splits.count);
-        tile = index / a.splits.count;
-        const int columns = column_tiles<Shape>(a.hidden);
-        first_row = int(tile / columns) * Shape::TOKENS;
-        end_row = min(first_row + Shape::TOKENS, a.tokens);
-        first_channel = int(tile % columns) * Shape::SETS * Shape::SET_CHANNELS;
+struct Tile {
+    int first_row, end_row;
+    int first_channel;
+    int first_present;  // of the experts with rows in it
+};
 
-        int before = 0, through = 0;
-        for (int i = threadIdx.x % WARP; i < shared.experts; i += WARP) {
-            before += a.routing.offsets[shared.present[i] + 1] <= first_row;
-            through += a.routing.offsets[shared.present[i]] < end_row;
-        }
-        first_present_ = __reduce_add_sync(ALL_LANES, before);
-        const int steps = problem.shared.steps + (__reduce_add_sync(ALL_LANES, through) - first_present_) * problem.routed.steps;
-        begin_ = int(int64_t(steps) * split / a.splits.count);
-        end_ = int(int64_t(steps) * (split + 1) / a.splits.count);
+// Tiles by rows, and then by channels. Lists in shared memory: the experts that have tokens, the first row of each and the end of the last,
+// and, where tiles are shared, the first step of each tile of rows, if each had one tile of channels, and the end of the last.
+template <class Shape>
+class Tiles {
+public:
+    __device__ Tiles(const Problem& problem, SharedMemory<Shape>& shared)
+        : problem_(problem),
+          experts_(shared.experts),
+          present_(shared.lists),
+          starts_(present_ + problem.a.experts),
+          first_step_(starts_ + problem.a.experts + 1) {}
+
+    static size_t list_bytes(const MoeDownArguments& a) {
+        const int64_t rows = ceil_div(a.tokens, Shape::TOKENS), columns = ceil_div(a.hidden, Shape::SETS * Shape::SET_CHANNELS);
+        return (2 * a.experts + 1 + (whole_tiles(rows * columns, a.sharing.blocks) ? 0 : rows + 1)) * sizeof(int);
     }
 
-    // visit(is_shared, segment, first step, end step) for each part of this split.
+    // By one warp, before a barrier of the block.
+    __device__ void fill() {
+        const MoeDownArguments& a = problem_.a;
+        const int lane = threadIdx.x % WARP;
+        int present = 0;
+        for (int start = 0; start < a.experts; start += WARP) {
+            const int expert = start + lane;
+            const int first = expert < a.experts ? a.routing.offsets[expert] : 0;
+            const int end = expert < a.experts ? a.routing.offsets[expert + 1] : 0;
+            const unsigned votes = __ballot_sync(ALL_LANES, first < end);
+            const int place = present + __popc(votes & ((1u << lane) - 1));
+            if (first < end) present_[place] = expert;
+            if (first < end) starts_[place] = first;
+            present += __popc(votes);
+        }
+        if (lane == 0) {
+            experts_ = present;
+            starts_[present] = a.tokens;
+        }
+        __syncwarp();
+        if (whole_tiles(count(), gridDim.x)) return;
+        int before = 0;
+        for (int start = 0; start < row_tiles(); start += WARP) {
+            const int row_tile = start + lane;
+            const int steps = row_tile < row_tiles() ? steps_of(row_tile * Shape::TOKENS) : 0;
+            int through = steps;
+            for (int distance = 1; distance < int(WARP); distance *= 2) {
+                const int lower = __shfl_up_sync(ALL_LANES, through, distance);
+                if (lane >= distance) through += lower;
+            }
+            if (row_tile < row_tiles()) first_step_[row_tile] = before + through - steps;
+            before += __shfl_sync(ALL_LANES, through, WARP - 1);
+        }
+        if (lane == 0) first_step_[row_tiles()] = before;
+        __syncwarp();
+    }
+
+    __device__ int count() const { return row_tiles() * columns(); }
+    __device__ int steps(int tile) const { return steps_of(tile / columns() * Shape::TOKENS); }
+
+    __device__ int64_t first_stage(int tile) const {
+        const int row_tile = tile / columns(), column = tile % columns(), first = first_step_[row_tile];
+        return int64_t(first) * columns() + int64_t(column) * (first_step_[row_tile + 1] - first);
+    }
+    __device__ int64_t stages() const { return int64_t(first_step_[row_tiles()]) * columns(); }
+
+    __device__ int tile_of(int64_t stage) const {
+        const int row_tile = below(first_step_ + 1, row_tiles(), int(stage / columns()) + 1), first = first_step_[row_tile];
+        return row_tile * columns() + int((stage - int64_t(first) * columns()) / (first_step_[row_tile + 1] - first));
+    }
+
+    __device__ Tile<Shape> operator[](int tile) const {
+        const int first_row = tile / columns() * Shape::TOKENS, first_channel = tile % columns() * Shape::SETS * Shape::SET_CHANNELS;
+        return {first_row, end_row(first_row), first_channel, experts_before(first_row)};
+    }
+
+    // visit(is_shared, segment, first step, end step) for each segment of a piece.
     template <class Visit>
-    __device__ void for_each_segment(Visit visit) const {
+    __device__ void for_each_segment(const Tile<Shape>& tile, const Piece& piece, Visit visit) const {
         const int shared_steps = problem_.shared.steps, routed_steps = problem_.routed.steps;
-        for (int at = begin_; at < end_;) {
+        for (int at = piece.begin; at < piece.end;) {
             const bool is_shared = at < shared_steps;
             const int index = is_shared ? 0 : (at - shared_steps) / routed_steps;
             const int first = is_shared ? 0 : shared_steps + index * routed_steps;
-            const int end = min(end_, is_shared ? shared_steps : first + routed_steps);
-            const int expert = is_shared ? 0 : shared_.present[first_present_ + index];
-            const int* offsets = problem_.a.routing.offsets + expert;
-            const int from = is_shared ? first_row : max(offsets[0], first_row), to = is_shared ? end_row : min(offsets[1], end_row);
-            visit(is_shared, Segment{expert, first_channel, Shape::SET_CHANNELS, first_row, from, to}, at - first, end - first);
+            const int end = min(piece.end, is_shared ? shared_steps : first + routed_steps);
+            const int present = tile.first_present + index;
+            const int expert = is_shared ? 0 : present_[present];
+            const int from = is_shared ? tile.first_row : max(starts_[present], tile.first_row);
+            const int to = is_shared ? tile.end_row : min(starts_[present + 1], tile.end_row);
+            visit(is_shared, Segment{expert, tile.first_channel, Shape::SET_CHANNELS, tile.first_row, from, to}, at - first, end - first);
             at = end;
         }
     }
 
-    int64_t tile;
-    int split;
-    int first_row, end_row;
-    int first_channel;
-
 private:
-    const Problem& problem_;
-    const SharedMemory<Shape>& shared_;
-    int first_present_, begin_, end_;
-};
+    __device__ int row_tiles() const { return (problem_.a.tokens + Shape::TOKENS - 1) / Shape::TOKENS; }
+    __device__ int columns() const { return column_tiles<Shape>(problem_.a.hidden); }
+    __device__ int end_row(int first_row) const { return min(first_row + Shape::TOKENS, problem_.a.tokens); }
 
-// The experts that have tokens, by one warp.
-template <class Shape>
-__device__ void list_experts(const MoeDownArguments& a, SharedMemory<Shape>& shared) {
-    const int lane = threadIdx.x % WARP;
-    int count = 0;
-    for (int start = 0; start < a.experts; start += WARP) {
-        const int expert = start + lane;
-        const bool present = expert < a.experts && a.routing.offsets[expert] < a.routing.offsets[expert + 1];
-        const unsigned votes = __ballot_sync(ALL_LANES, present);
-        if (present) shared.present[count + __popc(votes & ((1u << lane) - 1))] = expert;
-        count += __popc(votes);
+    // How many of `count` ascending numbers are less than `bound`.
+    static __device__ int below(const int* numbers, int count, int bound) {
+        int low = 0;
+        while (low < count) {
+            const int middle = (low + count) / 2;
+            if (numbers[middle] < bound) {
+                low = middle + 1;
+            } else {
+                count = middle;
+            }
+        }
+        return low;
     }
-    if (lane == 0) shared.experts = count;
-}
+
+    __device__ int experts_before(int row) const { return below(starts_ + 1, experts_, row + 1); }
+
+    __device__ int steps_of(int first_row) const {
+        const int experts = below(starts_, experts_, end_row(first_row)) - experts_before(first_row);
+        return problem_.shared.steps + experts * problem_.routed.steps;
+    }
+
+    const Problem& problem_;
+    int& experts_;
+    int *present_, *starts_, *first_step_;
+};
 
 // ---- the kernel
 
@@ -108,36 +170,42 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) down_kernel(const __grid_co
     auto& shared = *shared_memory<SharedMemory<Shape>>();
     prepare(shared.stages, shared_weights, routed_weights);
     wait_for_dependencies();
-    if (threadIdx.x < WARP) list_experts(a, shared);
+    Tiles<Shape> tiles(problem, shared);
+    if (threadIdx.x < WARP) {
+        tiles.fill();
+        if (threadIdx.x == 0) shared.stages.work.plan(tiles);
+    }
     __syncthreads();
 
-    const int64_t units = int64_t((a.tokens + Shape::TOKENS - 1) / Shape::TOKENS) * column_tiles<Shape>(a.hidden) * a.splits.count;
     if (threadIdx.x >= Shape::CONSUMERS) {
         decrease_registers<Shape::LOADER_REGISTERS>();
         StageLoader<Shape> loader(shared.stages);
-        for (int64_t index = blockIdx.x; index < units; index += gridDim.x) {
-            Unit<Shape>(problem, shared, index).for_each_segment([&](bool is_shared, const Segment& segment, int begin, int end) {
+        shared.stages.work.for_each_piece(tiles, [&](const Piece& piece) {
+            const Tile<Shape> tile = tiles[piece.tile];
+            tiles.for_each_segment(tile, piece, [&](bool is_shared, const Segment& segment, int begin, int end) {
                 const TensorMap& weights = is_shared ? shared_weights : routed_weights;
                 loader.load(is_shared ? problem.shared : problem.routed, weights, segment, nullptr, begin, end);
             });
-        }
+        });
         loader.finish();
     } else {
         increase_registers<Shape::CONSUMER_REGISTERS>();
         StageConsumer<Shape> consumer(shared.stages);
-        for (int64_t index = blockIdx.x; index < units; index += gridDim.x) {
-            const Unit<Shape> unit(problem, shared, index);
+        shared.stages.work.for_each_piece(tiles, [&](const Piece& piece) {
+            const Tile<Shape> tile = tiles[piece.tile];
             Sums<Shape> total = {};
-            unit.for_each_segment([&](bool is_shared, const Segment& segment, int begin, int end) {
+            tiles.for_each_segment(tile, piece, [&](bool is_shared, const Segment& segment, int begin, int end) {
                 consumer.template add<true>(is_shared ? problem.shared : problem.routed, segment, begin, end, total);
             });
-            const int rows = unit.end_row - unit.first_row;
-            if (!combine_splits(shared.stages, a.splits, unit.tile, unit.split, rows, total)) continue;
-            auto* out = static_cast<__nv_bfloat16*>(a.out) + unit.first_channel;
+            const int rows = tile.end_row - tile.first_row;
+            // Large tiles are full, save the last; without the question ptxas keeps the sums in their registers over the loop above.
+            const auto is_wanted = [&](int token) { return Shape::TOKENS > 64 || token < rows; };
+            if (!combine_pieces(shared.stages, a.sharing, tiles, piece, is_wanted, total)) return;
+            auto* out = static_cast<__nv_bfloat16*>(a.out) + tile.first_channel;
             store_rows<Shape, Shape::SETS, __nv_bfloat16>(
-                shared.staging, rows, a.hidden - unit.first_channel, [&](int set, int i) { return __float2bfloat16(total[set][i]); },
-                [&](int token) { return out + int64_t(a.routing.order[unit.first_row + token]) * a.hidden; });
-        }
+                shared.staging, rows, a.hidden - tile.first_channel, [&](int set, int i) { return __float2bfloat16(total[set][i]); },
+                [&](int token) { return out + int64_t(a.routing.order[tile.first_row + token]) * a.hidden; });
+        });
     }
 }
 
@@ -147,10 +215,8 @@ template <class Shape>
 void launch_shape(const MoeDownArguments& a, cudaStream_t stream) {
     const Problem problem{
         a, moe_path(a.h_shared, a.w_shared, a.hidden, a.k_shared), moe_path(a.h_routed, a.w_routed, a.hidden, a.k_routed)};
-    const int64_t tiles = ceil_div(a.tokens, Shape::TOKENS) * ceil_div(a.hidden, Shape::SETS * Shape::SET_CHANNELS);
-    const size_t shared_bytes = sizeof(SharedMemory<Shape>) + a.experts * sizeof(int);
-    const dim3 grid = grid_of(std::min<int64_t>(tiles * a.splits.count, multiprocessors()));
-    const LaunchConfig config{"moe_down", grid, dim3(Shape::THREADS), shared_bytes, stream, 1, a.dependent};
+    const size_t shared_bytes = sizeof(SharedMemory<Shape>) + Tiles<Shape>::list_bytes(a);
+    const LaunchConfig config{"moe_down", grid_of(a.sharing.blocks), dim3(Shape::THREADS), shared_bytes, stream, 1, a.dependent};
     const TensorMap shared_map = weight_map<Shape>("shared_w2", problem.shared, 1);
     const TensorMap routed_map = weight_map<Shape>("w2", problem.routed, a.experts);
     launch(config, &down_kernel<Shape>, shared_map, routed_map, problem);

@@ -34,33 +34,42 @@ struct Tile {
     bool is_shared;
     int column_tile;
     Segment segment;
-    int split, begin, end;  // stages along K
 };
 
-// A unit is one split of one tile; the shared expert's tiles come first.
+// The shared expert's tiles come first.
 template <class Shape>
-struct Units {
+struct Tiles {
     const Problem& problem;
     const MoeGateUpArguments& a;
     GroupTiles<Shape::TOKENS> routed_tiles;
 
     __device__ static int column_tiles(const MoeHidden& h) { return (h.width + H_COLUMNS - 1) / H_COLUMNS; }
 
-    __device__ int64_t shared_tiles() const { return int64_t((a.tokens + Shape::TOKENS - 1) / Shape::TOKENS) * column_tiles(a.h_shared); }
-    __device__ int64_t count() const { return (shared_tiles() + routed_tiles.count()) * a.splits.count; }
+    __device__ int shared_tiles() const { return (a.tokens + Shape::TOKENS - 1) / Shape::TOKENS * column_tiles(a.h_shared); }
+    __device__ int count() const { return shared_tiles() + int(routed_tiles.count()); }
+    __device__ int steps(int tile) const { return (tile < shared_tiles() ? problem.shared : problem.routed).steps; }
 
-    __device__ Tile operator[](int64_t unit) const {
-        const int64_t tile = unit / a.splits.count, shared = shared_tiles();
-        const bool is_shared = tile < shared;
-        const int64_t steps = (is_shared ? problem.shared : problem.routed).steps, split = unit % a.splits.count;
-        const int begin = int(steps * split / a.splits.count), end = int(steps * (split + 1) / a.splits.count);
-        if (is_shared) {
-            const int columns = column_tiles(a.h_shared), column = int(tile % columns), first_row = int(tile / columns) * Shape::TOKENS;
-            return {true, column, segment(0, column, a.h_shared.width, first_row, a.tokens), int(split), begin, end};
+    __device__ int64_t first_stage(int tile) const {
+        const int64_t shared = min(tile, shared_tiles());
+        return shared * problem.shared.steps + (tile - shared) * problem.routed.steps;
+    }
+    __device__ int64_t stages() const { return first_stage(count()); }
+
+    __device__ int tile_of(int64_t stage) const {
+        const int shared = shared_tiles();
+        const int64_t routed_stage = stage - first_stage(shared);
+        return routed_stage < 0 ? int(stage / problem.shared.steps) : shared + int(routed_stage / problem.routed.steps);
+    }
+
+    __device__ Tile operator[](int tile) const {
+        const int shared = shared_tiles();
+        if (tile < shared) {
+            const int columns = column_tiles(a.h_shared), column = tile % columns, first_row = tile / columns * Shape::TOKENS;
+            return {true, column, segment(0, column, a.h_shared.width, first_row, a.tokens)};
         }
         const GroupTile routed = routed_tiles[tile - shared];
         const Segment part = segment(routed.group, routed.column_tile, a.h_routed.width, routed.first_row, routed.end_row);
-        return {false, routed.column_tile, part, int(split), begin, end};
+        return {false, routed.column_tile, part};
     }
 
     __device__ static Segment segment(int group, int column_tile, int width, int first_row, int end_row) {
@@ -149,31 +158,35 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) gate_up_kernel(const __grid
         if (a.prefetch) prefetch_share(a.prefetch, a.prefetch_bytes, thread, Shape::LOADERS);
     }
     wait_for_dependencies();
-    Units<Shape> units{problem, a, {a.routing.offsets, a.experts, Units<Shape>::column_tiles(a.h_routed), shared.first_tile}};
-    if (threadIdx.x < WARP) units.routed_tiles.fill();
+    Tiles<Shape> tiles{problem, a, {a.routing.offsets, a.experts, Tiles<Shape>::column_tiles(a.h_routed), shared.first_tile}};
+    if (threadIdx.x < WARP) {
+        tiles.routed_tiles.fill();
+        __syncwarp();
+        if (threadIdx.x == 0) shared.stages.work.plan(tiles);
+    }
     __syncthreads();
 
     if (threadIdx.x >= Shape::CONSUMERS) {
         decrease_registers<Shape::LOADER_REGISTERS>();
         StageLoader<Shape> loader(shared.stages);
-        for (int64_t unit = blockIdx.x; unit < units.count(); unit += gridDim.x) {
-            const Tile tile = units[unit];
+        shared.stages.work.for_each_piece(tiles, [&](const Piece& piece) {
+            const Tile tile = tiles[piece.tile];
             const TensorMap& weights = tile.is_shared ? shared_weights : routed_weights;
-            loader.load(tile.is_shared ? problem.shared : problem.routed, weights, tile.segment, a.routing.order, tile.begin, tile.end);
-        }
+            loader.load(tile.is_shared ? problem.shared : problem.routed, weights, tile.segment, a.routing.order, piece.begin, piece.end);
+        });
         loader.finish();
     } else {
         increase_registers<Shape::CONSUMER_REGISTERS>();
         StageConsumer<Shape> consumer(shared.stages);
-        for (int64_t unit = blockIdx.x; unit < units.count(); unit += gridDim.x) {
-            const Tile tile = units[unit];
+        shared.stages.work.for_each_piece(tiles, [&](const Piece& piece) {
+            const Tile tile = tiles[piece.tile];
             Sums<Shape> total = {};
-            consumer.template add<false>(tile.is_shared ? problem.shared : problem.routed, tile.segment, tile.begin, tile.end, total);
-            const int rows = tile.segment.end_row - tile.segment.first_row;
-            if (combine_splits(shared.stages, a.splits, unit / a.splits.count, tile.split, rows, total)) {
+            consumer.template add<false>(tile.is_shared ? problem.shared : problem.routed, tile.segment, piece.begin, piece.end, total);
+            const auto is_real = [&](int token) { return token < tile.segment.end_row - tile.segment.first_row; };
+            if (combine_pieces(shared.stages, a.sharing, tiles, piece, is_real, total)) {
                 store_hidden(shared, tile.is_shared ? a.h_shared : a.h_routed, tile, total);
             }
-        }
+        });
     }
 }
 
@@ -183,11 +196,8 @@ template <class Shape>
 void launch_shape(const MoeGateUpArguments& a, cudaStream_t stream) {
     const MoePath shared = moe_path(a.x_shared, a.w_shared, 2 * a.h_shared.width, a.hidden);
     const MoePath routed = moe_path(a.x_routed, a.w_routed, 2 * a.h_routed.width, a.hidden);
-    const int64_t tiles = ceil_div(a.tokens, Shape::TOKENS) * ceil_div(a.h_shared.width, H_COLUMNS) +
-                          most_row_tiles(a.tokens, a.experts, Shape::TOKENS) * ceil_div(a.h_routed.width, H_COLUMNS);
     const size_t shared_bytes = sizeof(SharedMemory<Shape>) + (a.experts + 1) * sizeof(int);
-    const dim3 grid = grid_of(std::min<int64_t>(tiles * a.splits.count, multiprocessors()));
-    const LaunchConfig config{"moe_gate_up", grid, dim3(Shape::THREADS), shared_bytes, stream, 1, a.dependent};
+    const LaunchConfig config{"moe_gate_up", grid_of(a.sharing.blocks), dim3(Shape::THREADS), shared_bytes, stream, 1, a.dependent};
     const TensorMap shared_map = weight_map<Shape>("shared_w13", shared, 1), routed_map = weight_map<Shape>("w13", routed, a.experts);
     launch(config, &gate_up_kernel<Shape>, shared_map, routed_map, Problem{a, shared, routed});
 }

@@ -18,6 +18,7 @@
 #include "hopper/tma.cuh"
 #include "hopper/wgmma.cuh"
 #include "moe.h"
+#include "moe_runs.cuh"
 #include "pipeline.cuh"
 
 namespace llama4_kernels {
@@ -56,6 +57,7 @@ struct MoeStages {
     alignas(1024) uint8_t tokens[Shape::STAGES][Shape::TOKEN_BYTES];
     float token_scales[Shape::STAGES][Shape::TOKENS];
     Pipeline<Shape::STAGES> pipeline;
+    Work work;
     int is_last;
 };
 
@@ -324,32 +326,56 @@ __device__ inline void consumers_sync() {
     hopper::named_barrier_sync(1, Shape::CONSUMERS);
 }
 
-// Where blocks share a tile's steps: each leaves its sums in `parts`, and the last one to do so gets, in `total`, the sum of all in the order
-// of the splits. True in that block. Tokens from `tokens` on are not looked at.
-template <class Shape>
-__device__ bool combine_splits(MoeStages<Shape>& stages, const MoeSplits& splits, int64_t tile, int split, int tokens, Sums<Shape>& total) {
-    if (splits.count == 1) return true;
+// Of a tile that blocks share: each leaves its sums in `parts`, and the last one to do so gets, in `total`, the sum of all in the order of
+// the blocks. True in that block, and where one block has the whole tile. Of 8 tokens each, only those with is_wanted(first token) count.
+template <class Shape, class Tiles, class IsWanted>
+__device__ bool combine_pieces(MoeStages<Shape>& stages, const MoeSharing& sharing, const Tiles& tiles, const Piece& piece,
+                               IsWanted is_wanted, Sums<Shape>& total) {
+    const int steps = tiles.steps(piece.tile);
+    if (piece.end - piece.begin == steps) return true;
     constexpr int VALUES = Shape::TOKENS / 2, PART = Shape::SETS * VALUES * Shape::CONSUMERS;
-    float* tile_parts = splits.parts + tile * splits.count * PART + threadIdx.x;
-    float* own = tile_parts + int64_t(split) * PART;
+    constexpr int AT_ONCE = Shape::SETS * VALUES <= 64 ? 64 / (Shape::SETS * VALUES) : 1;  // parts on their way from L2
+    const StageRuns& runs = stages.work.runs;
+    const int64_t first_stage = tiles.first_stage(piece.tile);
+    int first = blockIdx.x, last = blockIdx.x;  // the blocks that share the tile; found without dividing, which ptxas would make a call
+    while (runs.begin(first) > first_stage) --first;
+    while (runs.begin(last + 1) < first_stage + steps) ++last;
+    // A block's first part is of the tile that its run begins in, its second of the one that it ends in.
+    const auto part_of = [&](int block) {
+        return sharing.parts + (2 * block + (runs.begin(block) < first_stage)) * int64_t(PART) + threadIdx.x;
+    };
+    const auto wanted = [&](int i) { return is_wanted(i % VALUES / 4 * 8); };
+
+    float* own = part_of(blockIdx.x);
 #pragma unroll
     for (int i = 0; i < Shape::SETS * VALUES; ++i) {
-        if (i % VALUES / 4 * 8 < tokens) own[i * Shape::CONSUMERS] = total[i / VALUES][i % VALUES];
+        if (wanted(i)) own[i * Shape::CONSUMERS] = total[i / VALUES][i % VALUES];
     }
     consumers_sync<Shape>();
     if (threadIdx.x == 0) {
-        stages.is_last = hopper::add_acquire_release(splits.tickets + tile, 1) == unsigned(splits.count - 1);
-        if (stages.is_last) splits.tickets[tile] = 0;
+        stages.is_last = hopper::add_acquire_release(sharing.tickets + piece.tile, 1) == unsigned(last - first);
+        if (stages.is_last) sharing.tickets[piece.tile] = 0;
     }
     consumers_sync<Shape>();
     if (!stages.is_last) return false;
+
 #pragma unroll
     for (int i = 0; i < Shape::SETS * VALUES; ++i) total[i / VALUES][i % VALUES] = 0.0f;
 #pragma unroll 1
-    for (int part = 0; part < splits.count; ++part, tile_parts += PART) {
+    for (int block = first; block <= last; block += AT_ONCE) {
+        float parts[AT_ONCE][Shape::SETS * VALUES];
 #pragma unroll
-        for (int i = 0; i < Shape::SETS * VALUES; ++i) {
-            if (i % VALUES / 4 * 8 < tokens) total[i / VALUES][i % VALUES] += __ldcg(tile_parts + i * Shape::CONSUMERS);
+        for (int j = 0; j < AT_ONCE; ++j) {
+            const float* part = part_of(block + j);
+#pragma unroll
+            for (int i = 0; i < Shape::SETS * VALUES; ++i) {
+                parts[j][i] = wanted(i) && block + j <= last ? __ldcg(part + i * Shape::CONSUMERS) : 0.0f;
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j) {
+#pragma unroll
+            for (int i = 0; i < Shape::SETS * VALUES; ++i) total[i / VALUES][i % VALUES] += parts[j][i];
         }
     }
     return true;

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from itertools import accumulate, pairwise, product
+from pathlib import Path
+from unittest import mock
 
 import emulation
+import moe_balance
 import pytest
 import torch
 from guards import Guarded
@@ -67,20 +72,92 @@ def test_forms(module, tokens, forms):
 
 
 @pytest.mark.parametrize("on_one", [False, True], ids=["spread", "on one expert"])
-@pytest.mark.parametrize("tokens", [0, 1, 16, 17, 64, 300])
+@pytest.mark.parametrize("tokens", [0, 1, 7, 16, 17, 64, 65, 300])
 def test_tokens(module, tokens, on_one):
     weights = moe_weights("channel", "bf16", experts=40, hidden=144, inner=48)
-    assert_layer(module, torch.randn(tokens, 144).to(BF16), random_routing(tokens, 40, on_one), weights, ("channel", "bf16"))
+    x, routing = torch.randn(tokens, 144).to(BF16), random_routing(tokens, 40, on_one)
+    for multiprocessors in (3, 17):  # the first has enough tiles to leave them whole
+        with on_multiprocessors(module, multiprocessors):
+            assert_layer(module, x, routing, weights, ("channel", "bf16"))
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-def test_blocks_share_tiles(module, monkeypatch, splits):
-    monkeypatch.setattr(module, "best_splits", lambda *_: splits)
-    weights, routing = moe_weights("bf16", "block", experts=3, hidden=400, inner=272), random_routing(20, 3)
-    x = torch.randn(20, 400).to(BF16)
-    assert_layer(module, x, routing, weights, ("bf16", "block"))
-    runs = [module.moe_down(*module.moe_gate_up(x, routing, weights), routing, weights) for _ in range(2)]
+def on_multiprocessors(module, count: int):
+    return mock.patch.object(module._C, "moe_multiprocessors", lambda: count)
+
+
+SHARED_FORMS = ("bf16", "block")  # of the routed experts and of the shared one, whose tiles have fewer stages
+SHARING = [(*case, on_one) for case in product((1, 20, 300), (1, 2, 5, 11, 100)) for on_one in (False, True)]  # tokens, multiprocessors
+
+
+def sharing_layer(tokens: int, on_one: bool) -> tuple[Tensor, Routing, MoEWeights]:
+    torch.manual_seed(tokens)
+    weights = moe_weights(*SHARED_FORMS, experts=3, hidden=400, inner=272)
+    return torch.randn(tokens, 400).to(BF16), random_routing(tokens, 3, on_one), weights
+
+
+def assert_shares(module, tokens: int, multiprocessors: int, on_one: bool) -> None:
+    """The layer where blocks share tiles, again and again, as blocks come in random order; parts that nothing wrote are NaN."""
+    x, routing, weights = sharing_layer(tokens, on_one)
+    with on_multiprocessors(module, multiprocessors):
+        assert_layer(module, x, routing, weights, SHARED_FORMS)
+        runs = [run(module.moe_down, *run(module.moe_gate_up, x, routing, weights), routing, weights) for _ in range(2)]
     assert_same_bits(*runs)
+    assert not module.tickets(torch.device("cpu"), 1).any()
+
+
+@pytest.mark.parametrize(("tokens", "multiprocessors", "on_one"), SHARING)
+def test_blocks_share_tiles(module, tokens, multiprocessors, on_one):
+    assert_shares(module, tokens, multiprocessors, on_one)
+
+
+def test_every_kind_of_cut_is_among_the_shared_tiles(module):
+    """Runs that begin in the middle of a tile, where a tile ends and within a routed segment of moe_down; whole tiles within a run; tiles of
+    three blocks; blocks without a run; tiles that are left whole; and a moe_down whose tiles differ."""
+    found = set()
+    for tokens, multiprocessors, on_one in SHARING:
+        x, routing, weights = sharing_layer(tokens, on_one)
+        counts = routing.offsets.diff().tolist()
+        shared, routed = (module._new_hidden(tokens, weight) for weight in (weights.shared_w2, weights.w2))
+        gate_up = functools.partial(module.moe_gate_up, x, routing, weights)
+        down = functools.partial(module.moe_down, shared, routed, routing, weights)
+        for op, call, tiles_of in (("gate_up", gate_up, moe_balance.gate_up_tiles), ("down", down, moe_balance.down_tiles)):
+            (launch,) = [each for each in module._C.launches_of(call, multiprocessors) if each["op"] == f"moe_{op}"]
+            tiles = tiles_of(counts, 400, 272, row_bytes=(1, 2))
+            found |= {(op, cut) for cut in cuts(tiles, launch["grid"][0], module._C)}
+    in_both = product(("gate_up", "down"), ("in a tile", "at a tile's end", "a whole tile", "three blocks", "no run", "turns"))
+    assert found == {*in_both, ("down", "in a routed segment"), ("down", "tiles that differ")}
+
+
+def cuts(tiles: list[int], grid: int, kernels) -> set[str]:
+    """What equal runs do to tiles of so many stages."""
+    if len(tiles) >= kernels.MOE_MANY_ROUNDS * grid:
+        return {"turns"}
+    begins, ends = kernels.moe_run_begins(sum(tiles), grid), list(accumulate(tiles))
+    found = {"tiles that differ"} if len(set(tiles)) > 1 and tiles[0] > 7 else set()
+    for begin, end in pairwise(begins):
+        if begin == end:
+            found.add("no run")
+            continue
+        inside = [(stop - steps, steps) for steps, stop in zip(tiles, ends, strict=True) if stop - steps < end and stop > begin]
+        first, steps = inside[0]
+        found.add("in a tile" if begin > first else "at a tile's end")
+        if tiles[0] > 7 and begin - first > 3 and (begin - first - 3) % 5:  # of moe_down: 3 stages of the shared expert, 5 of each other
+            found.add("in a routed segment")
+        if any(start >= begin and start + steps <= end for start, steps in inside):
+            found.add("a whole tile")
+        if begin > first and end < first + steps:
+            found.add("three blocks")
+    return found
+
+
+@pytest.mark.parametrize("stages", [1, 3, 4, 5, 75, 640, 5443, 2**40 + 1])
+@pytest.mark.parametrize("grid", [1, 2, 7, 132])
+def test_runs_are_equal_and_leave_nothing_out(module, stages, grid):
+    begins = module._C.moe_run_begins(stages, grid)
+    lengths = [end - begin for begin, end in pairwise(begins)]
+    at_work = min(grid, -(-stages // module._C.MOE_MIN_RUN))
+    assert begins[0] == 0 and begins[-1] == stages
+    assert max(lengths[:at_work]) - min(lengths[:at_work]) <= 1 and not any(lengths[at_work:])
 
 
 @pytest.mark.parametrize("per", ["row", "block"])
@@ -126,11 +203,11 @@ def test_nan_stays_in_its_row_and_its_expert(module, form):
 
 
 PLANTED = {  # the file, its text, the bug
-    "rows not gathered": ("moe_gate_up.cu", "a.routing.order, tile.begin", "nullptr, tile.begin"),
+    "rows not gathered": ("moe_gate_up.cu", "a.routing.order, piece.begin", "nullptr, piece.begin"),
     "up channels from the gate": ("moe_gate_up.cu", "column_tile * H_COLUMNS, width, first_row", "column_tile * H_COLUMNS, 0, first_row"),
     "an expert's NaN for every row": ("moe_down.cu", "consumer.template add<true>", "consumer.template add<false>"),
-    "rows not scattered": ("moe_down.cu", "a.routing.order[unit.first_row + token]", "(unit.first_row + token)"),
-    "an expert left out": ("moe_down.cu", "a.routing.offsets[shared.present[i]] < end_row", "a.routing.offsets[shared.present[i] + 1] < end_row"),
+    "rows not scattered": ("moe_down.cu", "a.routing.order[tile.first_row + token]", "(tile.first_row + token)"),
+    "an expert left out": ("moe_down.cu", "below(starts_, experts_, end_row(first_row))", "below(starts_ + 1, experts_, end_row(first_row))"),
     "no proxy fence": ("moe_tile.cuh", "        hopper::fence_async_proxy();\n", ""),
     "copies not waited for": ("moe_tile.cuh", "hopper::cp_async_wait<Shape::LAG>();", ""),
 }  # fmt: skip
@@ -147,10 +224,38 @@ def test_planted_bugs_are_noticed(bug):
         test_nan_stays_in_its_row_and_its_expert(module, "channel")
 
 
-def test_splits_fill_the_multiprocessors(module):
-    assert module.best_splits(16, 40, 132, 16) == 8  # one token: 128 of 132 at work
-    assert module.best_splits(2000, 40, 132, 16) == 1
-    assert module.best_splits(16, 3, 132, 16) == 3 and module.best_splits(16, 40, 132, 0) == 1
+SHARING_PLANTED = {
+    "a piece left out": ("moe_tile.cuh", "block + j <= last ?", "block + j < last ?"),
+    "both pieces in one part": ("moe_tile.cuh", "(runs.begin(block) < first_stage)", "0"),
+    "a tile's first block overlooked": ("moe_tile.cuh", "while (runs.begin(first) > first_stage)", "while (runs.begin(first) > first_stage + 1)"),
+    "a ticket too early": ("moe_tile.cuh", "== unsigned(last - first)", "== unsigned(last - first - 1)"),
+    "a ticket too late": ("moe_tile.cuh", "== unsigned(last - first)", "== unsigned(last - first + 1)"),
+    "tickets left behind": ("moe_tile.cuh", "if (stages.is_last) sharing.tickets[piece.tile] = 0;", ""),
+    "a stage twice": ("moe_runs.cuh", "begin = runs.begin(blockIdx.x);", "begin = max(runs.begin(blockIdx.x) - 1, int64_t(0));"),
+    "a run too short": ("moe_runs.cuh", "end = runs.begin(blockIdx.x + 1);", "end = runs.begin(blockIdx.x + 1) - 1;"),
+    "experts of the first rows": ("moe_down.cu", "const int present = tile.first_present + index;", "const int present = index;"),
+    "the last tile of a run": ("moe_runs.cuh", "tiles.tile_of(end - 1) + 1", "tiles.tile_of(end - 1)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", SHARING_PLANTED)
+def test_bugs_planted_in_sharing_are_noticed(bug):
+    file, *change = SHARING_PLANTED[bug]
+    module = emulation.op_module("moe", emulation.load(emulation.build(planted={file: tuple(change)})))
+    with pytest.raises((AssertionError, RuntimeError)):
+        assert_shares(module, 300, 11, on_one=False)
+
+
+def test_the_balance_that_the_documentation_shows():
+    document = (Path(__file__).parents[1] / "docs" / "moe.md").read_text()
+    assert "\n".join(moe_balance.table()) in document, "PYTHONPATH=tests python tests/moe_balance.py prints the table"
+
+
+def test_the_kernels_share_as_the_balance_assumes(module):
+    assert (module._C.MOE_MIN_RUN, module._C.MOE_MANY_ROUNDS) == (moe_balance.MIN_RUN, moe_balance.MANY_ROUNDS)
+    assert all(module._C.moe_tile_tokens(tokens) == moe_balance.tile_tokens(tokens) for tokens in moe_balance.TOKENS)
+    assert all(module._C.moe_down_columns(tokens) == moe_balance.down_channels(tokens) for tokens in moe_balance.TOKENS)
+    assert moe_balance.in_runs([5, 5, 5], 2) == 16 / 15 and moe_balance.in_runs([5] * 17, 2) == 18 / 17
 
 
 def test_what_the_kernels_do_not_take_is_named(module):
@@ -185,9 +290,9 @@ def zeros(*sizes):
     for size in sizes: count *= size
     return libc.calloc(ctypes.c_size_t(count), ctypes.c_size_t(1))
 def rows(count, size): return libc.aligned_alloc(ctypes.c_size_t(16), ctypes.c_size_t(count * size))
-experts, hidden, inner, splits = 3, 272, 144, 2
+experts, hidden, inner = 3, 272, 144
 fp8, bf16, plain = C.Dtype.float8_e4m3fn, C.Dtype.bfloat16, C.MoeConversion.none
-for tokens in (1, 20, 70):
+for tokens, blocks in ((1, 2), (20, 7), (70, 1), (70, 5), (200, 30)):
     x, codes, scale = rows(tokens, 2 * hidden), rows(tokens, hidden), zeros(tokens)
     ids, scores, order, offsets = zeros(tokens), zeros(tokens), zeros(tokens), zeros(experts + 1)
     C.route_top1(x=x, x_dtype=bf16, router=rows(experts, 4 * hidden), router_dtype=C.Dtype.float32, tokens=tokens, hidden=hidden, experts=experts,
@@ -197,7 +302,8 @@ for tokens in (1, 20, 70):
     def routed(columns, n): return C.MoeWeight(values=rows(experts * n, columns), dtype=fp8, scale=zeros(experts, n), scale_dimensions=1)
     def operand(values, scale=0, row=0, step=0, factors=0):
         return C.MoeOperand(values=values, scale=scale, scale_row_stride=row, scale_step_stride=step, factors=factors, conversion=plain)
-    def share(tiles, part): return C.MoeSplits(count=splits, parts=zeros(tiles, splits, part), tickets=zeros(tiles))
+    def sharing(tiles, part):
+        return C.MoeSharing(blocks=blocks, parts=zeros(2 * blocks, part), tickets=zeros(min(tiles, C.MOE_MANY_ROUNDS * blocks)))
     h_shared, h_routed, h_scale = rows(tokens, 2 * inner), rows(tokens, inner), zeros(tokens, 2)
     routing = C.MoeRouting(order=order, offsets=offsets)
     row_tiles = -(-tokens // C.moe_tile_tokens(tokens))
@@ -205,10 +311,10 @@ for tokens in (1, 20, 70):
         x_shared=operand(x), x_routed=operand(codes, scale, 1, 0, scores), w_shared=shared(hidden, 2 * inner), w_routed=routed(hidden, 2 * inner),
         h_shared=C.MoeHidden(values=h_shared, dtype=bf16, scale=0, is_static=False, width=inner),
         h_routed=C.MoeHidden(values=h_routed, dtype=fp8, scale=h_scale, is_static=False, width=inner), routing=routing, tokens=tokens, hidden=hidden,
-        experts=experts, splits=share(2 * (row_tiles + experts), C.moe_gate_up_part(tokens)), prefetch_shared=True, prefetch=0, prefetch_bytes=0,
-        dependent=False, stream=0)
+        experts=experts, sharing=sharing(2 * (row_tiles + min(tokens, row_tiles + experts)), C.moe_gate_up_part(tokens)),
+        prefetch_shared=True, prefetch=0, prefetch_bytes=0, dependent=False, stream=0)
     C.moe_down(
         h_shared=operand(h_shared), h_routed=operand(h_routed, h_scale, 2, 1), w_shared=shared(inner, hidden), w_routed=routed(inner, hidden),
         k_shared=inner, k_routed=inner, routing=routing, tokens=tokens, hidden=hidden, experts=experts, out=rows(tokens, 2 * hidden),
-        splits=share(3 * row_tiles, C.moe_down_part(tokens)), dependent=False, stream=0)
+        sharing=sharing(-(-hidden // C.moe_down_columns(tokens)) * row_tiles, C.moe_down_part(tokens)), dependent=False, stream=0)
 """

@@ -16,6 +16,7 @@
 #include <map>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <random>
 #include <sstream>
 #include <stdexcept>
@@ -312,6 +313,14 @@ public:
             if (block->holds(pointer)) return *block;
         }
         fail(site, std::string(what) + " is not in shared memory, or past its end");
+    }
+
+    // 0 to count - 1, in an order drawn at random.
+    std::vector<unsigned> shuffled(unsigned count) {
+        std::vector<unsigned> numbers(count);
+        std::iota(numbers.begin(), numbers.end(), 0u);
+        std::shuffle(numbers.begin(), numbers.end(), random_);
+        return numbers;
     }
 
     // Of the running thread.

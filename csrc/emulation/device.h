@@ -1,6 +1,6 @@
-// CUDA on the host, for tests without a GPU: the clusters of a grid run one after another, or as many together as a test asks for, each
-// thread as a fiber. What a GPU leaves undefined shows: shared memory starts as NaNs and is exactly as large as asked for, so that AddressSanitizer
-// guards it.
+// CUDA on the host, for tests without a GPU: the clusters of a grid run one after another in random order, or as many together as a test asks
+// for, each thread as a fiber. What a GPU leaves undefined shows: shared memory starts as NaNs and is exactly as large as asked for, so that
+// AddressSanitizer guards it.
 #pragma once
 
 #include "emulation/warp.h"
@@ -54,10 +54,10 @@ inline void run(const char* op, dim3 grid, dim3 block, size_t shared_bytes, unsi
     const auto run_all = [&] { scheduler().run(std::exchange(clusters, {}), kernel); };
     for (unsigned z = 0; z < grid.z; ++z) {
         for (unsigned y = 0; y < grid.y; ++y) {
-            for (unsigned x = 0; x < grid.x; x += cluster_blocks) {
+            for (const unsigned cluster : scheduler().shuffled(grid.x / cluster_blocks)) {
                 std::vector<std::unique_ptr<Block>>& blocks = clusters.emplace_back().blocks;
                 for (unsigned rank = 0; rank < cluster_blocks; ++rank)
-                    blocks.push_back(std::make_unique<Block>(dim3(x + rank, y, z), block.x, shared_bytes));
+                    blocks.push_back(std::make_unique<Block>(dim3(cluster * cluster_blocks + rank, y, z), block.x, shared_bytes));
                 if (clusters.size() == clusters_together) run_all();
             }
         }

@@ -18,9 +18,6 @@ PREFETCH_VARIABLE = "LLAMA4_KERNELS_PREFETCH"
 
 SCALE_BLOCK = 128
 MAX_EXPERTS = 1024
-MAX_SPLITS = 16
-MANY_ROUNDS = 8
-PARTS_BYTES = 1 << 27  # where the splits' sums could take more, there are fewer splits
 ROW_ALIGNMENT = 16
 
 
@@ -44,9 +41,11 @@ def moe_down(
     out = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=device)
     if tokens == 0:
         return out
-    tiles = _ceil_div(tokens, _C.moe_tile_tokens(tokens)) * _ceil_div(hidden, _C.moe_down_columns(tokens))
+    row_tiles, column_tiles = _ceil_div(tokens, _C.moe_tile_tokens(tokens)), _ceil_div(hidden, _C.moe_down_columns(tokens))
+    tiles, segments = row_tiles * column_tiles, min(tokens, row_tiles + experts)
+    stages = column_tiles * (row_tiles * _steps(weights.shared_w2) + segments * _steps(weights.w2))
     with launch.on(device) as stream:
-        splits, _parts = _splits(device, tiles, _C.moe_down_part(tokens), _steps(weights.shared_w2) + _steps(weights.w2))
+        sharing, _parts = _sharing(device, range(tiles, tiles + 1), stages, _C.moe_down_part(tokens))
         _C.moe_down(
             h_shared=_operand(shared),
             h_routed=_operand(routed),
@@ -59,7 +58,7 @@ def moe_down(
             hidden=hidden,
             experts=experts,
             out=out.data_ptr(),
-            splits=splits,
+            sharing=sharing,
             dependent=dependent,
             stream=stream,
         )
@@ -110,11 +109,15 @@ def _gate_up(
     shared, routed = _new_hidden(tokens, weights.shared_w2), _new_hidden(tokens, weights.w2)
     if tokens == 0:
         return shared, routed
-    rows, columns = _C.moe_tile_tokens(tokens), _C.MOE_GATE_UP_COLUMNS
-    tiles = _ceil_div(tokens, rows) * _ceil_div(_values(shared).shape[1], columns)
-    tiles += min(tokens, tokens // rows + experts) * _ceil_div(_values(routed).shape[1], columns)
+    rows = _C.moe_tile_tokens(tokens)
+    shared_columns, routed_columns = (_ceil_div(_values(h).shape[1], _C.MOE_GATE_UP_COLUMNS) for h in (shared, routed))
+    row_tiles = _ceil_div(tokens, rows)
+    shared_tiles = row_tiles * shared_columns
+    routed_tiles = min(tokens, tokens // rows + experts) * routed_columns
+    stages = shared_tiles * _steps(weights.shared_w13) + routed_tiles * _steps(weights.w13)
     with launch.on(device) as stream:
-        splits, _parts = _splits(device, tiles, _C.moe_gate_up_part(tokens), min(_steps(weights.shared_w13), _steps(weights.w13)))
+        tiles = range(shared_tiles + row_tiles * routed_columns, shared_tiles + routed_tiles + 1)
+        sharing, _parts = _sharing(device, tiles, stages, _C.moe_gate_up_part(tokens))
         _C.moe_gate_up(
             x_shared=_input(x, per_token, weights.shared_w13, None),
             x_routed=_input(x, per_token, weights.w13, routing.scores),
@@ -126,7 +129,7 @@ def _gate_up(
             tokens=tokens,
             hidden=hidden,
             experts=experts,
-            splits=splits,
+            sharing=sharing,
             prefetch_shared=prefetch,
             prefetch=weights.shared_w2.weight.data_ptr() if prefetch else 0,
             prefetch_bytes=weights.shared_w2.weight.nbytes,
@@ -198,25 +201,16 @@ def _hidden(hidden: Tensor | Quantized, down: Linear) -> _C.MoeHidden:
     )
 
 
-def _splits(device: torch.device, tiles: int, part: int, steps: int) -> tuple[_C.MoeSplits, Tensor | None]:
-    """How many blocks share a tile, each some of its `steps` along K, and the memory where they meet."""
-    count = best_splits(tiles, steps, _C.moe_multiprocessors(), PARTS_BYTES // (4 * part * tiles))
-    if count == 1:
-        return _C.MoeSplits(count=1, parts=0, tickets=0), None
-    parts = torch.empty(tiles, count, part, dtype=torch.float32, device=device)
-    return _C.MoeSplits(count=count, parts=parts.data_ptr(), tickets=tickets(device, tiles).data_ptr()), parts
-
-
-def best_splits(tiles: int, steps: int, multiprocessors: int, most: int) -> int:
-    """The number of splits that leaves the fewest multiprocessors idle in the grid's last round, a percent for each split; 1 where there are
-    MANY_ROUNDS without."""
-    most = 1 if tiles >= MANY_ROUNDS * multiprocessors else max(min(most, steps, MAX_SPLITS), 1)
-
-    def busy(splits: int) -> float:
-        units = tiles * splits
-        return units / (_ceil_div(units, multiprocessors) * multiprocessors)
-
-    return max(range(1, most + 1), key=lambda splits: (busy(splits) - 0.01 * splits, -splits))
+def _sharing(device: torch.device, tiles: range, stages: int, part: int) -> tuple[_C.MoeSharing, Tensor | None]:
+    """The grid and the memory where blocks that share a tile meet. tiles: numbers of them that there may be; stages: the most of all tiles;
+    part: floats that a block leaves of one tile. See csrc/moe_runs.cuh."""
+    blocks = min(_C.moe_multiprocessors(), _ceil_div(stages, _C.MOE_MIN_RUN))
+    unshared = _C.MOE_MANY_ROUNDS * blocks
+    if tiles[0] >= unshared:
+        return _C.MoeSharing(blocks=blocks, parts=0, tickets=0), None
+    parts = torch.empty(2 * blocks, part, dtype=torch.float32, device=device)
+    counters = tickets(device, min(tiles[-1], unshared))
+    return _C.MoeSharing(blocks=blocks, parts=parts.data_ptr(), tickets=counters.data_ptr()), parts
 
 
 def _steps(linear: Linear) -> int:
