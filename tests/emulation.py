@@ -77,7 +77,8 @@ def build(
         text = edited.get(source, source.read_text())
         headers = _headers_of(text, edited, own)
         first = [f"-I{with_bugs}"] if edited.keys() & headers.keys() else []
-        how = [*flags, *(optimize if source.suffix == ".cu" else ["-O1"]), *first, *includes]
+        has_bug = bool(source in edited or first) and not sanitize  # and runs little: compiling takes the time
+        how = [*flags, *(["-O1"] if has_bug or source.suffix != ".cu" else optimize), *first, *includes]
         line = f'#line 1 "{source.name}"\n'
         objects.append(_make(["-c", "-x", "c++"], line + text, ".o", flags=how, depends_on="".join(headers.values()), suffix=source.suffix))
     library = "".join(map(str, objects))
@@ -113,6 +114,21 @@ def _fresh(module: ModuleType) -> ModuleType:
     copy = importlib.util.module_from_spec(module.__spec__)
     module.__spec__.loader.exec_module(copy)
     return copy
+
+
+LOAD_KERNELS = """
+import ctypes, importlib.util, sys
+spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
+kernels = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kernels)
+libc = ctypes.CDLL(None)
+libc.aligned_alloc.restype = libc.calloc.restype = libc.memalign.restype = ctypes.c_void_p
+"""
+
+
+def run_sanitized_kernels(script: str, planted: Mapping[str, tuple[str, str]] | None = None) -> subprocess.CompletedProcess:
+    """Run a Python script that calls `kernels`, the extension module with sanitizers, on memory of `libc`. planted: as in build()."""
+    return run_sanitized(LOAD_KERNELS + script, str(build(planted=planted, sanitize=True)))
 
 
 def run_sanitized(script: str, *arguments: str) -> subprocess.CompletedProcess:

@@ -250,17 +250,11 @@ def test_a_planted_bug_is_noticed(bug, monkeypatch):
 
 
 def test_sanitizers_watch_every_path():
-    done = emulation.run_sanitized(RUN_SANITIZED, str(emulation.build(sanitize=True)))
+    done = emulation.run_sanitized_kernels(RUN_SANITIZED)
     assert done.returncode == 0, done.stderr
 
 
 RUN_SANITIZED = """
-import ctypes, importlib.util, sys
-spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
-kernels = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(kernels)
-libc = ctypes.CDLL(None)
-libc.memalign.restype = ctypes.c_void_p
 def zeros(size):
     address = libc.memalign(ctypes.c_size_t(16), ctypes.c_size_t(size))
     ctypes.memset(address, 0, size)

@@ -245,17 +245,11 @@ def test_a_planted_bug_is_noticed(bug):
 
 
 def test_sanitizers_watch_every_path():
-    done = emulation.run_sanitized(RUN_SANITIZED, str(emulation.build(sanitize=True)))
+    done = emulation.run_sanitized_kernels(RUN_SANITIZED)
     assert done.returncode == 0, done.stderr
 
 
 RUN_SANITIZED = """
-import ctypes, importlib.util, sys
-spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
-kernels = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(kernels)
-libc = ctypes.CDLL(None)
-libc.aligned_alloc.restype = libc.calloc.restype = ctypes.c_void_p
 def floats(count): return libc.calloc(ctypes.c_size_t(count), ctypes.c_size_t(4))
 def rows_of(count, size): return libc.aligned_alloc(ctypes.c_size_t(16), ctypes.c_size_t(count * size))
 k = 272

@@ -274,47 +274,42 @@ def test_what_the_kernels_do_not_take_is_named(module):
 
 
 def test_sanitizers_watch_every_path():
-    done = emulation.run_sanitized(RUN_SANITIZED, str(emulation.build(sanitize=True)))
+    done = emulation.run_sanitized_kernels(RUN_SANITIZED)
     assert done.returncode == 0, done.stderr
 
 
 RUN_SANITIZED = """
-import ctypes, importlib.util, sys
-spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
-C = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(C)
-libc = ctypes.CDLL(None)
-libc.aligned_alloc.restype = libc.calloc.restype = ctypes.c_void_p
 def zeros(*sizes):
     count = 4
     for size in sizes: count *= size
     return libc.calloc(ctypes.c_size_t(count), ctypes.c_size_t(1))
 def rows(count, size): return libc.aligned_alloc(ctypes.c_size_t(16), ctypes.c_size_t(count * size))
 experts, hidden, inner = 3, 272, 144
-fp8, bf16, plain = C.Dtype.float8_e4m3fn, C.Dtype.bfloat16, C.MoeConversion.none
+fp8, bf16, plain = kernels.Dtype.float8_e4m3fn, kernels.Dtype.bfloat16, kernels.MoeConversion.none
 for tokens, blocks in ((1, 2), (20, 7), (70, 1), (70, 5), (200, 30)):
     x, codes, scale = rows(tokens, 2 * hidden), rows(tokens, hidden), zeros(tokens)
     ids, scores, order, offsets = zeros(tokens), zeros(tokens), zeros(tokens), zeros(experts + 1)
-    C.route_top1(x=x, x_dtype=bf16, router=rows(experts, 4 * hidden), router_dtype=C.Dtype.float32, tokens=tokens, hidden=hidden, experts=experts,
-                 expert_ids=ids, scores=scores, order=order, offsets=offsets, codes=codes, scale=scale, best=zeros(2, tokens), tickets=zeros(1),
-                 dependent=False, stream=0)
-    def shared(columns, n): return C.MoeWeight(values=rows(n, 2 * columns), dtype=bf16, scale=0, scale_dimensions=0)
-    def routed(columns, n): return C.MoeWeight(values=rows(experts * n, columns), dtype=fp8, scale=zeros(experts, n), scale_dimensions=1)
+    kernels.route_top1(
+        x=x, x_dtype=bf16, router=rows(experts, 4 * hidden), router_dtype=kernels.Dtype.float32, tokens=tokens, hidden=hidden, experts=experts,
+        expert_ids=ids, scores=scores, order=order, offsets=offsets, codes=codes, scale=scale, best=zeros(2, tokens), tickets=zeros(1),
+        dependent=False, stream=0)
+    def shared(columns, n): return kernels.MoeWeight(values=rows(n, 2 * columns), dtype=bf16, scale=0, scale_dimensions=0)
+    def routed(columns, n): return kernels.MoeWeight(values=rows(experts * n, columns), dtype=fp8, scale=zeros(experts, n), scale_dimensions=1)
     def operand(values, scale=0, row=0, step=0, factors=0):
-        return C.MoeOperand(values=values, scale=scale, scale_row_stride=row, scale_step_stride=step, factors=factors, conversion=plain)
+        return kernels.MoeOperand(values=values, scale=scale, scale_row_stride=row, scale_step_stride=step, factors=factors, conversion=plain)
     def sharing(tiles, part):
-        return C.MoeSharing(blocks=blocks, parts=zeros(2 * blocks, part), tickets=zeros(min(tiles, C.MOE_MANY_ROUNDS * blocks)))
+        return kernels.MoeSharing(blocks=blocks, parts=zeros(2 * blocks, part), tickets=zeros(min(tiles, kernels.MOE_MANY_ROUNDS * blocks)))
     h_shared, h_routed, h_scale = rows(tokens, 2 * inner), rows(tokens, inner), zeros(tokens, 2)
-    routing = C.MoeRouting(order=order, offsets=offsets)
-    row_tiles = -(-tokens // C.moe_tile_tokens(tokens))
-    C.moe_gate_up(
+    routing = kernels.MoeRouting(order=order, offsets=offsets)
+    row_tiles = -(-tokens // kernels.moe_tile_tokens(tokens))
+    kernels.moe_gate_up(
         x_shared=operand(x), x_routed=operand(codes, scale, 1, 0, scores), w_shared=shared(hidden, 2 * inner), w_routed=routed(hidden, 2 * inner),
-        h_shared=C.MoeHidden(values=h_shared, dtype=bf16, scale=0, is_static=False, width=inner),
-        h_routed=C.MoeHidden(values=h_routed, dtype=fp8, scale=h_scale, is_static=False, width=inner), routing=routing, tokens=tokens, hidden=hidden,
-        experts=experts, sharing=sharing(2 * (row_tiles + min(tokens, row_tiles + experts)), C.moe_gate_up_part(tokens)),
+        h_shared=kernels.MoeHidden(values=h_shared, dtype=bf16, scale=0, is_static=False, width=inner),
+        h_routed=kernels.MoeHidden(values=h_routed, dtype=fp8, scale=h_scale, is_static=False, width=inner), routing=routing, tokens=tokens,
+        hidden=hidden, experts=experts, sharing=sharing(2 * (row_tiles + min(tokens, row_tiles + experts)), kernels.moe_gate_up_part(tokens)),
         prefetch_shared=True, prefetch=0, prefetch_bytes=0, dependent=False, stream=0)
-    C.moe_down(
+    kernels.moe_down(
         h_shared=operand(h_shared), h_routed=operand(h_routed, h_scale, 2, 1), w_shared=shared(inner, hidden), w_routed=routed(inner, hidden),
         k_shared=inner, k_routed=inner, routing=routing, tokens=tokens, hidden=hidden, experts=experts, out=rows(tokens, 2 * hidden),
-        sharing=sharing(-(-hidden // C.moe_down_columns(tokens)) * row_tiles, C.moe_down_part(tokens)), dependent=False, stream=0)
+        sharing=sharing(-(-hidden // kernels.moe_down_columns(tokens)) * row_tiles, kernels.moe_down_part(tokens)), dependent=False, stream=0)
 """

@@ -113,8 +113,7 @@ def test_a_barrier_that_a_thread_never_reaches_is_noticed():
 
 @pytest.mark.parametrize("planted", [None, READ_PAST_THE_END, SMALL_SHARED_MEMORY], ids=["as it is", "read past the end", "small shared memory"])
 def test_address_sanitizer_watches_global_and_shared_memory(planted):
-    module = emulation.build(planted=planted, sanitize=True)
-    run = emulation.run_sanitized(RUN_SANITIZED, str(module))
+    run = emulation.run_sanitized_kernels(RUN_SANITIZED, planted)
     if planted is None:
         assert run.returncode == 0, run.stderr
     else:
@@ -122,12 +121,6 @@ def test_address_sanitizer_watches_global_and_shared_memory(planted):
 
 
 RUN_SANITIZED = """
-import ctypes, importlib.util, sys
-spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
-kernels = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(kernels)
-libc = ctypes.CDLL(None)
-libc.calloc.restype = ctypes.c_void_p
 for columns in (16, 33, 1024):
     x, codes, scale = (libc.calloc(ctypes.c_size_t(3 * columns), ctypes.c_size_t(size)) for size in (4, 1, 4))
     kernels.quantize_per_token(x=x, dtype=kernels.Dtype.float32, rows=3, columns=columns, codes=codes, scale=scale, stream=0)

@@ -269,28 +269,23 @@ def test_planted_bugs_on_tensor_cores_are_noticed(bug):
 
 
 def test_sanitizers_watch_every_path():
-    done = emulation.run_sanitized(RUN_SANITIZED, str(emulation.build(sanitize=True)))
+    done = emulation.run_sanitized_kernels(RUN_SANITIZED)
     assert done.returncode == 0, done.stderr
 
 
 RUN_SANITIZED = """
-import ctypes, importlib.util, sys
-spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
-C = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(C)
-libc = ctypes.CDLL(None)
-libc.aligned_alloc.restype = libc.calloc.restype = ctypes.c_void_p
 def zeros(count): return libc.calloc(ctypes.c_size_t(count), ctypes.c_size_t(4))
 def rows(count, size): return libc.aligned_alloc(ctypes.c_size_t(min(16, count * size & -count * size)), ctypes.c_size_t(count * size))
 for tokens, experts, hidden, dtype in ((1, 17, 72, "bfloat16"), (9, 17, 70, "float32"), (70, 17, 70, "bfloat16"), (65, 1, 72, "bfloat16"),
                                        (70, 17, 1800, "bfloat16"), (130, 200, 136, "bfloat16")):
     size = 2 if dtype == "bfloat16" else 4
-    best = zeros(2 * tokens * C.route_slices(experts)) if tokens <= C.ROUTE_FEW_TOKENS else 0
+    best = zeros(2 * tokens * kernels.route_slices(experts)) if tokens <= kernels.ROUTE_FEW_TOKENS else 0
     for codes, scale in ((0, 0), (rows(tokens, hidden), zeros(tokens))):
-        C.route_top1(x=rows(tokens, size * hidden), x_dtype=getattr(C.Dtype, dtype), router=rows(experts, size * hidden),
-                     router_dtype=getattr(C.Dtype, dtype), tokens=tokens, hidden=hidden, experts=experts, expert_ids=zeros(tokens),
-                     scores=zeros(tokens), order=zeros(tokens), offsets=zeros(experts + 1), codes=codes, scale=scale,
-                     best=best, tickets=zeros(1), dependent=False, stream=0)
+        kernels.route_top1(
+            x=rows(tokens, size * hidden), x_dtype=getattr(kernels.Dtype, dtype), router=rows(experts, size * hidden),
+            router_dtype=getattr(kernels.Dtype, dtype), tokens=tokens, hidden=hidden, experts=experts, expert_ids=zeros(tokens),
+            scores=zeros(tokens), order=zeros(tokens), offsets=zeros(experts + 1), codes=codes, scale=scale, best=best, tickets=zeros(1),
+            dependent=False, stream=0)
 """
 
 

@@ -1,7 +1,7 @@
 // Host twin of hopper/barrier.cuh.
 #pragma once
 
-#include "emulation/block.h"
+#include "emulation/scheduler.h"
 
 namespace emulation {
 
@@ -13,10 +13,6 @@ inline MemoryBarrier& memory_barrier(const void* word, Site site) {
     std::memcpy(&stored, word, sizeof stored);
     if (stored != block.address(word)) scheduler().fail(site, "the mbarrier was overwritten");
     return found->second;
-}
-
-inline bool has_ended(const Block& block) {
-    return std::all_of(block.threads.begin(), block.threads.end(), [](const Thread& thread) { return thread.done; });
 }
 
 inline void complete_phase_if_over(MemoryBarrier& barrier) {

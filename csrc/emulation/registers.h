@@ -1,7 +1,7 @@
 // Host twin of hopper/registers.cuh.
 #pragma once
 
-#include "emulation/block.h"
+#include "emulation/scheduler.h"
 
 namespace llama4_kernels::hopper {
 

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "emulation/block.h"
+#include "emulation/scheduler.h"
 
 namespace emulation {
 

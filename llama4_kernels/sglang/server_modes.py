@@ -28,7 +28,7 @@ def check_server() -> None:
         (
             get_exec().deterministic.enable_deterministic_inference,
             "--enable-deterministic-inference",
-            "ops whose bits do not depend on the batch: the MoE layer's sums are split by its number of tokens",
+            "ops whose bits do not depend on the batch: the order of the MoE layer's sums depends on its tokens",
         ),
         (algorithm not in (None, *CHAIN_DRAFTS), f"--speculative-algorithm {algorithm}", " or ".join(CHAIN_DRAFTS)),
         (algorithm is not None and topk != 1, f"--speculative-eagle-topk {topk}", "1: drafts of one chain"),
