@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import json
@@ -380,7 +381,7 @@ def test_the_guides_task_is_scored_over_its_subjects_and_compared(answer, code, 
 
 @has_lm_eval
 def test_an_interrupted_run_keeps_what_it_has(tmp_path):
-    """Ctrl-C in a process of its own."""
+    """Ctrl-C in a process of its own, which takes it even where the tests run in the background of a shell."""
     asked = threading.Event()
 
     def slow(prompt):
@@ -391,7 +392,8 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path):
     with serving(after(3, right, slow)) as stand_in:
         code = "from llama4_kernels.cli.main import app; app()"
         arguments = ["eval", "--url", stand_in.url, "--task", "own_questions", "--out", tmp_path]
-        process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True)
+        take_ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True, preexec_fn=take_ctrl_c)
         assert asked.wait(60)
         until = time.monotonic() + 15
         while len((tmp_path / "answers.jsonl").read_text().splitlines()) < 4:
