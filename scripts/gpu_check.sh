@@ -4,13 +4,14 @@
 #
 # usage: scripts/gpu_check.sh OUT_DIR
 # PYTHON: the interpreter (python3). STEP_SECONDS: the most that a step may take (600). PEERS: folder of rivals' packages, to measure them.
+# STEPS: the steps to run where time is short, say "build tests"; what an earlier run built in OUT_DIR is used again without "build".
 #
 # A step that fails does not stop the next; the exit code is 1 if any failed. What this host cannot run is skipped, and the table says why.
 # A new op slots in by its markers: gpu runs on the GPU; gpu and small also under compute-sanitizer; bench/bench_*.py with gpu are timed.
 set -uo pipefail
 
 if [ $# -ne 1 ]; then
-    sed -n '5,6s/^# //p' "$0" >&2
+    sed -n '5,7s/^# //p' "$0" >&2
     exit 2
 fi
 mkdir -p "$1"
@@ -31,9 +32,17 @@ skip() { # name, reason
     record "$1" skipped 0 "$2"
 }
 
+chosen() { # name
+    case " ${STEPS:-$1} " in *" $1 "*) ;; *) return 1 ;; esac
+}
+
 step() { # name, command...
     local name=$1 log=$out/$1.log started=$SECONDS code status note
     shift
+    if ! chosen "$name"; then
+        skip "$name" "not in STEPS"
+        return
+    fi
     echo "== $name: $*"
     timeout --kill-after=10 "$step_seconds" "$@" > "$log" 2>&1
     code=$?
@@ -63,7 +72,7 @@ import os, setup
 print("; ".join(setup.missing_tools(os.environ)))
 ' 2>&1 | tail -n 1)
 
-rm -rf "$installed"
+if chosen build || chosen install; then rm -rf "$installed"; fi
 if [ -n "$no_nvcc" ] && [ -n "$no_gpu" ]; then
     step install env LLAMA4_KERNELS_CUDA=off "$python" -m pip install -v --no-build-isolation --no-deps --no-index --target "$installed" .
     skip build "missing: $no_nvcc"
