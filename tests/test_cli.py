@@ -24,7 +24,7 @@ has_server_needs = pytest.mark.skipif(
 has_transformers = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
 
 FAKE_SERVER = '''
-"""A stand-in for sglang.launch_server. FAKE says what it does: serve, die, hang (never healthy) or cling (ignore SIGTERM)."""
+"""A stand-in for sglang.launch_server. FAKE says what it does: serve, die, hang (never healthy) or cling (ignore SIGTERM and SIGINT)."""
 import http.server, os, pathlib, signal, subprocess, sys
 port = int(next(a for a in sys.argv if a.startswith("--port=")).split("=")[1])
 child = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"])
@@ -35,7 +35,8 @@ what = os.environ["FAKE"]
 if what == "die":
     sys.exit("out of luck")
 if what == "cling":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(503 if what == "hang" else 200); self.end_headers()
@@ -161,6 +162,11 @@ def test_server_starts_reads_the_table_and_stops_every_process(fake_sglang, tmp_
                 running.post("/generate", {})
             raise KeyboardInterrupt
     assert are_gone(pids)
+
+
+def test_a_server_s_port_is_none_that_the_kernel_gives_to_others():
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert {server._free_port() for _ in range(20)} <= set(range(1024, lowest))
 
 
 @has_server_needs

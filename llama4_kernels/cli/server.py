@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -26,6 +27,7 @@ CPU_FLAGS = (
 TABLE_LINE = re.compile(r"llama4_kernels: (\w+) -> (\w+) \((.*)\)")
 SERVING_LINE = re.compile(r"llama4_kernels: serving (\w+)")
 STOP_SECONDS = 20
+PORTS = range(20000, 32768)
 
 
 class ServerError(RuntimeError):
@@ -77,6 +79,7 @@ def serve(
     timeout: float = 300,
     environment: dict[str, str] | None = None,
     progress: Callable[[float, str], None] = lambda seconds, line: None,
+    popen: Callable[..., subprocess.Popen] = subprocess.Popen,
 ) -> Iterator[Server]:
     """A server of the checkpoint in the folder `model`, healthy inside the `with` block and gone after it, whatever ends the block.
 
@@ -85,6 +88,7 @@ def serve(
     port: to listen on; None takes a free one.
     timeout: seconds until the server must be healthy.
     progress: called about twice a second during the start, with the seconds elapsed and the last line of the log.
+    popen: what starts the process.
     Raises ServerError, with the end of the log, where the server dies or is not healthy in time.
     """
     import requests
@@ -94,11 +98,12 @@ def serve(
     command = [sys.executable, "-m", "sglang.launch_server", f"--model-path={model}", f"--tp-size={tp}"]
     command += ["--host=127.0.0.1", f"--port={port}", *(() if torch.cuda.is_available() else CPU_FLAGS), *flags]
     with log.open("w") as output, _terminated_as_exit():
-        process = subprocess.Popen(
+        process = popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=_environment(tp) | (environment or {}), start_new_session=True
         )
         server = Server(f"http://127.0.0.1:{port}", log, process)
         started = time.monotonic()
+        stop_signal = signal.SIGTERM
         try:
             while True:
                 server.seconds_to_start = time.monotonic() - started
@@ -111,9 +116,10 @@ def serve(
                         break
                 progress(server.seconds_to_start, _last_line(log))
                 time.sleep(0.5)
+            stop_signal = signal.SIGINT  # as Ctrl-C: SGLang meets SIGTERM with some 10 s of waiting for requests to end
             yield server
         finally:
-            _stop(process)
+            _stop(process, stop_signal)
 
 
 def _environment(tp: int) -> dict[str, str]:
@@ -124,13 +130,13 @@ def _environment(tp: int) -> dict[str, str]:
     return environment
 
 
-def _stop(process: subprocess.Popen) -> None:
+def _stop(process: subprocess.Popen, stop_signal: signal.Signals) -> None:
     """End the server and all its descendants: politely, then after STOP_SECONDS by force."""
     import psutil
 
     with contextlib.suppress(psutil.NoSuchProcess):
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(stop_signal)
         _, left = psutil.wait_procs(family, timeout=STOP_SECONDS)
         for member in left:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -159,9 +165,12 @@ def _terminated_as_exit() -> Iterator[None]:
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A port that is free, and not one that the kernel gives to whoever asks for any: the server listens on it only when it has loaded."""
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        with contextlib.suppress(OSError), socket.socket() as listener:
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise ServerError(f"no port from {PORTS.start} to {PORTS.stop - 1} is free")
 
 
 def _last_line(log: Path) -> str:
