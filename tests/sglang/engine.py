@@ -1,11 +1,13 @@
 """Asking a real SGLang server, and comparing it with transformers."""
 
 import contextlib
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import preloaded
 import torch
 
 from llama4_kernels.cli.checkpoint import BYTES, CHUNK
@@ -34,11 +36,21 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 @contextlib.contextmanager
 def llama4_server(
-    path: Path, *flags: str, log: Path, tp: int = 1, dtype: str = "float32", environment: dict[str, str] | None = None
+    path: Path,
+    *flags: str,
+    log: Path,
+    tp: int = 1,
+    dtype: str = "float32",
+    environment: dict[str, str] | None = None,
+    fresh: bool = False,
 ) -> Iterator[Server]:
-    """A server with the plugin. Fails where SGLang's own model was built, which it is without a word when the plugin is blocked."""
+    """A server with the plugin. Fails where SGLang's own model was built, which it is without a word when the plugin is blocked.
+
+    fresh: each of its processes imports SGLang for itself, as variables need that are read on import; else it starts preloaded.
+    """
+    popen = subprocess.Popen if fresh else preloaded.Process
     flags = ("--max-total-tokens=4096", "--context-length=1024", "--max-running-requests=8", *flags)
-    with serve(path, "--model-impl=llama4_kernels", f"--dtype={dtype}", *flags, log=log, tp=tp, environment=environment) as server:
+    with serve(path, "--model-impl=llama4_kernels", f"--dtype={dtype}", *flags, log=log, tp=tp, environment=environment, popen=popen) as server:
         assert server.serving() in ("Llama4ForConditionalGeneration", "Llama4ForCausalLM")
         assert set(server.backends()) == set(OPS)
         yield server

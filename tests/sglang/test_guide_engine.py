@@ -3,8 +3,10 @@
 The other lines of `llama4-kernels guide` differ in numbers alone: what SGLang makes of those is tested in test_pools.py.
 """
 
+import functools
 import re
 
+import preloaded
 import pytest
 import requests
 from typer.testing import CliRunner
@@ -29,6 +31,7 @@ def test_a_line_keeps_its_promises(line, more, tmp_path, monkeypatch):
         return check(client, images=images)
 
     monkeypatch.setattr(guide, "check", check_and_report)
+    monkeypatch.setattr(guide, "serve", functools.partial(guide.serve, popen=preloaded.Process))
     result = CliRunner().invoke(app, ["guide", "--line", line, "--keep", str(tmp_path / "kept")])
     assert result.exit_code == 0, result.output
     kept = set(re.findall(r"^(\w[\w, ]*?) +kept ", result.output, re.MULTILINE))

@@ -1,0 +1,63 @@
+"""`python -m sglang.launch_server` without the imports, which take most of the start of a tiny server: forked from a process that has SGLang in
+memory already, as its own processes are then forked from it. What it runs, and how it is asked and stopped, is the same.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import runpy
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TextIO
+from unittest import mock
+
+MODULES = (
+    "sglang.srt.entrypoints.http_server",
+    "sglang.srt.managers.scheduler",
+    "sglang.srt.managers.detokenizer_manager",
+    "sglang.srt.models.mllama4",
+    "transformers.models.llama4.processing_llama4",
+)
+
+
+class Process:
+    """A server, with those parts of subprocess.Popen that llama4_kernels.cli.server uses."""
+
+    def __init__(self, command: Sequence[str], *, stdout: TextIO, env: Mapping[str, str], **options):
+        assert command[1:3] == ["-m", "sglang.launch_server"] and options["start_new_session"]
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(MODULES))
+        with mock.patch.dict(os.environ, env):
+            multiprocessing.forkserver.ensure_running()
+        self._process = context.Process(target=_launch, args=(command[3:], stdout.name, dict(env)))
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        self._process.join()
+        return self.returncode
+
+
+def _launch(arguments: list[str], log: str, environment: dict[str, str]) -> None:
+    os.setsid()
+    with open(log, "a") as output:
+        os.dup2(output.fileno(), sys.stdout.fileno())
+        os.dup2(output.fileno(), sys.stderr.fileno())
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["launch_server", *arguments]
+    multiprocessing.set_start_method("fork", force=True)
+    multiprocessing.set_start_method = lambda method, force: None  # SGLang's choice is "spawn", which imports all again
+    runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
