@@ -84,10 +84,11 @@ load_plugins()
 for impl in ("llama4_kernels", "auto"):
     config = ModelConfig({str(make("scout"))!r}, model_impl=impl)
     print("built", impl, get_model_architecture(config)[0].__module__)
-print("seconds", time.process_time() - started)
+    if impl == "llama4_kernels":
+        print("seconds", time.process_time() - started)
 """
     out = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=True).stdout
     built = dict(line.split()[1:] for line in out.splitlines() if line.startswith("built"))
     assert built == {"llama4_kernels": "llama4_kernels.sglang.model" if ours else "sglang.srt.models.mllama4", "auto": "sglang.srt.models.mllama4"}
     if ours:
-        assert float(out.split("seconds")[1]) < 2
+        assert float(out.split("seconds")[1].split()[0]) < 2
