@@ -1,9 +1,9 @@
-"""What SGLang lacks on a CPU for speculative decoding and CUDA graphs, so that its real engine runs both in the tests.
+"""What SGLang lacks on a CPU for speculative decoding, CUDA graphs and data-parallel attention, so that its real engine runs them in the tests.
 
 A plugin of SGLang beside the one under test, in every process of a server started with environment(). Of SGLang's own code this takes the
-Triton kernels for verification, which it has for XPU, in Triton's interpreter. Replaced are: the draft model's attention, for which
-SGLang has no backend here, by its torch_native backend; the drafts, where a test has planted others; and the recording of a graph
-(recorded_graph.py).
+Triton kernels for verification, which it has for XPU, in Triton's interpreter, and the gathers of data-parallel attention that it has for CPUs
+with kernels of its own. Replaced are: the draft model's attention, for which SGLang has no backend here, by its torch_native backend; the
+drafts, where a test has planted others; pinned memory by any; and the recording of a graph (recorded_graph.py).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 
@@ -43,11 +44,15 @@ def environment(folder: Path) -> dict[str, str]:
 def register() -> None:
     import recorded_graph
     from sglang.kernels.ops.speculative import cache_locs, spec_tree
+    from sglang.srt.distributed import parallel_state
+    from sglang.srt.layers import dp_attention
     from sglang.srt.layers.rotary_embedding import base as rotary_embedding
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     spec_tree._is_xpu = cache_locs._is_xpu = True  # kernels in Triton
     rotary_embedding._is_musa = True  # RoPE of the draft model in PyTorch
+    parallel_state._is_cpu = True  # data-parallel attention gathers without NCCL
+    dp_attention.memcpy_func = dp_attention.memcpy_cpu
     for target, hook in (
         # As on a GPU: a step is scheduled before the accepted lengths of the last one are known on the host.
         ("sglang.srt.arg_groups.speculative_hook._disable_overlap_schedule_for_cpu", lambda original, args: None),
@@ -56,10 +61,17 @@ def register() -> None:
         ("sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker.draft_forward", _draft_forward),
         ("sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker._draft_extend_for_prefill", _draft_extend_for_prefill),
         ("sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker._draft_extend_for_decode", _draft_extend_for_decode),
+        ("sglang.srt.model_executor.forward_batch_info.ForwardBatch.prepare_mlp_sync_batch", _without_pinned_memory),
         *recorded_graph.install(),
     ):
         HookRegistry.register(target, hook, HookType.AROUND)
     print(INSTALLED, flush=True)
+
+
+def _without_pinned_memory(original, *arguments):
+    tensor = torch.tensor
+    with mock.patch.object(torch, "tensor", lambda *values, pin_memory=False, **options: tensor(*values, **options)):
+        return original(*arguments)
 
 
 def _draft_attention(runner, step: int = 0):

@@ -57,6 +57,7 @@ def _launch(arguments: list[str], log: str, environment: dict[str, str]) -> None
         os.dup2(output.fileno(), sys.stderr.fileno())
     os.environ.clear()
     os.environ.update(environment)
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     sys.argv = ["launch_server", *arguments]
     multiprocessing.set_start_method("fork", force=True)
     multiprocessing.set_start_method = lambda method, force: None  # SGLang's choice is "spawn", which imports all again

@@ -1,5 +1,8 @@
 """The served model against transformers in float32: lengths around the chunk, prefixes, batches, page sizes, pools, configs, TP."""
 
+import re
+
+import engine_standins
 import pytest
 from engine import LENGTHS, NEW_TOKENS, ask, ask_at_once, assert_agrees, llama4_server, prompt
 
@@ -13,6 +16,10 @@ def check_all(server, oracle):
     longest = ask(server, prompt(LENGTHS[-1]), whole=False)
     assert longest.cached_tokens > 2 * CHUNK
     assert_agrees(longest, oracle)
+    check_eight_at_once(server, oracle)
+
+
+def check_eight_at_once(server, oracle):
     for answer in ask_at_once(server, [prompt(length, seed=1) for length in (3, 40, CHUNK, 70, 100, 2 * CHUNK, 150, 250)]):
         assert_agrees(answer, oracle)
 
@@ -72,6 +79,17 @@ def test_two_ranks(like, make, oracle, tmp_path):
     with llama4_server(path, log=tmp_path / "log", tp=2) as server:
         for length in LENGTHS:
             assert_agrees(ask(server, prompt(length), NEW_TOKENS), oracle(path))
+
+
+def test_attention_in_data_parallel(make, oracle, tmp_path):
+    """Each of two ranks attends for its own requests, both compute the layers between, also where a rank has no request."""
+    path, environment = make("maverick"), engine_standins.environment(tmp_path / "standins")
+    flags = ("--enable-dp-attention", "--dp-size=2")
+    with llama4_server(path, *flags, log=tmp_path / "log", tp=2, environment=environment) as server:
+        for length in LENGTHS:
+            assert_agrees(ask(server, prompt(length)), oracle(path))
+        check_eight_at_once(server, oracle(path))
+        assert set(re.findall(r"(DP\d) TP\d.*\] Prefill batch", server.log.read_text())) == {"DP0", "DP1"}
 
 
 def test_two_ranks_with_one_kv_head_and_odd_sizes(make, oracle, tmp_path):
