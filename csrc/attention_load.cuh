@@ -32,7 +32,7 @@ struct Ring {
 
     __device__ uint8_t* tile(int count) const { return tiles + count % ATTENTION_STAGES * TILE_BYTES; }
     __device__ void wait_full(int count) const { full[count % ATTENTION_STAGES].wait(count / ATTENTION_STAGES & 1); }
-    __device__ bool is_empty(int count) const { return empty[count % ATTENTION_STAGES].try_wait(count / ATTENTION_STAGES & 1 ^ 1); }
+    __device__ bool is_empty(int count) const { return empty[count % ATTENTION_STAGES].test_wait(count / ATTENTION_STAGES & 1 ^ 1); }
     __device__ void wait_empty(int count) const { empty[count % ATTENTION_STAGES].wait(count / ATTENTION_STAGES & 1 ^ 1); }
 };
 

@@ -78,7 +78,7 @@ struct Barrier {
         emulation::arrive(block.shared.get() + (shared_address(this) - emulation::FIRST_SHARED_ADDRESS), site);
     }
 
-    bool try_wait(unsigned parity, Site site = Site::here()) {
+    bool test_wait(unsigned parity, Site site = Site::here()) {
         if (is_complete(parity, site)) return true;
         emulation::scheduler().poll(site, "an mbarrier", uint32_t(state), parity);
         return is_complete(parity, site);

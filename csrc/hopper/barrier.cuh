@@ -36,13 +36,13 @@ struct Barrier {
             : "memory");
     }
 
-    // Whether the phase of this parity has completed. The first phase has parity 0; a new barrier counts as having completed one of parity
-    // 1.
-    __device__ bool try_wait(unsigned parity) {
+    // Whether the phase of this parity has completed, at once. The first phase has parity 0; a new barrier counts as having completed one of
+    // parity 1.
+    __device__ bool test_wait(unsigned parity) {
         unsigned done;
         asm volatile(
             "{\n.reg .pred done;\n"
-            "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+            "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
             "selp.u32 %0, 1, 0, done;\n}"
             : "=r"(done)
             : "r"(shared_address(this)), "r"(parity)
@@ -66,6 +66,20 @@ struct Barrier {
     }
 
     uint64_t state;
+
+private:
+    // The hardware may put the thread to sleep, for as long as it likes, until the phase completes: only for who has nothing else to do.
+    __device__ bool try_wait(unsigned parity) {
+        unsigned done;
+        asm volatile(
+            "{\n.reg .pred done;\n"
+            "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+            "selp.u32 %0, 1, 0, done;\n}"
+            : "=r"(done)
+            : "r"(shared_address(this)), "r"(parity)
+            : "memory");
+        return done;
+    }
 };
 
 // Makes initialised barriers visible to asynchronous copies and to the cluster.
