@@ -63,12 +63,6 @@ __device__ inline void sync_warpgroup(int warpgroup) { hopper::named_barrier_syn
 
 // ---- rows
 
-// Element of q and out where row `row` of an item begins.
-__device__ inline int64_t row_start(const AttentionArguments& a, const Item& item, int row) {
-    const int group = a.num_heads / a.num_kv_heads;
-    return ((int64_t(item.request.first_token) + row / group) * a.num_heads + item.kv_head * group + row % group) * a.head_dim;
-}
-
 // Byte of the 16-byte chunk that holds dims 8 · chunk on of a row, in a warpgroup's q.
 __device__ inline uint32_t chunk_in_q(int row, int chunk) {
     return chunk / 8 * (ROWS * ATTENTION_SPAN) + hopper::swizzled(Swizzle::bytes_128, uint32_t(row * ATTENTION_SPAN + chunk % 8 * 16));
@@ -149,28 +143,22 @@ private:
         sync_warpgroup(warpgroup);
     }
 
-    __device__ int position_of(const Item& item, int row) const {
-        const int group = a.num_heads / a.num_kv_heads;
-        return item.request.before + min((item.first_row + row) / group, item.request.queries - 1);
-    }
-
     __device__ void set_rows(const Item& item) {
         const int first = item.few ? 0 : warpgroup * ROWS;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            position[r] = position_of(item, first + hopper::accumulator_row(thread, 2 * r));
+            position[r] = position_of(a, item, first + hopper::accumulator_row(thread, 2 * r));
             first_seen[r] = chunk_start(position[r], a.chunk_size);
             maximum[r] = -INFINITE;
             total[r] = 0.0f;
         }
-        seen_by_all_from = chunk_start(position_of(item, first + ROWS - 1), a.chunk_size);
-        seen_by_all_to = position_of(item, first) + 1;
+        seen_by_all_from = chunk_start(position_of(a, item, first + ROWS - 1), a.chunk_size);
+        seen_by_all_to = position_of(a, item, first) + 1;
 #pragma unroll
         for (float& element : output) element = 0.0f;
     }
 
-    // Every step-th tile of the item from `first` on. The tensor cores compute a tile's scores, then multiply the weights of the one before
-    // with V; the softmax of the new scores runs beside that.
+    // Every step-th tile of the item from `first` on.
     __device__ void visit(int count, int first, int step, int first_tile, int tiles) {
         if (first > 0) pass_k(count);
         begin_scores(count + first);
@@ -178,35 +166,52 @@ private:
         release(k.empty, count + first);
         softmax(first_tile + first);
         pack_weights();
+        const int last = first + (tiles - 1 - first) / step * step;
+        step == 1 ? go_on_with_all(count, first_tile, last) : go_on_apart(count, first, first_tile, last);
+        begin_output(count + last);
+        hopper::wgmma_wait<0>();
+        release(v.empty, count + last);
+        if (last + 1 < tiles) {
+            pass_k(count + last + 1);
+            pass_v(count + last + 1);
+        }
+    }
 
-        int tile = first;
-        for (int next = first + step; next < tiles; tile = next, next += step) {
-            if (step > 1) {
-                if (tile > 0) pass_v(count + tile - 1);
-                pass_k(count + next - 1);
-            }
-            const bool by_turns = TAKE_TURNS && step == 1;
-            if (by_turns) wait_for_turn();
-            begin_scores(count + next);
+    // The tensor cores compute a tile's scores, then multiply the weights of the one before with V; the softmax of the new scores runs
+    // beside that.
+    __device__ void go_on_with_all(int count, int first_tile, int last) {
+        for (int tile = 0; tile < last; ++tile) {
+            if (TAKE_TURNS) wait_for_turn();
+            begin_scores(count + tile + 1);
             begin_output(count + tile);
-            if (by_turns) pass_turn();
+            if (TAKE_TURNS) pass_turn();
             hopper::wgmma_wait<1>();
-            release(k.empty, count + next);
-            softmax(first_tile + next);
+            release(k.empty, count + tile + 1);
+            softmax(first_tile + tile + 1);
             hopper::wgmma_wait<0>();
             release(v.empty, count + tile);
             correct_output();
             pack_weights();
         }
+    }
 
-        if (tile > 0 && step > 1) pass_v(count + tile - 1);
-        begin_output(count + tile);
-        hopper::wgmma_wait<0>();
-        release(v.empty, count + tile);
-        if (tile + 1 < tiles) {
+    // Where the warpgroups visit every other tile. A tile of V is given back before the next K is waited for, so that the loading warps
+    // have both under way.
+    __device__ void go_on_apart(int count, int first, int first_tile, int last) {
+        for (int tile = first; tile < last; tile += ATTENDING) {
+            if (tile > 0) pass_v(count + tile - 1);
+            begin_output(count + tile);
+            hopper::wgmma_wait<0>();
+            release(v.empty, count + tile);
             pass_k(count + tile + 1);
-            pass_v(count + tile + 1);
+            begin_scores(count + tile + ATTENDING);
+            hopper::wgmma_wait<0>();
+            release(k.empty, count + tile + ATTENDING);
+            softmax(first_tile + tile + ATTENDING);
+            correct_output();
+            pack_weights();
         }
+        if (last > 0) pass_v(count + last - 1);
     }
 
     __device__ void wait_for_turn() const { hopper::named_barrier_sync(TURN + warpgroup, ATTENDING * WARPGROUP); }
@@ -341,14 +346,6 @@ private:
 
     // ---- splits
 
-    // Where, in lse, the parts of a row begin.
-    __device__ int64_t parts_start(const Item& item, int row) const {
-        const int group = a.num_heads / a.num_kv_heads;
-        const bool by_token = a.tokens <= int64_t(a.requests) * ATTENTION_FEW_QUERIES;
-        const int64_t first = by_token ? item.request.first_token : int64_t(item.request.index) * ATTENTION_FEW_QUERIES;
-        return ((first + row / group) * a.num_heads + item.kv_head * group + row % group) * (a.max_splits * ATTENTION_PARTS);
-    }
-
     __device__ void leave_part(const Item& item) {
         divide_output();
         const int part = item.split * ATTENTION_PARTS + warpgroup;
@@ -356,7 +353,7 @@ private:
         for (int r = 0; r < 2; ++r) {
             const int row = hopper::accumulator_row(thread, 2 * r);
             if (row >= item.rows) continue;
-            const int64_t at = parts_start(item, row) + part;
+            const int64_t at = parts_start(a, item, row) + part;
             if (thread % 4 == 0) a.lse[at] = maximum[r] * scale + log2f(total[r]);
             float* to = a.partial + at * HEAD_DIM;
 #pragma unroll
@@ -379,7 +376,7 @@ private:
         constexpr int DIMS = HEAD_DIM / WARP;
         const int lane = threadIdx.x % WARP, parts = item.splits * ATTENTION_PARTS;
         for (int row = threadIdx.x / WARP - WARPGROUP / WARP; row < item.rows; row += ATTENDING * WARPGROUP / WARP) {
-            const int64_t start = parts_start(item, row);
+            const int64_t start = parts_start(a, item, row);
             const float* lse = a.lse + start;
             float highest = -INFINITE;
             for (int part = lane; part < parts; part += WARP) highest = fmaxf(highest, lse[part]);

@@ -123,6 +123,28 @@ __device__ inline Item item_of(const AttentionArguments& a, const int* ends, int
     return {request, item % a.num_kv_heads, few, first_row, rows, keys, few ? place : 0, few ? items : 1};
 }
 
+// ---- rows
+
+// Element of q and out where row `row` of an item begins.
+__device__ inline int64_t row_start(const AttentionArguments& a, const Item& item, int row) {
+    const int group = a.num_heads / a.num_kv_heads;
+    return ((int64_t(item.request.first_token) + row / group) * a.num_heads + item.kv_head * group + row % group) * a.head_dim;
+}
+
+// Rows past the request's have the last one's.
+__device__ inline int position_of(const AttentionArguments& a, const Item& item, int row) {
+    const int group = a.num_heads / a.num_kv_heads;
+    return item.request.before + min((item.first_row + row) / group, item.request.queries - 1);
+}
+
+// Where, in lse, the parts of a row begin.
+__device__ inline int64_t parts_start(const AttentionArguments& a, const Item& item, int row) {
+    const int group = a.num_heads / a.num_kv_heads;
+    const bool by_token = a.tokens <= int64_t(a.requests) * ATTENTION_FEW_QUERIES;
+    const int64_t first = by_token ? item.request.first_token : int64_t(item.request.index) * ATTENTION_FEW_QUERIES;
+    return ((first + row / group) * a.num_heads + item.kv_head * group + row % group) * (a.max_splits * ATTENTION_PARTS);
+}
+
 // ---- who takes which item
 
 // Whether this thread draws for its block, one of those that load.

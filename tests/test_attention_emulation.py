@@ -24,6 +24,7 @@ TILE = 128
 LOAD, WORK, MAIN = "attention_load.cuh", "attention_work.cuh", "attention.cu"
 GIVE_BACK = "        if (threadIdx.x % 32 == 0) empty[count % SLOTS].arrive();\n"
 SEEN = f"        const int item = items[count % SLOTS];\n        __syncwarp();\n{GIVE_BACK}"
+PASS_K = "            pass_k(count + tile + 1);\n"
 SLOW_LANES = """
         if (threadIdx.x >= 128 && threadIdx.x % 32) {
             for (int i = 0; i < 200; ++i) emulation::scheduler().poll(emulation::Site::here(), "its turn");
@@ -45,8 +46,8 @@ PLANTED = {  # the file, its text, the bug
     "counter of draws not turned back": (WORK, "unsigned(items) - 1);", "~0u);"),
     "counter of draws turned back one draw late": (WORK, "unsigned(items) - 1);", "unsigned(items));"),
     "counter of draws turned back one draw early": (WORK, "unsigned(items) - 1);", "unsigned(max(items - 2, 0)));"),
-    "turns of the warpgroups not passed on": (MAIN, "            if (by_turns) pass_turn();\n", ""),
-    "turns where the warpgroups visit different tiles": (MAIN, "TAKE_TURNS && step == 1;", "TAKE_TURNS;"),
+    "turns of the warpgroups not passed on": (MAIN, "            if (TAKE_TURNS) pass_turn();\n", ""),
+    "turns where the warpgroups visit different tiles": (MAIN, PASS_K, f"{PASS_K}wait_for_turn(), pass_turn();\n"),
     "nobody passes the first turn": (MAIN, "        attend.begin();\n", ""),
     "nobody takes the last turn": (MAIN, "        attend.finish();\n", ""),
     "draws that overtake the block's warps": (MAIN, "            shared.drawn.wait_empty(taken);\n", ""),
@@ -175,6 +176,16 @@ def test_bits_do_not_depend_on_who_computes_what(op, slow_lanes):
         for _ in range(3):
             assert_same_bits(run(alone, arguments, options), together)
             assert_counters_are_zero(alone)
+
+
+def test_few_queries_free_a_tile_of_v_before_the_next_of_k(op, monkeypatch):
+    """So that loading V does not wait for that K: loading it first comes to the same, in splits of many tiles."""
+    arguments, options = batch([(700, 1), (520, 8), (1200, 3)], chunk_size=None, page_size=16, **SCOUT)
+    k, v = (f"                load({ring}, {ring}_map, a.{ring}_cache, slot, item.kv_head);\n" for ring in "kv")
+    v_first = op_of(emulation.load(emulation.build(planted={LOAD: (k + v, v + k)})))
+    for each in (op, v_first):
+        monkeypatch.setitem(each.__globals__, "PARTIAL_BYTES", 1)
+    assert_same_bits(run(v_first, arguments, options), run(op, arguments, options))
 
 
 def test_fewer_splits_where_memory_is_short(op, monkeypatch):

@@ -36,8 +36,8 @@ struct Barrier {
             : "memory");
     }
 
-    // Whether the phase of this parity has completed, at once. The first phase has parity 0; a new barrier counts as having completed one of
-    // parity 1.
+    // Whether the phase of this parity has completed, at once. The first phase has parity 0; a new barrier counts as having completed one
+    // of parity 1.
     __device__ bool test_wait(unsigned parity) {
         unsigned done;
         asm volatile(
