@@ -226,6 +226,9 @@ PYBIND11_MODULE(_C, module) {
         },
         "(tokens, channels) of the tile that grouped_gemm takes.", py::kw_only(), py::arg("m"), py::arg("n"), py::arg("groups"),
         py::arg("multiprocessors"));
+    module.def("hold_launches", [] { emulation::stream.hold(); },
+               "From now on launches are held, to begin as early as programmatic dependent launch allows in run_held_launches.");
+    module.def("run_held_launches", [] { emulation::stream.finish(); }, "All memory that they were given must still be there.");
     module.def("run_together", [](unsigned clusters) { emulation::clusters_together = clusters; },
                "From now on so many clusters of a grid, or blocks where it has none, take turns; 1 without this.", py::arg("clusters"));
 #endif

@@ -34,7 +34,8 @@ T* shared_memory() {
 
 template <class... Parameters, class... Arguments>
 void launch(const LaunchConfig& config, void (*kernel)(Parameters...), Arguments... arguments) {
-    emulation::run(config.op, config.grid, config.block, config.shared_bytes, config.cluster_blocks, [=] { kernel(arguments...); });
+    emulation::run(config.op, config.grid, config.block, config.shared_bytes, config.cluster_blocks, config.dependent,
+                   [=] { kernel(arguments...); });
 }
 
 inline int multiprocessors() { return emulation::multiprocessors(); }

@@ -200,6 +200,7 @@ struct Block {
     size_t shared_bytes;
     std::unique_ptr<uint8_t, decltype(&std::free)> shared;
     uint64_t proxy_fences = 0;
+    bool must_wait = false;  // until a thread has called wait_for_dependencies
 
 private:
     static constexpr size_t PAGE = 128;

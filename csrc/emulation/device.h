@@ -3,6 +3,7 @@
 // AddressSanitizer guards it.
 #pragma once
 
+#include "emulation/stream.h"
 #include "emulation/warp.h"
 
 #undef __device__
@@ -39,15 +40,8 @@ inline int multiprocessors() { return recording ? recording->multiprocessors : M
 
 inline void* shared_memory() { return current().block->shared.get(); }
 
-inline void run(const char* op, dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster_blocks, const std::function<void()>& kernel) {
-    const auto refuse = [&](const std::string& why) { throw std::runtime_error(std::string(op) + ": CUDA refused the launch: " + why); };
-    if (block.x % WARP || block.x == 0 || block.x > 1024 || block.y * block.z != 1)
-        refuse("the emulation needs 1-D blocks of whole warps, at most 1024 threads");
-    if (shared_bytes > MAX_SHARED_BYTES)
-        refuse(std::to_string(shared_bytes) + " bytes of shared memory exceed " + std::to_string(MAX_SHARED_BYTES));
-    if (cluster_blocks == 0 || cluster_blocks > 8 || grid.x % cluster_blocks)
-        refuse("clusters of " + std::to_string(cluster_blocks) + " blocks do not divide the grid");
-    if (recording) return recording->launches.push_back({op, grid, block, cluster_blocks, shared_bytes});
+inline void run_grid(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster_blocks, bool dependent,
+                     const std::function<void()>& kernel) {
     gridDim = grid;
     blockDim = block;
     std::vector<Cluster> clusters;
@@ -56,14 +50,29 @@ inline void run(const char* op, dim3 grid, dim3 block, size_t shared_bytes, unsi
         for (unsigned y = 0; y < grid.y; ++y) {
             for (const unsigned cluster : scheduler().shuffled(grid.x / cluster_blocks)) {
                 std::vector<std::unique_ptr<Block>>& blocks = clusters.emplace_back().blocks;
-                for (unsigned rank = 0; rank < cluster_blocks; ++rank)
+                for (unsigned rank = 0; rank < cluster_blocks; ++rank) {
                     blocks.push_back(std::make_unique<Block>(dim3(cluster * cluster_blocks + rank, y, z), block.x, shared_bytes));
+                    blocks.back()->must_wait = dependent;
+                }
                 if (clusters.size() == clusters_together) run_all();
             }
         }
     }
     if (!clusters.empty()) run_all();
     scheduler().give_back_stacks();
+}
+
+inline void run(const char* op, dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster_blocks, bool dependent,
+                std::function<void()> kernel) {
+    const auto refuse = [&](const std::string& why) { throw std::runtime_error(std::string(op) + ": CUDA refused the launch: " + why); };
+    if (block.x % WARP || block.x == 0 || block.x > 1024 || block.y * block.z != 1)
+        refuse("the emulation needs 1-D blocks of whole warps, at most 1024 threads");
+    if (shared_bytes > MAX_SHARED_BYTES)
+        refuse(std::to_string(shared_bytes) + " bytes of shared memory exceed " + std::to_string(MAX_SHARED_BYTES));
+    if (cluster_blocks == 0 || cluster_blocks > 8 || grid.x % cluster_blocks)
+        refuse("clusters of " + std::to_string(cluster_blocks) + " blocks do not divide the grid");
+    if (recording) return recording->launches.push_back({op, grid, block, cluster_blocks, shared_bytes});
+    stream.submit(dependent, [=] { run_grid(grid, block, shared_bytes, cluster_blocks, dependent, kernel); });
 }
 
 }  // namespace emulation

@@ -21,6 +21,8 @@
 
 namespace emulation {
 
+inline std::minstd_rand dice;  // goes on from launch to launch, so that every run tries another order
+
 class Scheduler {
 public:
     // Clusters that run together, from start to end.
@@ -72,6 +74,13 @@ public:
         wait(site, waits_for, waits_on, parity);
     }
 
+    // The running thread waits for `ahead`, which runs when nobody can go on without it.
+    void wait_for_ahead(Site site, std::function<void()> ahead) {
+        ahead_ = std::move(ahead);
+        behind_.push_back(current_);
+        wait(site, "the kernel ahead");
+    }
+
     // True where all have arrived, in the last of them.
     bool arrive(Rendezvous& at) {
         if (++at.arrived < at.count) return false;
@@ -103,7 +112,7 @@ public:
     std::vector<unsigned> shuffled(unsigned count) {
         std::vector<unsigned> numbers(count);
         std::iota(numbers.begin(), numbers.end(), 0u);
-        std::shuffle(numbers.begin(), numbers.end(), random_);
+        std::shuffle(numbers.begin(), numbers.end(), dice);
         return numbers;
     }
 
@@ -148,9 +157,14 @@ private:
     Thread* next() {
         for (;;) {
             if (!ready_.empty()) return take(ready_);
-            const bool copied = !loads.empty();
-            if (copied) complete(take(loads));
-            if (!copied && (polling_.empty() || ++idle_rounds_ > MAX_IDLE_ROUNDS)) return nullptr;
+            if (!loads.empty()) {
+                complete(take(loads));
+            } else if (!behind_.empty()) {
+                std::exchange(ahead_, {})();
+                ready_ = std::exchange(behind_, {});
+            } else if (polling_.empty() || ++idle_rounds_ > MAX_IDLE_ROUNDS) {
+                return nullptr;
+            }
             ready_.insert(ready_.end(), polling_.begin(), polling_.end());
             polling_.clear();
         }
@@ -168,7 +182,7 @@ private:
 
     template <class T>
     T take(std::vector<T>& from) {
-        std::swap(from[random_() % from.size()], from.back());
+        std::swap(from[dice() % from.size()], from.back());
         T taken = std::move(from.back());
         from.pop_back();
         return taken;
@@ -182,6 +196,7 @@ private:
         if (failed) fibers_.clear();
         ready_.clear();
         polling_.clear();
+        behind_.clear();
         loads.clear();
         clusters_.clear();
         idle_rounds_ = 0;
@@ -222,18 +237,21 @@ private:
     Thread* current_ = nullptr;
     const std::function<void()>* kernel_ = nullptr;
     std::vector<Cluster> clusters_;
-    std::vector<Thread*> ready_, polling_;
+    std::vector<Thread*> ready_, polling_, behind_;
+    std::function<void()> ahead_;
     std::vector<std::unique_ptr<Fiber>> fibers_;
     Fiber main_;
     std::exception_ptr error_;
-    std::minstd_rand random_;
     size_t alive_ = 0;
     int idle_rounds_ = 0;
 };
 
+// Of a launch that runs while a thread of another one waits for it.
+inline Scheduler* innermost = nullptr;
+
 inline Scheduler& scheduler() {
-    static Scheduler scheduler;
-    return scheduler;
+    static Scheduler outermost;
+    return innermost ? *innermost : outermost;
 }
 
 inline Thread& current() { return scheduler().current(); }
@@ -276,6 +294,8 @@ inline void Scheduler::end_block(Block& block) {
     for (const auto& [address, barrier] : block.memory_barriers) {
         if (barrier.bytes != 0) fail(end, "the block ends with " + std::to_string(barrier.bytes) + " bytes expected at an mbarrier");
     }
+    if (block.must_wait)
+        fail(end, "the block of a dependent launch ends without wait_for_dependencies: the next launch takes the one ahead for ended");
     for (size_t id = 0; id < block.barriers.size(); ++id) {
         if (block.barriers[id].arrived)
             fail(end, "the block ends with " + std::to_string(block.barriers[id].arrived) + " threads at barrier " + std::to_string(id));

@@ -1,0 +1,87 @@
+"""Two MoE layers in a row, whose six kernels begin as early as programmatic dependent launch allows: each before the one ahead has done
+anything, which runs when the first thread waits for it."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from types import ModuleType
+
+import emulation
+import pytest
+import torch
+from guards import Guarded
+from test_moe_emulation import guarded_record
+from torch import Tensor
+
+from backends import assert_same_bits
+from llama4_kernels.ops import MoEWeights
+from weights import moe_weights
+
+pytestmark = pytest.mark.skipif(bool(emulation.why_not()), reason=emulation.why_not() or "-")
+
+
+@contextmanager
+def held(module: ModuleType):
+    module._C.hold_launches()
+    try:
+        yield
+    finally:
+        module._C.run_held_launches()
+
+
+def two_layers(module: ModuleType, x: Tensor, weights: MoEWeights) -> tuple[Tensor, Tensor]:
+    """As they come out of launches one after another, and of overlapping ones. All memory is new and stays, since nobody knows when a
+    held launch ends."""
+    with Guarded() as guarded:
+        arguments = guarded(x), guarded_record(guarded, weights)
+        want = module.fused_moe(module.fused_moe(*arguments), arguments[1])
+        with held(module):
+            got = module.fused_moe(module.fused_moe(*arguments), arguments[1])
+        return want, got
+
+
+def problem(tokens: int, form: str) -> tuple[Tensor, MoEWeights]:
+    torch.manual_seed(tokens)
+    return torch.randn(tokens, 160).bfloat16(), moe_weights(form, form, experts=16, hidden=160, inner=64)
+
+
+@pytest.mark.parametrize("dependent", ["0", "1"])
+@pytest.mark.parametrize(("tokens", "form"), [(1, "channel"), (20, "bf16"), (20, "block"), (100, "channel")])
+def test_no_kernel_touches_what_the_one_ahead_may_still_write(monkeypatch, tokens, form, dependent):
+    module = emulation.op_module("moe", emulation.load(emulation.build()))
+    monkeypatch.setenv(module.DEPENDENT_LAUNCH_VARIABLE, dependent)
+    want, got = two_layers(module, *problem(tokens, form))
+    assert want.isfinite().all() and want.any()
+    assert_same_bits(got, want)
+    assert not module.tickets(torch.device("cpu"), 1).any()
+
+
+WAIT = "    hopper::wait_for_dependencies();\n"
+EARLY = {  # the file, its text, the bug
+    "the experts' rows": (
+        "moe_down.cu",
+        "    wait_for_dependencies();\n    Tiles<Shape> tiles(problem, shared);\n    if (threadIdx.x < WARP) {\n        tiles.fill();\n",
+        "    Tiles<Shape> tiles(problem, shared);\n    if (threadIdx.x < WARP) tiles.fill();\n    wait_for_dependencies();\n"
+        "    if (threadIdx.x < WARP) {\n",
+    ),
+    "x": (
+        "routing_fp32.cuh",
+        WAIT + "    const int row_fours = problem.columns / 4;\n",
+        "    const int row_fours = problem.columns / 4;\n    struct Late { ~Late() { hopper::wait_for_dependencies(); } } late;\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", EARLY)
+def test_what_a_kernel_reads_too_early_is_not_there(what):
+    name, old, new = EARLY[what]
+    module = emulation.op_module("moe", emulation.load(emulation.build(planted={name: (old, new)})))
+    want, got = two_layers(module, *problem(20, "bf16"))
+    assert want.isfinite().all() and not torch.equal(got, want)
+
+
+def test_a_kernel_that_does_not_wait_is_reported():
+    planted = {"moe_gate_up.cu": ("    wait_for_dependencies();\n", "")}
+    module = emulation.op_module("moe", emulation.load(emulation.build(planted=planted)))
+    with pytest.raises(RuntimeError, match="ends without wait_for_dependencies"):
+        module.fused_moe(*problem(20, "bf16"))
