@@ -72,9 +72,7 @@ struct Barrier {
     }
 
     void arrive_remote(unsigned rank, Site site = Site::here()) {
-        emulation::Block& block = emulation::scheduler().block(rank);
-        if (emulation::has_ended(block))
-            emulation::scheduler().fail(site, "an arrival in block " + std::to_string(rank) + " of the cluster, which has ended");
+        emulation::Block& block = emulation::peer(rank, site, "an arrival in");
         emulation::arrive(block.shared.get() + (shared_address(this) - emulation::FIRST_SHARED_ADDRESS), site);
     }
 

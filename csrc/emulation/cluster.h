@@ -30,7 +30,8 @@ template <class T>
 T* remote_shared(T* local, unsigned rank, emulation::Site site = emulation::Site::here()) {
     emulation::Block& own = *emulation::current().block;
     if (!own.holds(local)) emulation::scheduler().fail(site, "the pointer is not in this block's shared memory");
-    return reinterpret_cast<T*>(emulation::scheduler().block(rank).shared.get() + (own.address(local) - emulation::FIRST_SHARED_ADDRESS));
+    emulation::Block& block = emulation::peer(rank, site, "an access to");
+    return reinterpret_cast<T*>(block.shared.get() + (own.address(local) - emulation::FIRST_SHARED_ADDRESS));
 }
 
 }  // namespace llama4_kernels::hopper

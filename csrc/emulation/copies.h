@@ -196,8 +196,7 @@ void tma_load_multicast(void* to, const TensorMap& map, BarrierAt barrier, uint1
                                                       std::to_string(emulation::scheduler().blocks()) + " does not have");
     for (unsigned rank = 0; rank < emulation::scheduler().blocks(); ++rank) {
         if ((blocks >> rank & 1) == 0) continue;
-        if (emulation::has_ended(emulation::scheduler().block(rank)))
-            emulation::scheduler().fail(barrier.site, "a copy to block " + std::to_string(rank) + " of the cluster, which has ended");
+        emulation::peer(rank, barrier.site, "a copy to");
         emulation::begin_load(remote_shared(static_cast<uint8_t*>(to), rank, barrier.site), map.box_bytes(),
                               remote_shared(&barrier.barrier, rank, barrier.site), barrier.site,
                               [map, at](emulation::Block& block, uint32_t address) { emulation::load_box(map, at, block, address); });

@@ -256,6 +256,18 @@ inline Scheduler& scheduler() {
 
 inline Thread& current() { return scheduler().current(); }
 
+// Block `rank` of the cluster, to reach its shared memory, which is only there while the block runs.
+inline Block& peer(unsigned rank, Site site, const char* what) {
+    Block& block = scheduler().block(rank);
+    const auto refuse = [&](const char* why) {
+        scheduler().fail(site, std::string(what) + " block " + std::to_string(rank) + " of the cluster, which " + why);
+    };
+    if (has_ended(block)) refuse("has ended");
+    if (&block != current().block && scheduler().cluster().rendezvous.generation == 0)
+        refuse("may not have begun: no barrier of the cluster came before");
+    return block;
+}
+
 inline void Scheduler::body() {
     Scheduler& self = scheduler();
     for (;;) {
@@ -300,6 +312,7 @@ inline void Scheduler::end_block(Block& block) {
         if (block.barriers[id].arrived)
             fail(end, "the block ends with " + std::to_string(block.barriers[id].arrived) + " threads at barrier " + std::to_string(id));
     }
+    std::memset(block.shared.get(), POISON, block.shared_bytes);  // for those that still read it
     unsigned registers = 0;
     for (const Thread& thread : block.threads) registers += unsigned(thread.registers);
     const unsigned threads = unsigned(block.threads.size());

@@ -136,3 +136,48 @@ extern "C" __attribute__((visibility("default"))) const char* meet(unsigned toge
     }
 }
 """
+
+
+@pytest.mark.parametrize(
+    ("bug", "says"),
+    [
+        ("", ""),
+        ("no barrier first", "an access to block [01] of the cluster, which may not have begun"),
+        ("no barrier last", "an access to block [01] of the cluster, which has ended|read -?nan"),
+    ],
+)
+def test_blocks_reach_one_another_only_while_both_run(tmp_path, bug, says):
+    source = tmp_path / "neighbours.cu"
+    source.write_text(NEIGHBOURS)
+    library = ctypes.CDLL(str(emulation.build(sources=[source])))
+    library.neighbours.restype = ctypes.c_char_p
+    errors = [library.neighbours(bug == "no barrier first", bug == "no barrier last").decode() for _ in range(8)]
+    assert any(re.search(says, error) for error in errors) and any(errors) == bool(bug), errors
+
+
+NEIGHBOURS = """
+#include "device.h"
+#include "hopper/cluster.cuh"
+using namespace llama4_kernels;
+__global__ void read_neighbour(float* out, bool not_first, bool not_last) {
+    float* own = shared_memory<float>();
+    own[threadIdx.x] = 1.0f;
+    if (!not_first) hopper::cluster_sync();
+    const float* theirs = hopper::remote_shared(own + threadIdx.x, 1 - hopper::cluster_rank());
+    __syncthreads();
+    out[blockIdx.x * blockDim.x + threadIdx.x] = *theirs;
+    if (!not_last) hopper::cluster_sync();
+}
+extern "C" __attribute__((visibility("default"))) const char* neighbours(bool not_first, bool not_last) {
+    static std::string error;
+    error.clear();
+    float out[2 * 64];
+    try {
+        launch(LaunchConfig{"neighbours", dim3(2), dim3(64), 1024, nullptr, 2}, &read_neighbour, &out[0], not_first, not_last);
+        for (float value : out) error = value == 1.0f ? error : "read " + std::to_string(value);
+    } catch (const std::exception& caught) {
+        error = caught.what();
+    }
+    return error.c_str();
+}
+"""
