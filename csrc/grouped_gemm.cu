@@ -94,15 +94,6 @@ private:
 
 // ---- the loader warpgroup
 
-template <class Shape>
-__device__ inline void wait_until_empty(GemmStages<Shape>& stages, PipelinePosition<Shape::STAGES> at) {
-    if constexpr (Shape::CLUSTER > 1) {
-        stages.pipeline.empty[at.stage].wait_cluster(at.parity ^ 1);
-    } else {
-        stages.pipeline.wait_until_empty(at);
-    }
-}
-
 // ROWS rows of a stage by TMA, in as many parts as the cluster has blocks. Where they are shared, each block loads a part for all.
 template <class Shape, int ROWS, L2 HINT, class... Group>
 __device__ inline void load_rows(uint8_t* to, const TensorMap& map, Barrier& full, bool shared, int step, int first_row, Group... group) {
@@ -142,7 +133,7 @@ __device__ void load_with_tma(GemmStages<Shape>& stages, const BlockTiles<Shape>
     for (int64_t index = tiles.first(); index < tiles.count(); index += tiles.step()) {
         const BlockTile tile = tiles[index];
         for (int step = 0; step < steps; ++step, at.advance()) {
-            wait_until_empty(stages, at);
+            stages.pipeline.wait_until_empty(at);
             load_stage<Shape, false, WEIGHT_HINT, L2::evict_last>(stages, at.stage, tile, step, weights, tokens);
         }
     }
@@ -170,7 +161,7 @@ __device__ void load_with_all_threads(GemmStages<Shape>& stages, const BlockTile
         const int64_t source = has_row && Shape::KIND == GemmKind::fp8_scaled_steps ? problem.source_row(row) : 0;
         const RowGather<Shape> gather(problem.a, problem.row_bytes, problem.rows, tile.first_row, GATHER ? tile.end_row : 0);
         for (int step = 0; step < problem.steps; ++step, at.advance()) {
-            wait_until_empty(stages, at);
+            stages.pipeline.wait_until_empty(at);
             if (thread == 0) load_stage<Shape, GATHER, L2::normal, L2::normal>(stages, at.stage, tile, step, weights, tokens);
             if constexpr (Shape::KIND == GemmKind::fp8_scaled_steps) {
                 if (thread < Shape::TOKENS) {

@@ -88,8 +88,6 @@ struct Barrier {
         emulation::scheduler().wait(site, "an mbarrier", uint32_t(state), parity);
     }
 
-    void wait_cluster(unsigned parity, Site site = Site::here()) { wait(parity, site); }
-
     uint64_t state;
 
 private:

@@ -26,12 +26,13 @@ struct Barrier {
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(bytes) : "memory");
     }
 
-    // Arrive at the barrier of the same offset in block `rank` of the cluster.
+    // Arrive at the barrier of the same offset in block `rank` of the cluster. Products and copies that were waited for are over; plain
+    // writes are not made visible there, which would cost a fence of the whole GPU.
     __device__ void arrive_remote(unsigned rank) {
         asm volatile(
             "{\n.reg .b32 remote;\n"
             "mapa.shared::cluster.u32 remote, %0, %1;\n"
-            "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(this)),
+            "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(this)),
             "r"(rank)
             : "memory");
     }
@@ -53,16 +54,6 @@ struct Barrier {
     __device__ void wait(unsigned parity) {
         while (!try_wait(parity)) {
         }
-    }
-
-    // wait, that also sees what threads of other blocks of the cluster wrote before they arrived.
-    __device__ void wait_cluster(unsigned parity) {
-        asm volatile(
-            "{\n.reg .pred done;\n"
-            "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-            "@!done bra again;\n}" ::"r"(shared_address(this)),
-            "r"(parity)
-            : "memory");
     }
 
     uint64_t state;

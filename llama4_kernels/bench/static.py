@@ -123,7 +123,7 @@ def kernels_of(cubin: Path) -> list[tuple[str, Kernel]]:
     return [
         (
             _stem(name),
-            Kernel(_readable(name), int(registers), int(stack) + int(local), int(shared), None, offline.count(code.get(name, []))),
+            Kernel(readable(name), int(registers), int(stack) + int(local), int(shared), None, offline.count(code.get(name, []))),
         )
         for name, registers, stack, shared, local in re.findall(pattern, usage)
     ]
@@ -136,7 +136,7 @@ def _stem(mangled: str) -> str:
 
 
 @functools.cache
-def _readable(mangled: str) -> str:
+def readable(mangled: str) -> str:
     program = shutil.which("c++filt")
     if program is None:
         return mangled

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -24,10 +25,13 @@ FLAGS = re.search(r"COMPILE_LANGUAGE:CUDA>:SHELL:(.*?)>", (ROOT / "CMakeLists.tx
 
 @dataclass(frozen=True)
 class Compiled:
-    """notices: what ptxas says beyond the resources. kernels: name -> registers, spilled bytes, and instruction counts by kind."""
+    """notices: what ptxas says beyond the resources. kernels: name -> registers, spilled bytes, and instruction counts by kind.
+    shared_bytes: name -> shared memory that is not dynamic, the system's included. instructions: name -> text of each, in order."""
 
     notices: list[str]
     kernels: dict[str, dict[str, int]]
+    shared_bytes: dict[str, int]
+    instructions: dict[str, list[str]]
 
 
 def baseline(stem: str) -> Path:
@@ -38,6 +42,7 @@ def nvcc_version(nvcc: str) -> str:
     return re.search(r"release ([\d.]+)", subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout)[1]
 
 
+@functools.cache
 def compile_stem(nvcc: str, stem: str) -> Compiled:
     """Compile csrc/<stem>.cu with the flags of CMakeLists.txt; RuntimeError where nvcc refuses it, as it does where a kernel spills."""
     headers = [path for path in sorted(CSRC.rglob("*.*h")) if "emulation" not in path.parts]
@@ -52,8 +57,18 @@ def compile_stem(nvcc: str, stem: str) -> Compiled:
             raise RuntimeError(done.stdout + done.stderr)
         said.write_text(done.stdout + done.stderr)
     found = [kernel for _, kernel in static.kernels_of(cubin)]
+    shared_bytes = {kernel.name: kernel.shared_bytes for kernel in found}
     kernels = {kernel.name: {"registers": kernel.registers, "spill_bytes": kernel.spill_bytes} | kernel.instructions for kernel in found}
-    return Compiled([line for line in said.read_text().splitlines() if re.search(r"\(C75\d\d\)|warning", line)], kernels)
+    notices = [line for line in said.read_text().splitlines() if re.search(r"\(C75\d\d\)|warning", line)]
+    return Compiled(notices, kernels, shared_bytes, instructions_of(cubin))
+
+
+def instructions_of(cubin: Path) -> dict[str, list[str]]:
+    from llama4_kernels.triton import offline
+
+    listing = subprocess.run([offline.BINARIES / "nvdisasm", "-c", cubin], check=True, capture_output=True, text=True).stdout
+    sections = re.findall(r"^\s*\.section\s+\.text\.(\S+?),(.*?)(?=^\s*\.section|\Z)", listing, re.MULTILINE | re.DOTALL)
+    return {static.readable(name): re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(.*?) *;", body) for name, body in sections}
 
 
 if __name__ == "__main__":

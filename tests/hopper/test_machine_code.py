@@ -2,16 +2,21 @@
 
 Margins: registers and instructions may grow by a tenth; nothing spills, ptxas serialises no wgmma nor puts waits of its own between them,
 and no kernel loses its wgmma or TMA loads. On purpose worse, or better: `python tests/hopper/machine_code.py <stem>` rewrites the baseline.
+What kernels and launches take for granted holds: registers that setmaxnreg gives out, shared memory, what comes before a wait for the
+kernel ahead, and where the whole GPU is waited for.
 Another nvcc than the baseline's is held to the absolute rules only.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import machine_code
 import pytest
+
+from llama4_kernels.bench import static
 
 NVCC = shutil.which("nvcc")
 
@@ -67,6 +72,43 @@ def test_routing_of_many_tokens_multiplies_on_wgmma_what_tma_loads():
     kernels = machine_code.compile_stem(NVCC, "routing").kernels
     on_wgmma = {name for name, kernel in kernels.items() if kernel["wgmma"] and kernel["tma_load"]}
     assert len(on_wgmma) == 3 and on_wgmma == {name for name in kernels if "route_wgmma_kernel<" in name}
+
+
+def test_setmaxnreg_gives_out_no_more_than_a_launch_has(stem, compiled):
+    """The warpgroups that ask for more registers wait for those that others leave: for ever, where ptxas launches with fewer."""
+    found = 0
+    for name, code in compiled.instructions.items():
+        counts = {step: int(text.split()[-1], 16) for text in code for step in ("TRY_ALLOC", "DEALLOC") if f"USETMAXREG.{step}" in text}
+        if counts:
+            found += 1
+            assert 2 * counts["TRY_ALLOC"] + counts["DEALLOC"] <= 3 * compiled.kernels[name]["registers"], name
+    assert found == {"attention": 4, "grouped_gemm": 24, "moe_down": 3, "moe_gate_up": 3}.get(stem, 0)
+
+
+def test_shared_memory_is_dynamic(compiled):
+    """So that it begins at a multiple of 1024 bytes, behind what the system takes, and a launch may ask for 227 KiB."""
+    assert set(compiled.shared_bytes.values()) <= {0, static.SHARED_RESERVED}
+
+
+def test_fences_of_the_whole_gpu_stand_at_barriers_of_the_cluster_and_tickets_alone(compiled):
+    """A wait for all stores of a thread is no part of a stage's work."""
+    for name, code in compiled.instructions.items():
+        fences, reasons = (sum(bool(re.match(pattern, text)) for text in code) for pattern in (r"MEMBAR\.\S*GPU", r"UCGABAR_ARV|ATOMG?\b"))
+        assert fences <= reasons, name
+
+
+WRITES = "ST|STG|RED|ATOM|ATOMG|UTMASTG|UTMAREDG|UBLKCP"
+READS = "LD|LDG|LDGSTS|UTMALDG"
+
+
+@pytest.mark.parametrize(
+    ("name", "forbidden"), [("moe_gate_up", f"{WRITES}|{READS}"), ("moe_down", f"{WRITES}|{READS}"), ("routing", WRITES)]
+)
+def test_nothing_of_the_kernel_ahead_is_touched_before_the_wait_for_it(name, forbidden):
+    """Of route_top1 the router's weights may be read."""
+    for code in machine_code.compile_stem(NVCC, name).instructions.values():
+        opcodes = [text.split()[0].split(".")[0] for text in code]
+        assert [opcode for opcode in opcodes[: opcodes.index("ACQBULK")] if re.fullmatch(forbidden, opcode)] == []
 
 
 def test_a_spill_and_a_serialised_wgmma_are_seen(tmp_path, monkeypatch):
