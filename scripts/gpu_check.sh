@@ -3,7 +3,8 @@
 # network and without SGLang. Results go to OUT_DIR: a log per step, JUnit XML of tests, JSON of benchmarks, and summary.json.
 #
 # usage: scripts/gpu_check.sh OUT_DIR
-# PYTHON: the interpreter (python3). STEP_SECONDS: the most that a step may take (600). PEERS: folder of rivals' packages, to measure them.
+# PYTHON: the interpreter (python3). STEP_SECONDS, FILE_SECONDS: the most that a step may take (600), and the tests of a file (120).
+# PEERS: folder of rivals' packages, to measure them.
 # STEPS: the steps to run where time is short, say "build tests"; what an earlier run built in OUT_DIR is used again without "build".
 #
 # A step that fails does not stop the next; the exit code is 1 if any failed. What this host cannot run is skipped, and the table says why.
@@ -11,7 +12,7 @@
 set -uo pipefail
 
 if [ $# -ne 1 ]; then
-    sed -n '5,7s/^# //p' "$0" >&2
+    sed -n '5,8s/^# //p' "$0" >&2
     exit 2
 fi
 mkdir -p "$1"
@@ -20,6 +21,7 @@ cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
 step_seconds=${STEP_SECONDS:-600}
+file_seconds=${FILE_SECONDS:-120}
 installed=$out/site-packages
 export PYTHONPATH=$installed${PYTHONPATH:+:$PYTHONPATH}
 : > "$out/steps.tsv"
@@ -32,8 +34,9 @@ skip() { # name, reason
     record "$1" skipped 0 "$2"
 }
 
-chosen() { # name
-    case " ${STEPS:-$1} " in *" $1 "*) ;; *) return 1 ;; esac
+chosen() { # name, up to a hyphen
+    local name=${1%%-*}
+    case " ${STEPS:-$name} " in *" $name "*) ;; *) return 1 ;; esac
 }
 
 step() { # name, command...
@@ -84,7 +87,13 @@ step package "${pytest[@]}" --junitxml "$out/package.xml" tests/test_package.py
 if [ -n "$no_gpu" ]; then
     for name in tests memcheck racecheck benchmarks calibration rivals; do skip "$name" "$no_gpu"; done
 else
-    step tests "${pytest[@]}" -m gpu --junitxml "$out/tests.xml" tests
+    # A process for each file: a kernel that hangs or faults takes no other file's tests along.
+    rm -f "$out/tests-list.log"
+    step tests-list "${pytest[@]}" -m gpu --collect-only -q tests
+    for file in $(sed -n 's/^\(tests[^:]*\)::.*/\1/p' "$out/tests-list.log" 2> /dev/null | uniq); do
+        name=tests-$(basename "$file" .py)
+        step_seconds=$file_seconds step "$name" "${pytest[@]}" -m gpu --junitxml "$out/$name.xml" "$file"
+    done
     sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2> /dev/null || true)
     for tool in memcheck racecheck; do
         if [ -n "$sanitizer" ]; then
@@ -118,6 +127,6 @@ fields = ("step", "status", "seconds", "note")
 steps = [dict(zip(fields, line.split("\t"))) for line in (out / "steps.tsv").read_text().splitlines()]
 (out / "summary.json").write_text(json.dumps(steps, indent=1) + "\n")
 for row in [dict(zip(fields, fields)), *steps]:
-    print(f"{row['step']:<12} {row['status']:<8} {row['seconds']:>7}  {row['note']}")
+    print(f"{row['step']:<28} {row['status']:<8} {row['seconds']:>7}  {row['note']}")
 sys.exit(any(row["status"] == "failed" for row in steps))
 END
