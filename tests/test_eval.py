@@ -1,10 +1,12 @@
-"""The evaluations over servers that answer as a test wants: right, wrong, half, or not at all. tests/sglang has the real one."""
+"""Accuracy, and what the evaluations share, over servers that answer as a test wants: right, wrong, half, or not at all.
+
+tests/sglang has the real one.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -19,33 +21,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from standin import CHARACTERS_PER_TOKEN, serving
-from typer.testing import CliRunner
+from evaluations import after, has_lm_eval, has_transformers, only_line, run_eval
+from standin import serving
 
-from llama4_kernels.cli import checkpoint
-from llama4_kernels.cli.eval import command, guide, needle, parity
+from llama4_kernels.cli.eval import command, guide
 from llama4_kernels.cli.eval.answers import AnswerLog
 from llama4_kernels.cli.eval.target import EvalError
-from llama4_kernels.cli.main import app
-
-has_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason='lm_eval is not installed: pip install ".[eval]"')
-has_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason='matplotlib is not installed: ".[eval]"')
-has_transformers = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
 
 QUESTIONS = 20
-
-
-def run_eval(*arguments):
-    return CliRunner().invoke(app, ["eval", *map(str, arguments)], env={"COLUMNS": "200"})
-
-
-def only_line(result) -> str:
-    """The one line on stderr of an evaluation that stopped."""
-    assert result.exit_code == 1 and "Traceback" not in result.output
-    lines = [line for line in result.stderr.splitlines() if line.startswith("FAIL: ")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 def right(prompt: str) -> str:
@@ -58,12 +41,6 @@ def right(prompt: str) -> str:
 
 def wrong(prompt: str) -> str:
     return re.sub(r"\((\w)\)", lambda m: "(A)" if m[1] != "A" else "(B)", right(prompt))
-
-
-def after(count: int, answer, then):
-    """`answer` for the first `count` prompts, then `then`."""
-    numbers = itertools.count(1)
-    return lambda prompt: answer(prompt) if next(numbers) <= count else then(prompt)
 
 
 def ask_own_questions(stand_in, out, *more):
@@ -403,141 +380,3 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path):
         _, errors = process.communicate(timeout=30)
     assert process.returncode == 1 and "Traceback" not in errors
     assert len([line for line in errors.splitlines() if line.startswith("FAIL: interrupted: 3 answers are kept")]) == 1
-
-
-def reader(memory: int | None = None):
-    """A model that finds the number in the last `memory` tokens of the prompt."""
-
-    def answer(prompt: str) -> str:
-        seen = prompt if memory is None else prompt[-memory * CHARACTERS_PER_TOKEN :]
-        found = re.search(r"locker is (\d+)", seen)
-        return f"The number is {found[1]}." if found else "12345"
-
-    return answer
-
-
-def seek(stand_in, out, *more):
-    depths = itertools.chain.from_iterable(("--depth", depth) for depth in (0, 0.5, 1))
-    return run_eval("--url", stand_in.url, "--needle", "--length", 1000, "--length", 9000, *depths, "--out", out, *more)
-
-
-def probes(out):
-    return {(p["length"], p["depth"]): p for p in json.loads((out / "results.json").read_text())["probes"]}
-
-
-def test_a_model_that_reads_everything_finds_every_number(tmp_path):
-    with serving(reader()) as stand_in:
-        result = seek(stand_in, tmp_path)
-    assert result.exit_code == 0 and "OK: found 6 of 6; 3 of 3 in prompts of more than 8192 tokens" in result.stdout
-    for (length, _), probe in probes(tmp_path).items():
-        assert 0.99 * length <= probe["tokens"] <= 1.01 * length + 60
-
-
-def test_a_model_that_forgets_what_is_a_chunk_back_is_found_out(tmp_path):
-    with serving(reader(memory=4000)) as stand_in:
-        result = seek(stand_in, tmp_path)
-    assert result.exit_code == 1 and "FAIL: found 4 of 6; 1 of 3 in prompts of more than 8192 tokens" in result.stdout
-    assert [probe["found"] for probe in probes(tmp_path).values()] == [True, True, True, False, False, True]
-
-
-@pytest.mark.parametrize("answer", ["12345", "", "I cannot tell.", "Some 48 of them"])
-def test_another_answer_is_not_found(answer, tmp_path):
-    with serving(lambda prompt: answer) as stand_in:
-        assert "FAIL: found 0 of 6" in seek(stand_in, tmp_path).stdout
-
-
-def test_a_prompt_that_is_too_long_is_shown_and_the_others_are_asked(tmp_path):
-    with serving(lambda prompt: 400 if len(prompt) > 8000 * CHARACTERS_PER_TOKEN else reader()(prompt)) as stand_in:
-        result = seek(stand_in, tmp_path)
-    assert result.exit_code == 1 and "FAIL: found 3 of 6; 0 of 0" in result.stdout and "refused: Error code: 400" in result.stdout
-
-
-def test_a_search_that_broke_goes_on(tmp_path):
-    with serving(after(4, reader(), lambda prompt: 503)) as stand_in:  # two prompts measure tokens
-        line = only_line(seek(stand_in, tmp_path))
-    assert "answered 503" in line and "2 answers are kept" in line
-    with serving(reader()) as stand_in:
-        result = seek(stand_in, tmp_path)
-    assert result.exit_code == 0 and len(stand_in.requests) == 2 + 4
-
-
-def test_the_haystack_holds_no_number_and_the_needle_stands_where_it_should():
-    probe = needle.Probe(1000, 0.5)
-    prompt = probe.prompt(20000)
-    assert re.findall(r"\d+", prompt) == [probe.number]
-    assert prompt.index(probe.number) == pytest.approx(len(prompt) / 2, rel=0.05)
-    assert len({needle.Probe(length, depth).number for length in (1, 2, 3) for depth in (0.0, 0.5)}) == 6
-
-
-@pytest.fixture(scope="module")
-def compared(tmp_path_factory):
-    """A checkpoint, and transformers' logprobs of its first 200 tokens of the essay."""
-    from llama4_kernels.cli.oracle import Oracle
-
-    path = checkpoint.make(tmp_path_factory.mktemp("parity") / "tiny", "scout", num_hidden_layers=2)
-    ids = parity._tokenise(path, None, 200)
-    return path, Oracle(path).logprobs(ids)[0]
-
-
-def judge(monkeypatch, tmp_path, compared, logprobs, dtype="float32"):
-    path, _ = compared
-    monkeypatch.setattr(parity, "_logprobs", lambda *arguments, **options: logprobs)
-    return run_eval(path, "--parity", "--tokens", 200, "--dtype", dtype, "--out", tmp_path)
-
-
-@has_transformers
-@has_matplotlib
-def test_parity_holds_where_the_logprobs_are_the_same(compared, monkeypatch, tmp_path):
-    result = judge(monkeypatch, tmp_path, compared, compared[1] + 5e-5)
-    assert result.exit_code == 0 and "agrees with transformers" in result.stdout
-    record = json.loads((tmp_path / "parity.json").read_text())
-    assert record["chunk"] == 64 and len(record["against"]["transformers"]["difference"]) == 199
-    assert (tmp_path / "parity.png").read_bytes().startswith(b"\x89PNG")
-
-
-@has_transformers
-@has_matplotlib
-@pytest.mark.parametrize("error", [2e-4, -0.5, math.nan])
-def test_parity_fails_for_one_token_past_the_chunk(error, compared, monkeypatch, tmp_path):
-    logprobs = compared[1].clone()
-    logprobs[70] += error
-    result = judge(monkeypatch, tmp_path, compared, logprobs)
-    assert result.exit_code == 1 and "FAIL: max |Δlogprob| from transformers" in result.stdout
-
-
-@has_transformers
-@has_matplotlib
-def test_parity_in_bfloat16_is_shown_and_not_judged(compared, monkeypatch, tmp_path):
-    result = judge(monkeypatch, tmp_path, compared, compared[1] + 0.1, dtype="bfloat16")
-    assert result.exit_code == 0 and "nothing was judged" in result.stdout
-
-
-@has_matplotlib
-def test_stock_sglang_needs_a_gpu(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    line = only_line(run_eval("--tiny", "scout", "--parity", "--against", "stock", "--out", tmp_path))
-    assert "needs a GPU" in line and "leave out --against stock" in line
-
-
-@has_transformers
-@has_matplotlib
-@pytest.mark.parametrize("content, says", [(b"\xff\xfe", "is not UTF-8"), (b"", "needs at least 2")])
-def test_a_text_that_is_none(content, says, compared, tmp_path):
-    (tmp_path / "text").write_bytes(content)
-    assert says in only_line(run_eval(compared[0], "--parity", "--text", tmp_path / "text", "--out", tmp_path / "out"))
-
-
-@has_transformers
-@has_matplotlib
-def test_our_own_text_is_long_enough_to_pass_the_chunk(compared, monkeypatch, tmp_path):
-    path, _ = compared
-    assert len(parity._tokenise(path, None, None)) == 512
-    monkeypatch.setattr(parity, "chunk_size", lambda model: 8192)
-    assert len(parity._tokenise(path, None, None)) == 10240
-    assert "ends within the first chunk of 8192" in judge(monkeypatch, tmp_path, compared, compared[1]).stdout
-
-
-def test_differences_go_to_the_chunk_of_the_token_that_predicts():
-    parts = parity.per_chunk(torch.arange(10.0), 4)
-    assert [(first, part.tolist()) for first, part in parts] == [(0, [0, 1, 2, 3]), (4, [4, 5, 6, 7]), (8, [8, 9])]
-    assert len(parity.per_chunk(torch.arange(10.0), None)) == 1

@@ -20,7 +20,9 @@ def read(path, tensors, complete=True, has_kv_scales=False):
     return dict(CheckedWeights(tensors.items(), config, complete=complete, has_kv_scales=has_kv_scales))
 
 
-@pytest.mark.parametrize("like, form", [("scout", None), ("maverick", None), ("maverick", "compressed-tensors-experts"), ("scout", "modelopt")])
+@pytest.mark.parametrize(
+    "like, form", [("scout", None), ("maverick", None), ("maverick", "compressed-tensors-experts"), ("scout", "modelopt")]
+)
 def test_a_checkpoint_that_fits_passes_through(like, form, make):
     path = make(like, fp8=form)
     tensors = load_file(path / "model.safetensors")
@@ -32,8 +34,14 @@ def test_a_checkpoint_that_fits_passes_through(like, form, make):
     [
         (lambda t: t.update({UP: t[UP][:-1]}), f"checkpoint tensor {UP} has shape [255, 256], config.json implies [256, 256]"),
         (lambda t: t.update({EXPERTS: t[EXPERTS][:, :-1]}), f"checkpoint tensor {EXPERTS} has shape [16, 255, 256], config.json implies"),
-        (lambda t: t.update({EXPERTS: t[EXPERTS].repeat(2, 1, 1)}), f"checkpoint tensor {EXPERTS} has shape [32, 256, 256], config.json has no"),
-        (lambda t: t.update({EXPERTS: t[EXPERTS][:-1]}), "checkpoint lacks 1 tensors that config.json implies: layers.2.feed_forward.experts.15"),
+        (
+            lambda t: t.update({EXPERTS: t[EXPERTS].repeat(2, 1, 1)}),
+            f"checkpoint tensor {EXPERTS} has shape [32, 256, 256], config.json has no",
+        ),
+        (
+            lambda t: t.update({EXPERTS: t[EXPERTS][:-1]}),
+            "checkpoint lacks 1 tensors that config.json implies: layers.2.feed_forward.experts.15",
+        ),
         (lambda t: t.pop(UP), "checkpoint lacks 1 tensors that config.json implies: layers.2.feed_forward.shared_expert.up_proj.weight"),
         (lambda t: t.update({f"{UP}_2": t[UP]}), f"checkpoint tensor {UP}_2 has shape [256, 256], config.json has no place for"),
         (lambda t: t.update({UP: t[UP].to(torch.float8_e4m3fn)}), f"checkpoint tensor {UP.removesuffix('.weight')} is fp8, but has no"),

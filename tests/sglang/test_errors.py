@@ -89,6 +89,9 @@ for impl in ("llama4_kernels", "auto"):
 """
     out = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=True).stdout
     built = dict(line.split()[1:] for line in out.splitlines() if line.startswith("built"))
-    assert built == {"llama4_kernels": "llama4_kernels.sglang.model" if ours else "sglang.srt.models.mllama4", "auto": "sglang.srt.models.mllama4"}
+    assert built == {
+        "llama4_kernels": "llama4_kernels.sglang.model" if ours else "sglang.srt.models.mllama4",
+        "auto": "sglang.srt.models.mllama4",
+    }
     if ours:
         assert float(out.split("seconds")[1].split()[0]) < 2
