@@ -46,9 +46,9 @@ def llama4_server(
 ) -> Iterator[Server]:
     """A server with the plugin. Fails where SGLang's own model was built, which it is without a word when the plugin is blocked.
 
-    fresh: each of its processes imports SGLang for itself, as variables need that are read on import; else it starts preloaded.
+    fresh: each of its processes imports SGLang for itself, as variables need that are read on import; else it starts preloaded where it can.
     """
-    popen = subprocess.Popen if fresh else preloaded.Process
+    popen = subprocess.Popen if fresh else preloaded.popen
     flags = ("--max-total-tokens=4096", "--context-length=1024", "--max-running-requests=8", *flags)
     with serve(path, "--model-impl=llama4_kernels", f"--dtype={dtype}", *flags, log=log, tp=tp, environment=environment, popen=popen) as server:
         assert server.serving() in ("Llama4ForConditionalGeneration", "Llama4ForCausalLM")

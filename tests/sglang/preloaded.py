@@ -8,10 +8,13 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import runpy
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 from unittest import mock
+
+import torch
 
 MODULES = (
     "sglang.srt.entrypoints.http_server",
@@ -62,3 +65,6 @@ def _launch(arguments: list[str], log: str, environment: dict[str, str]) -> None
     multiprocessing.set_start_method("fork", force=True)
     multiprocessing.set_start_method = lambda method, force: None  # SGLang's choice is "spawn", which imports all again
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+
+
+popen = subprocess.Popen if torch.cuda.is_available() else Process  # CUDA does not outlive a fork

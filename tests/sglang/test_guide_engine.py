@@ -31,7 +31,7 @@ def test_a_line_keeps_its_promises(line, more, tmp_path, monkeypatch):
         return check(client, images=images)
 
     monkeypatch.setattr(guide, "check", check_and_report)
-    monkeypatch.setattr(guide, "serve", functools.partial(guide.serve, popen=preloaded.Process))
+    monkeypatch.setattr(guide, "serve", functools.partial(guide.serve, popen=preloaded.popen))
     result = CliRunner().invoke(app, ["guide", "--line", line, "--keep", str(tmp_path / "kept")])
     assert result.exit_code == 0, result.output
     kept = set(re.findall(r"^(\w[\w, ]*?) +kept ", result.output, re.MULTILINE))
