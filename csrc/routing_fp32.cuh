@@ -95,19 +95,24 @@ __global__ void __launch_bounds__(EXPERT_WARPS* MAX_COLUMN_WARPS* WARP) route_fp
     const int rank = int(hopper::cluster_rank());
     const int first_token = int(blockIdx.x) / RANKS * TOKENS, first_column = rank * problem.columns;
     const int columns = max(min(problem.columns, a.hidden - first_column), 0);
+    const auto expert_at = [&](int slice, int i) { return slice * EXPERTS + expert_warp * WARP_EXPERTS + i; };
+    const auto router_row = [&](int expert) { return static_cast<const W*>(a.router) + int64_t(expert) * a.hidden + first_column; };
     const auto router_at = [&](int slice, int i, int chunk) {
-        const int expert = slice * EXPERTS + expert_warp * WARP_EXPERTS + i;
-        const W* row = static_cast<const W*>(a.router) + int64_t(expert) * a.hidden + first_column;
-        return load_four<ALIGNED>(row, chunk * CHUNK + lane * 4, expert < a.experts ? columns : 0);
+        const int expert = expert_at(slice, i);
+        return load_four<ALIGNED>(router_row(expert), chunk * CHUNK + lane * 4, expert < a.experts ? columns : 0);
     };
     hopper::launch_dependents();
 
-    // The router does not depend on the kernel ahead, x does
+    // The kernel ahead may write the router as well as x, and what it writes reaches L2
+    for (int i = 0; i < WARP_EXPERTS; ++i) {
+        const int expert = expert_at(blockIdx.y, i), column = column_warp * CHUNK + lane * 4;
+        if (expert < a.experts && column < columns) hopper::prefetch_l2(router_row(expert) + column);
+    }
+    hopper::wait_for_dependencies();
+    const int row_fours = problem.columns / 4;
     float4 w[WARP_EXPERTS];
 #pragma unroll
     for (int i = 0; i < WARP_EXPERTS; ++i) w[i] = router_at(blockIdx.y, i, column_warp);
-    hopper::wait_for_dependencies();
-    const int row_fours = problem.columns / 4;
     for (int i = thread; i < TOKENS * row_fours; i += blockDim.x) {
         const int token = first_token + i / row_fours;
         const X* row = static_cast<const X*>(a.x) + int64_t(token) * a.hidden + first_column;

@@ -229,11 +229,10 @@ __global__ void __launch_bounds__(Shape::WARPS* WARP, Shape::BLOCKS_PER_SM)
     }
     __syncthreads();
 
-    // The router does not depend on the kernel ahead, x does, and so does the memory written
-    PipelinePosition<Shape::STAGES> at;
+    // The kernel ahead may write the router as well as x, and what it writes reaches L2
     const int ahead = min(Shape::STAGES, steps);
     if (loads) {
-        for (int step = 0; step < ahead; ++step, at.advance()) load_router(shared, at, router, first_column + step * Shape::STEP);
+        for (int step = 0; step < ahead; ++step) hopper::tma_prefetch(router, first_column + step * Shape::STEP, 0);
     }
     hopper::wait_for_dependencies();
     if (warp < Shape::MULTIPLY_WARPS) {
@@ -242,6 +241,8 @@ __global__ void __launch_bounds__(Shape::WARPS* WARP, Shape::BLOCKS_PER_SM)
         if (a.codes) find_largest(shared, steps);
     } else {
         if (loads) {
+            PipelinePosition<Shape::STAGES> at;
+            for (int step = 0; step < ahead; ++step, at.advance()) load_router(shared, at, router, first_column + step * Shape::STEP);
             for (int step = 0; step < steps; ++step) load_x(shared, step, x, first_column + step * Shape::STEP, first_token);
             for (int step = ahead; step < steps; ++step, at.advance()) {
                 shared.pipeline.wait_until_empty(at);

@@ -80,6 +80,40 @@ def test_what_a_kernel_reads_too_early_is_not_there(what):
     assert want.isfinite().all() and not torch.equal(got, want)
 
 
+ROUTER_EARLY = (
+    WAIT + "    const int row_fours = problem.columns / 4;\n    float4 w[WARP_EXPERTS];\n#pragma unroll\n"
+    "    for (int i = 0; i < WARP_EXPERTS; ++i) w[i] = router_at(blockIdx.y, i, column_warp);\n",
+    "    const int row_fours = problem.columns / 4;\n    float4 w[WARP_EXPERTS];\n"
+    "    for (int i = 0; i < WARP_EXPERTS; ++i) w[i] = router_at(blockIdx.y, i, column_warp);\n" + WAIT,
+)
+
+
+def routed_by_what_the_kernel_ahead_writes(kernels: ModuleType, tokens: int) -> None:
+    """x and the router, as a KV cache."""
+    routing, rope = (emulation.op_module(stem, kernels) for stem in ("routing", "rope"))
+    x, router = torch.randn(2, tokens, 160).bfloat16()
+    qkv, at = torch.cat([x, x, router], 1), torch.arange(tokens)
+    want, _ = routing.route_top1(x, router)
+    with Guarded() as guarded:
+        late = [guarded(torch.full_like(x, float("nan"))) for _ in range(2)]
+        caches = dict(zip(("k_cache", "v_cache"), (of.view(1, tokens, 1, 160) for of in late)))
+        with held(routing):
+            rope.rope_qk_norm(qkv, at, num_heads=1, num_kv_heads=1, head_dim=160, slots=at, **caches)
+            got, _ = routing.route_top1(*late, dependent=True)
+        assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 65])
+def test_the_router_too_may_be_written_by_the_kernel_ahead(tokens):
+    routed_by_what_the_kernel_ahead_writes(emulation.load(emulation.build()), tokens)
+
+
+def test_a_router_read_too_early_is_not_there():
+    kernels = emulation.load(emulation.build(planted={"routing_fp32.cuh": ROUTER_EARLY}))
+    with pytest.raises(AssertionError):
+        routed_by_what_the_kernel_ahead_writes(kernels, 9)
+
+
 def test_a_kernel_that_does_not_wait_is_reported():
     planted = {"moe_gate_up.cu": ("    wait_for_dependencies();\n", "")}
     module = emulation.op_module("moe", emulation.load(emulation.build(planted=planted)))

@@ -18,6 +18,8 @@ inline unsigned add_acquire_release(unsigned* to, unsigned value) {
     return old;
 }
 
+inline void prefetch_l2(const void*) {}
+
 inline uint4 load_once(const void* from) { return *static_cast<const uint4*>(from); }
 
 }  // namespace llama4_kernels::hopper
