@@ -47,13 +47,18 @@ def why_not() -> str:
 
 
 def build(
-    *, sources: Sequence[Path] | None = None, planted: Mapping[str, tuple[str, str]] | None = None, sanitize: bool = False
+    *,
+    sources: Sequence[Path] | None = None,
+    planted: Mapping[str, tuple[str, str]] | None = None,
+    edited: Mapping[Path, str] | None = None,
+    declarations: str = "",
+    sanitize: bool = False,
 ) -> Path:
     """Build a host library and give its path; what was built before from the same sources is used again.
 
     sources: None is the extension module, csrc/bindings.cpp with every kernel file. planted: a source's name, or a path in csrc/, ->
-    (text, its replacement), to see that a bug is noticed. sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer.
-    A source may include headers of csrc/ and of its own folder.
+    (text, its replacement), to see that a bug is noticed. edited: files of csrc/ that get another text, which may use `declarations`.
+    sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer. A source may include headers of csrc/ and of its own folder.
     """
     import pybind11
 
@@ -67,7 +72,7 @@ def build(
     else:
         optimize = ["-O2"]
     sources = sources or [CSRC / "bindings.cpp", *sorted(CSRC.glob("*.cu"))]
-    edited = _plant(planted or {}, sources)
+    edited = {**(edited or {}), **_plant(planted or {}, sources)}
     own = sorted({CSRC, *(source.parent for source in sources)})
     folders = [*own, pybind11.get_include(), sysconfig.get_path("include")]
     includes = [*(f"-I{folder}" for folder in folders), "-isystem", str(cuda_include())]
@@ -79,8 +84,8 @@ def build(
         first = [f"-I{with_bugs}"] if edited.keys() & headers.keys() else []
         has_bug = bool(source in edited or first) and not sanitize  # and runs little: compiling takes the time
         how = [*flags, *(["-O1"] if has_bug or source.suffix != ".cu" else optimize), *first, *includes]
-        line = f'#line 1 "{source.name}"\n'
-        objects.append(_make(["-c", "-x", "c++"], line + text, ".o", flags=how, depends_on="".join(headers.values()), suffix=source.suffix))
+        text = f'{declarations if source in edited or first else ""}#line 1 "{source.name}"\n{text}'
+        objects.append(_make(["-c", "-x", "c++"], text, ".o", flags=how, depends_on="".join(headers.values()), suffix=source.suffix))
     library = "".join(map(str, objects))
     return _make(["-shared", *map(str, objects)], library, sysconfig.get_config_var("EXT_SUFFIX"), flags=[*flags, *sanitizers])
 

@@ -6,6 +6,7 @@ Unused slots hold NaN and unused entries of page tables garbage (test_attention.
 from __future__ import annotations
 
 import emulation
+import planted
 import pytest
 import torch
 from guards import Guarded
@@ -23,36 +24,38 @@ TILE = 128
 
 LOAD, WORK, MAIN = "attention_load.cuh", "attention_work.cuh", "attention.cu"
 GIVE_BACK = "        if (threadIdx.x % 32 == 0) empty[count % SLOTS].arrive();\n"
-SEEN = f"        const int item = items[count % SLOTS];\n        __syncwarp();\n{GIVE_BACK}"
-PASS_K = "            pass_k(count + tile + 1);\n"
+SEEN = f"        const int item = items[count % SLOTS];\n        __syncwarp();\n{GIVE_BACK}        return item;\n"
+PASS_K = "            pass_k(count + tile + 1);"
+LOAD_K, LOAD_V = (f"                load({ring}, {ring}_map, a.{ring}_cache, slot, item.kv_head);\n" for ring in "kv")
 SLOW_LANES = """
         if (threadIdx.x >= 128 && threadIdx.x % 32) {
             for (int i = 0; i < 200; ++i) emulation::scheduler().poll(emulation::Site::here(), "its turn");
         }
 """
-PLANTED = {  # the file, its text, the bug
-    "keys before the chunk are read": (LOAD, "position < keys.begin || ", ""),
-    "boxes one key late": (LOAD, "load_boxes(map, int(first_slot),", "load_boxes(map, int(first_slot) + 1,"),
+PLANTED = {
+    "keys before the chunk are read": (LOAD, "«position < keys.begin» || ", "false"),
+    "boxes one key late": (LOAD, "load_boxes(map, «int(first_slot)»,", "int(first_slot) + 1"),
     "copies not waited for": (LOAD, "unsignalled = &full;", "if (lane == 0) full.arrive();"),
     "codes not waited for": (LOAD, "hopper::cp_async_wait<2>();", "hopper::cp_async_wait<3>();"),
-    "buffers not waited for": (LOAD, "            ring.wait_empty(count);\n        }", "        }"),
-    "no proxy fence": (LOAD, "        }\n        hopper::fence_async_proxy();", "        }"),
+    "buffers not waited for": (LOAD, "«ring.wait_empty(count);»\n        }", ""),
+    "no proxy fence": (LOAD, "        }\n        «hopper::fence_async_proxy();»", ""),
     "one split too few": (WORK, "return divide_up(tiles, tiles_per_split(a, tiles));", "return max(tiles / tiles_per_split(a, tiles), 1);"),
     "positions without the prefix": (WORK, "before = a.seq_lens[request] - queries;", "before = 0;"),
     "masks of boundary tiles left out": (MAIN, "if (start < seen_by_all_from || start + ATTENTION_TILE > seen_by_all_to) mask(start);", ""),
-    "old output not corrected": (MAIN, "            correct_output();\n            pack_weights();", "            pack_weights();"),
-    "parts unweighted": (MAIN, "hopper::exp2_approximate(lse[part] - highest);", "1.0f;"),
-    "ticket not given back": (MAIN, "*ticket = 0;", ";"),
-    "counter of draws not turned back": (WORK, "unsigned(items) - 1);", "~0u);"),
-    "counter of draws turned back one draw late": (WORK, "unsigned(items) - 1);", "unsigned(items));"),
-    "counter of draws turned back one draw early": (WORK, "unsigned(items) - 1);", "unsigned(max(items - 2, 0)));"),
-    "turns of the warpgroups not passed on": (MAIN, "            if (TAKE_TURNS) pass_turn();\n", ""),
-    "turns where the warpgroups visit different tiles": (MAIN, PASS_K, f"{PASS_K}wait_for_turn(), pass_turn();\n"),
-    "nobody passes the first turn": (MAIN, "        attend.begin();\n", ""),
-    "nobody takes the last turn": (MAIN, "        attend.finish();\n", ""),
-    "draws that overtake the block's warps": (MAIN, "            shared.drawn.wait_empty(taken);\n", ""),
+    "old output not corrected": (MAIN, "            «correct_output();»\n            pack_weights();", ""),
+    "parts unweighted": (MAIN, "«hopper::exp2_approximate(lse[part] - highest)»;", "1.0f"),
+    "ticket not given back": (MAIN, "*ticket = 0;", ""),
+    "counter of draws not turned back": (WORK, "«unsigned(items) - 1»);", "~0u"),
+    "counter of draws turned back one draw late": (WORK, "«unsigned(items) - 1»);", "unsigned(items)"),
+    "counter of draws turned back one draw early": (WORK, "«unsigned(items) - 1»);", "unsigned(max(items - 2, 0))"),
+    "turns of the warpgroups not passed on": (MAIN, "if (TAKE_TURNS) pass_turn();", ""),
+    "turns where the warpgroups visit different tiles": (MAIN, PASS_K, f"{PASS_K} wait_for_turn(), pass_turn();"),
+    "nobody passes the first turn": (MAIN, "attend.begin();", ""),
+    "nobody takes the last turn": (MAIN, "attend.finish();", ""),
+    "draws that overtake the block's warps": (MAIN, "shared.drawn.wait_empty(taken);", ""),
     "a draw given back before slow lanes have seen it": (WORK, SEEN, GIVE_BACK + SLOW_LANES + SEEN.replace(GIVE_BACK, "")),
 }  # fmt: skip
+CHANGES = PLANTED | {"slow lanes": (WORK, SEEN, SLOW_LANES + SEEN), "v first": (LOAD, LOAD_K + LOAD_V, LOAD_V + LOAD_K)}
 
 
 def op_of(kernels, together: int = 3):
@@ -170,7 +173,7 @@ def test_bits_do_not_depend_on_who_computes_what(op, slow_lanes):
     """However many of the blocks are there to draw, every item is computed once, and the counters are 0 again."""
     arguments, options = batch([*MIXED, *SHORT], chunk_size=512, page_size=16, **SCOUT)
     together = run(op, arguments, options)
-    kernels = emulation.load(emulation.build(planted={WORK: (SEEN, SLOW_LANES + SEEN)} if slow_lanes else None))
+    kernels = planted.kernels(CHANGES, "slow lanes") if slow_lanes else emulation.load(emulation.build())
     for blocks in (1, 2, 3):
         alone = op_of(kernels, blocks)
         for _ in range(3):
@@ -181,8 +184,7 @@ def test_bits_do_not_depend_on_who_computes_what(op, slow_lanes):
 def test_few_queries_free_a_tile_of_v_before_the_next_of_k(op, monkeypatch):
     """So that loading V does not wait for that K: loading it first comes to the same, in splits of many tiles."""
     arguments, options = batch([(700, 1), (520, 8), (1200, 3)], chunk_size=None, page_size=16, **SCOUT)
-    k, v = (f"                load({ring}, {ring}_map, a.{ring}_cache, slot, item.kv_head);\n" for ring in "kv")
-    v_first = op_of(emulation.load(emulation.build(planted={LOAD: (k + v, v + k)})))
+    v_first = op_of(planted.kernels(CHANGES, "v first"))
     for each in (op, v_first):
         monkeypatch.setitem(each.__globals__, "PARTIAL_BYTES", 1)
     assert_same_bits(run(v_first, arguments, options), run(op, arguments, options))
@@ -246,18 +248,25 @@ def without_wild_entries(arguments: tuple, options: dict) -> tuple[tuple, dict]:
 
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_noticed(bug, monkeypatch):
-    """In one of three batches: of gathered rows, of pages that TMA takes, and of fp8; or in the first one again, in splits of five tiles."""
-    file, text, replacement = PLANTED[bug]
-    broken = op_of(emulation.load(emulation.build(planted={file: (text, replacement)})))
+    op = op_of(planted.kernels(CHANGES, bug))
+    with pytest.raises((AssertionError, RuntimeError)):
+        assert_right(op, monkeypatch)
+
+
+def test_without_a_bug_nothing_is_noticed(monkeypatch):
+    assert_right(op_of(planted.kernels(CHANGES, None)), monkeypatch)
+
+
+def assert_right(op, monkeypatch) -> None:
+    """In three batches: of gathered rows, of pages that TMA takes, and of fp8; and in the first one again, in splits of five tiles."""
     lengths = [(590, 1), (640, 150), (520, 8), (605, 9), (900, 2), *SHORT]
     mapped = batch(lengths, chunk_size=600, page_size=4, holds="slots", slot_map=True, padding=2, **SCOUT)
     paged = batch(lengths, chunk_size=600, page_size=64, **SCOUT)
     fp8 = batch(lengths, chunk_size=600, page_size=16, cache_dtype=FP8, **SCOUT)
-    with pytest.raises((AssertionError, RuntimeError)):
-        for arguments, options in (mapped, paged, fp8):
-            assert_attention(broken, *without_wild_entries(arguments, options))
-        monkeypatch.setitem(broken.__globals__, "PARTIAL_BYTES", 1)
-        assert_attention(broken, *without_wild_entries(*mapped))
+    for arguments, options in (mapped, paged, fp8):
+        assert_attention(op, *without_wild_entries(arguments, options))
+    monkeypatch.setitem(op.__globals__, "PARTIAL_BYTES", 1)
+    assert_attention(op, *without_wild_entries(*mapped))
 
 
 def test_sanitizers_watch_every_path():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import emulation
+import planted
 import pytest
 import torch
 from backends import assert_same_bits
@@ -209,39 +210,47 @@ PLANTED = {
     "a stage handed back too early": (
         "gemm_tile.cuh", "multiply(set, sums, false);", "multiply(set, sums, false), release(at_);", "may still read|more arrivals"),
     "the second set's weights for the first": (
-        "gemm_tile.cuh", "+ set * Shape::SET_CHANNELS * Shape::ROW_BYTES", "+ (1 - set) * Shape::SET_CHANNELS * Shape::ROW_BYTES", "wrong"),
+        "gemm_tile.cuh", "+ «set» * Shape::SET_CHANNELS * Shape::ROW_BYTES", "1 - set", "wrong"),
     "the first set's channels for both": (
-        "grouped_gemm.cu", "const int channel = first_channel + set * Shape::SET_CHANNELS, columns", "const int channel = first_channel, columns", NAN),
+        "grouped_gemm.cu", "const int channel = first_channel + «set» * Shape::SET_CHANNELS, columns", "0", NAN),
     "a stage handed back to its own block alone": (
-        "gemm_tile.cuh", "arrive_remote(lane);", "arrive_remote(hopper::cluster_rank());", "may still read|still writes|another copy"),
-    "a stage handed back to the first block alone": ("gemm_tile.cuh", "if (lane < Shape::CLUSTER)", "if (lane == 0)", "deadlock"),
+        "gemm_tile.cuh", "arrive_remote(«lane»);", "hopper::cluster_rank()", "may still read|still writes|another copy"),
+    "a stage handed back to the first block alone": ("gemm_tile.cuh", "if («lane < Shape::CLUSTER»)", "lane == 0", "deadlock"),
     "a part that both blocks load": ("grouped_gemm.cu", "part == int(cluster_rank())", "part == 0", "another copy|lacks|more"),
     "shared weights for another column tile": (
-        "grouped_gemm.cu", "tile.column_tile * 2 + turn, Shared", "tile.column_tile * 2 + rank, Shared", NAN),
-    "a row tile taken twice": ("grouped_gemm.cu", "+ (rank - turn) * Shape::TOKENS", "+ (1 - turn) * Shape::TOKENS", NAN),
-    "a block that does not wait for the other": ("grouped_gemm.cu", "cluster_sync();  // the other", "// the other", "which has ended"),
-    "half a tile's tokens staged in place of the others": ("epilogue.cuh", "first / 2 + i * 8", "i * 8", "wrong"),
-    "a token past the group stored": ("grouped_gemm.cu", "int rows = tile.end_row -", "int rows = 1 + tile.end_row -", "guard"),
-    "scales of the next token": ("epilogue.cuh", "i * 4 + pair));", "i * 4 + 1 - pair));", "wrong"),
+        "grouped_gemm.cu", "tile.column_tile * 2 + «turn», Shared", "rank", NAN),
+    "a row tile taken twice": ("grouped_gemm.cu", "+ («rank» - turn) * Shape::TOKENS", "1", NAN),
+    "a block that does not wait for the other": ("grouped_gemm.cu", "«cluster_sync();»  // the other", "", "which has ended"),
+    "half a tile's tokens staged in place of the others": ("epilogue.cuh", "«first / 2» + i * 8", "0", "wrong"),
+    "a token past the group stored": ("grouped_gemm.cu", "int rows = «tile.end_row» -", "1 + tile.end_row", "guard"),
+    "scales of the next token": ("epilogue.cuh", "i * 4 + «pair»));", "1 - pair", "wrong"),
     "a gather without its proxy fence": ("grouped_gemm.cu", "if (GATHER) fence_async_proxy();", "", "without a fence_async_proxy"),
     "a gather not waited for": ("grouped_gemm.cu", "cp_async_wait<LAG>();", "cp_async_wait<LAG + 1>();", "a copy under way still writes"),
-    "a group's first row off by one": ("tile_scheduler.cuh", "int first_row = offsets_", "int first_row = 1 + offsets_", NAN),
+    "a group's first row off by one": ("tile_scheduler.cuh", "int first_row = «offsets_[group]»", "1 + offsets_[group]", NAN),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_noticed(bug):
-    file, old, new, sign = PLANTED[bug]
-    op = emulation.op_module("grouped_gemm", emulation.load(emulation.build(planted={file: (old, new)}))).grouped_gemm
+    seen = what_is_seen(bug)
+    assert any(word in seen for word in PLANTED[bug][3].split("|")), seen
+
+
+def what_is_seen(bug: str | None) -> str:
+    op = emulation.op_module("grouped_gemm", planted.kernels({name: found[:3] for name, found in PLANTED.items()}, bug)).grouped_gemm
     a, b, offsets = quantized(300, 1040, "row"), linear("channel", 3, 440, 1040), int32(0, 1, 300, 300)
-    rows = torch.randint(0, 300, (300,), dtype=torch.int32) if "gather" in bug else None
+    rows = torch.randint(0, 300, (300,), dtype=torch.int32) if bug and "gather" in bug else None
     try:
         got = run(op, a, b, offsets, rows)
     except (RuntimeError, AssertionError) as noticed:
-        seen = str(noticed) or "guard"
-    else:
-        seen = NAN if got.isnan().any() else "wrong" if error(got, reference.grouped_gemm(a, b, offsets, rows=rows)) > 4e-3 else "nothing"
-    assert any(word in seen for word in sign.split("|")), seen
+        return str(noticed) or "guard"
+    if got.isnan().any():
+        return NAN
+    return "wrong" if error(got, reference.grouped_gemm(a, b, offsets, rows=rows)) > 4e-3 else "nothing"
+
+
+def test_without_a_bug_nothing_is_noticed():
+    assert what_is_seen(None) == "nothing"
 
 
 def test_sanitizers_watch_every_path():

@@ -10,6 +10,7 @@ from unittest import mock
 
 import emulation
 import moe_balance
+import planted
 import pytest
 import torch
 from guards import Guarded
@@ -202,48 +203,60 @@ def test_nan_stays_in_its_row_and_its_expert(module, form):
     torch.testing.assert_close(spoilt[others], clean[others], rtol=2**-7, atol=1e-3)
 
 
-PLANTED = {  # the file, its text, the bug
-    "rows not gathered": ("moe_gate_up.cu", "a.routing.order, piece.begin", "nullptr, piece.begin"),
-    "up channels from the gate": ("moe_gate_up.cu", "column_tile * H_COLUMNS, width, first_row", "column_tile * H_COLUMNS, 0, first_row"),
-    "an expert's NaN for every row": ("moe_down.cu", "consumer.template add<true>", "consumer.template add<false>"),
+ADD_MASKED = "consumer.template add<true>(is_shared ? problem.shared : problem.routed, segment, begin, end, total);"
+PLANTED = {
+    "rows not gathered": ("moe_gate_up.cu", "«a.routing.order», piece.begin", "nullptr"),
+    "up channels from the gate": ("moe_gate_up.cu", "column_tile * H_COLUMNS, «width», first_row", "0"),
+    "an expert's NaN for every row": ("moe_down.cu", f"«{ADD_MASKED}»", ADD_MASKED.replace("true", "false")),
     "rows not scattered": ("moe_down.cu", "a.routing.order[tile.first_row + token]", "(tile.first_row + token)"),
-    "an expert left out": ("moe_down.cu", "below(starts_, experts_, end_row(first_row))", "below(starts_ + 1, experts_, end_row(first_row))"),
-    "no proxy fence": ("moe_tile.cuh", "        hopper::fence_async_proxy();\n", ""),
+    "an expert left out": ("moe_down.cu", "below(«starts_», experts_, end_row(first_row))", "starts_ + 1"),
+    "no proxy fence": ("moe_tile.cuh", "hopper::fence_async_proxy();", ""),
     "copies not waited for": ("moe_tile.cuh", "hopper::cp_async_wait<Shape::LAG>();", ""),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_bugs_are_noticed(bug):
-    file, *change = PLANTED[bug]
-    module = emulation.op_module("moe", emulation.load(emulation.build(planted={file: tuple(change)})))
+    module = module_with(bug)
+    with pytest.raises((AssertionError, RuntimeError)):
+        assert_right(module)
+
+
+def module_with(bug: str | None):
+    return emulation.op_module("moe", planted.kernels(PLANTED | SHARING_PLANTED, bug))
+
+
+def assert_right(module) -> None:
     torch.manual_seed(0)
     weights = moe_weights("channel", "bf16", experts=4, hidden=272, inner=144)
-    with pytest.raises((AssertionError, RuntimeError)):
-        assert_layer(module, torch.randn(13, 272).to(BF16), random_routing(13, 4), weights, ("channel", "bf16"))
-        test_nan_stays_in_its_row_and_its_expert(module, "channel")
+    assert_layer(module, torch.randn(13, 272).to(BF16), random_routing(13, 4), weights, ("channel", "bf16"))
+    test_nan_stays_in_its_row_and_its_expert(module, "channel")
 
 
 SHARING_PLANTED = {
-    "a piece left out": ("moe_tile.cuh", "block + j <= last ?", "block + j < last ?"),
+    "a piece left out": ("moe_tile.cuh", "«block + j <= last» ?", "block + j < last"),
     "both pieces in one part": ("moe_tile.cuh", "(runs.begin(block) < first_stage)", "0"),
-    "a tile's first block overlooked": ("moe_tile.cuh", "while (runs.begin(first) > first_stage)", "while (runs.begin(first) > first_stage + 1)"),
-    "a ticket too early": ("moe_tile.cuh", "== unsigned(last - first)", "== unsigned(last - first - 1)"),
-    "a ticket too late": ("moe_tile.cuh", "== unsigned(last - first)", "== unsigned(last - first + 1)"),
+    "a tile's first block overlooked": ("moe_tile.cuh", "while (runs.begin(first) > «first_stage»)", "first_stage + 1"),
+    "a ticket too early": ("moe_tile.cuh", "== «unsigned(last - first)»", "unsigned(last - first - 1)"),
+    "a ticket too late": ("moe_tile.cuh", "== «unsigned(last - first)»", "unsigned(last - first + 1)"),
     "tickets left behind": ("moe_tile.cuh", "if (stages.is_last) sharing.tickets[piece.tile] = 0;", ""),
-    "a stage twice": ("moe_runs.cuh", "begin = runs.begin(blockIdx.x);", "begin = max(runs.begin(blockIdx.x) - 1, int64_t(0));"),
-    "a run too short": ("moe_runs.cuh", "end = runs.begin(blockIdx.x + 1);", "end = runs.begin(blockIdx.x + 1) - 1;"),
-    "experts of the first rows": ("moe_down.cu", "const int present = tile.first_present + index;", "const int present = index;"),
+    "a stage twice": ("moe_runs.cuh", "begin = «runs.begin(blockIdx.x)»;", "max(runs.begin(blockIdx.x) - 1, int64_t(0))"),
+    "a run too short": ("moe_runs.cuh", "end = «runs.begin(blockIdx.x + 1)»;", "runs.begin(blockIdx.x + 1) - 1"),
+    "experts of the first rows": ("moe_down.cu", "const int present = «tile.first_present + index»;", "index"),
     "the last tile of a run": ("moe_runs.cuh", "tiles.tile_of(end - 1) + 1", "tiles.tile_of(end - 1)"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("bug", SHARING_PLANTED)
 def test_bugs_planted_in_sharing_are_noticed(bug):
-    file, *change = SHARING_PLANTED[bug]
-    module = emulation.op_module("moe", emulation.load(emulation.build(planted={file: tuple(change)})))
+    module = module_with(bug)
     with pytest.raises((AssertionError, RuntimeError)):
         assert_shares(module, 300, 11, on_one=False)
+
+
+def test_without_a_bug_nothing_is_noticed():
+    assert_right(module_with(None))
+    assert_shares(module_with(None), 300, 11, on_one=False)
 
 
 def test_the_balance_that_the_documentation_shows():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import emulation
+import planted
 import pytest
 import torch
 from guards import Guarded
@@ -18,17 +19,17 @@ pytestmark = pytest.mark.skipif(bool(emulation.why_not()), reason=emulation.why_
 SCOUT = dict(num_heads=5, num_kv_heads=1, head_dim=128)
 
 PLANTED = {
-    "interleaved pairs as halves": ("? Places{start + 2 * pair, start + 2 * pair + WIDTH}", "? Places{start + pair, start + pair + WIDTH}"),
+    "interleaved pairs as halves": ("? «Places{start + 2 * pair, start + 2 * pair + WIDTH}»", "Places{start + pair, start + pair + WIDTH}"),
     "sine and cosine swapped": ("x * cos[i] - y * sin[i]", "x * sin[i] - y * cos[i]"),
-    "v turned too": ("if (a.cos_sin && !is_v)", "if (a.cos_sin)"),
-    "v normalised too": ("if (!is_v) factor = rsqrtf", "factor = rsqrtf"),
-    "half of the sum of squares": ("int distance = lanes / 2", "int distance = lanes / 4"),
-    "k scaled as q": ("if (a.floor_scale && is_q)", "if (a.floor_scale && !is_v)"),
-    "floor one position late": ("(position + 1) / a.floor_scale", "position / a.floor_scale"),
+    "v turned too": ("if (a.cos_sin && «!is_v»)", "true"),
+    "v normalised too": ("if («!is_v») factor = rsqrtf", "true"),
+    "half of the sum of squares": ("int distance = «lanes / 2»", "lanes / 4"),
+    "k scaled as q": ("if (a.floor_scale && «is_q»)", "!is_v"),
+    "floor one position late": ("«(position + 1)» / a.floor_scale", "position"),
     "unmapped slot": ("slot = at(a.slot_map, slot);", "at(a.slot_map, slot);"),
     "slot -1 written": ("if (!is_q && slot < 0) return;", "if (slot < 0) slot = 0;"),
     "v with the scale of k": ("is_v ? a.v_scale : a.k_scale", "a.k_scale"),
-    "a vector too far": ("static_cast<T*>(to) + places.high, high", "static_cast<T*>(to) + places.high + WIDTH, high"),
+    "a vector too far": ("static_cast<T*>(to) + «places.high», high", "places.high + WIDTH"),
 }
 
 
@@ -149,6 +150,15 @@ def test_same_bits_again(op):
 
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_noticed(bug):
-    broken = emulation.op_module("rope", emulation.load(emulation.build(planted={"rope.cu": PLANTED[bug]}))).rope_qk_norm
+    op = op_with(bug)
     with pytest.raises(AssertionError):
-        assert_like_reference(broken, **everything())
+        assert_like_reference(op, **everything())
+
+
+def test_without_a_bug_nothing_is_noticed():
+    assert_like_reference(op_with(None), **everything())
+
+
+def op_with(bug: str | None):
+    bugs = {name: ("rope.cu", *change) for name, change in PLANTED.items()}
+    return emulation.op_module("rope", planted.kernels(bugs, bug)).rope_qk_norm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import emulation
+import planted
 import pytest
 import torch
 from guards import Guarded
@@ -14,33 +15,33 @@ from llama4_kernels.reference import routing as reference
 pytestmark = pytest.mark.skipif(bool(emulation.why_not()), reason=emulation.why_not() or "-")
 
 BF16, FP32 = torch.bfloat16, torch.float32
-PLANTED = {  # the file, the text in it, the bug
+PLANTED = {
     "ties to the highest index": ("routing_key.cuh", "(~0u - unsigned(expert))", "unsigned(expert)"),
-    "a rank's sums left out": ("routing_fp32.cuh", "for (int from = 0; from < RANKS; ++from) logit +=", "for (int from = 1; from < RANKS; ++from) logit +="),
-    "the cluster not waited for": ("routing_fp32.cuh", "            shared.largest[thread] = most;\n        }\n        hopper::cluster_sync();", "            shared.largest[thread] = most;\n        }"),
+    "a rank's sums left out": ("routing_fp32.cuh", "for (int from = «0»; from < RANKS; ++from) logit +=", "1"),
+    "the cluster not waited for": ("routing_fp32.cuh", "shared.largest[thread] = most;\n        }\n        «hopper::cluster_sync();»", ""),
     "ticket not given back": ("routing_sort.cuh", "if (flag) *tickets = 0;", ""),
     "order not stable": ("routing_sort.cuh", "ids[token] == ids[thread] && token < thread", "ids[token] == ids[thread] && token > thread"),
     "many tokens' order not stable": ("routing_sort.cuh", "__popc(peers & ((1u << lane) - 1))", "__popc(peers >> lane >> 1)"),
-    "all warps count in one place": ("routing_sort.cuh", "counts + warp * bins;", "counts;"),
+    "all warps count in one place": ("routing_sort.cuh", "«counts + warp * bins»;", "counts"),
     "equal experts of a warp counted once": ("routing_sort.cuh", "own[ids[i]] = place + __popc(peers);", "own[ids[i]] = place + 1;"),
-    "the last expert left out": ("routing_fp32.cuh", "if (lane < EXPERTS && expert < a.experts)", "if (lane < EXPERTS && expert < a.experts - 1)"),
-    "barrier left out": ("routing_fp32.cuh", "sum;\n        }\n#pragma unroll\n        for (int token = 0; token < TOKENS; ++token) {\n            const unsigned most", "sum;\n        }\n        if (lane) __syncthreads();\n#pragma unroll\n        for (int token = 0; token < TOKENS; ++token) {\n            const unsigned most"),
+    "the last expert left out": ("routing_fp32.cuh", "if (lane < EXPERTS && «expert < a.experts»)", "expert < a.experts - 1"),
+    "barrier left out": ("routing_fp32.cuh", "value % WARP_EXPERTS] = sum;\n        }«»", "if (lane) __syncthreads();"),
 }  # fmt: skip
-PLANTED_ON_TENSOR_CORES = {  # the text in routing_wgmma.cuh, the bug
-    "a rank's sums left out": ("for (int from = 0; from < Shape::RANKS; ++from) {", "for (int from = 1; from < Shape::RANKS; ++from) {"),
-    "a rank's magnitudes left out": ("for (int from = 0; from < Shape::RANKS; ++from) most", "for (int from = 0; from < Shape::RANKS - 1; ++from) most"),
-    "another slice of the router": ("load_router(shared, at, router, first_column + step * Shape::STEP);\n            }", "load_router(shared, at, router, step * Shape::STEP);\n            }"),
-    "x not waited for": ("shared.x_full[step].wait(0);\n        shared.pipeline", "shared.pipeline"),
+PLANTED_ON_TENSOR_CORES = {  # in routing_wgmma.cuh
+    "a rank's sums left out": ("for (int from = «0»; from < Shape::RANKS; ++from) {", "1"),
+    "a rank's magnitudes left out": ("from < «Shape::RANKS»; ++from) most", "Shape::RANKS - 1"),
+    "another slice of the router": ("load_router(shared, at, router, «first_column + step * Shape::STEP»);\n            }", "step * Shape::STEP"),
+    "x not waited for": ("«shared.x_full[step].wait(0);»\n        shared.pipeline", ""),
     "the router not waited for": ("shared.pipeline.wait_until_full(at);", ""),
-    "a stage given back too early": ("hopper::wgmma_wait<1>();\n", ""),
+    "a stage given back too early": ("hopper::wgmma_wait<1>();", ""),
     "a stage filled before it is given back": ("shared.pipeline.wait_until_empty(at);", ""),
     "the cluster not waited for": ("hopper::cluster_sync();", "__syncthreads();"),
     "the magnitudes of half the columns": ("most = max(most, __shfl_xor_sync(ALL_LANES, most, WARP_TOKENS));", ""),
-    "the scale of another row": ("shared.scale[token], reciprocal", "shared.scale[token ^ 1], reciprocal"),
+    "the scale of another row": ("shared.scale[«token»], reciprocal", "token ^ 1"),
     "quotients not corrected": ("return fmaf(fmaf(-product, scale, value), reciprocal, product);", "return product;"),
-    "codes of tokens past the last": ("min(Shape::TOKENS, a.tokens - first_token)", "min(Shape::TOKENS, a.tokens - first_token + 1)"),
+    "codes of tokens past the last": ("min(Shape::TOKENS, «a.tokens - first_token»)", "a.tokens - first_token + 1"),
     "codes of columns past the last": ("if (column >= a.hidden) return;", ""),
-    "experts past the last": ("if (expert + i < experts) best", "best"),
+    "experts past the last": ("if («expert + i < experts») best", "true"),
 }  # fmt: skip
 
 
@@ -157,18 +158,25 @@ def test_a_row_of_nan_touches_no_other_row(op, tokens, dtype):
     assert sorted(routing.order.tolist()) == list(range(tokens)) and int(routing.offsets[-1]) == tokens
 
 
-def op_with(path: str, text: str, bug: str):
+ALL_PLANTED = PLANTED | {f"{name} (tensor cores)": ("routing_wgmma.cuh", *bug) for name, bug in PLANTED_ON_TENSOR_CORES.items()}
+
+
+def op_with(bug: str | None):
     torch.manual_seed(0)
-    return emulation.op_module("routing", emulation.load(emulation.build(planted={path: (text, bug)}))).route_top1
+    return emulation.op_module("routing", planted.kernels(ALL_PLANTED, bug)).route_top1
+
+
+def assert_right(op) -> None:
+    for x in (torch.ones(7, 1100), integers(7, 1100), torch.zeros(7, 1100)):
+        assert_like_reference(op, x, integers(20, 1100) / 16)
+    assert_sorted(op, integers(300, 8), integers(16, 8))
 
 
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_bugs_are_noticed(bug):
-    op = op_with(*PLANTED[bug])
+    op = op_with(bug)
     with pytest.raises((AssertionError, RuntimeError)):
-        for x in (torch.ones(7, 1100), integers(7, 1100), torch.zeros(7, 1100)):
-            assert_like_reference(op, x, integers(20, 1100) / 16)
-        assert_sorted(op, integers(300, 8), integers(16, 8))
+        assert_right(op)
 
 
 # ---- on the tensor cores: more than 64 tokens, all of bfloat16
@@ -258,14 +266,23 @@ def test_codes_are_those_of_a_division(op):
     assert op(infinite, infinite[:1], quantize=True)[1].codes.float().nan_to_num(7).unique(dim=0).tolist() == [[7, 0, 0, 0] * 2]
 
 
+def assert_right_on_tensor_cores(op) -> None:
+    for experts, hidden in ((17, 1800), (16, 5120), (20, 72)):
+        assert_like_reference(op, integers(70, hidden, dtype=BF16), integers(experts, hidden, dtype=BF16))
+    test_logits_below_zero_on_tensor_cores(op)
+    test_codes_are_those_of_a_division(op)
+
+
 @pytest.mark.parametrize("bug", PLANTED_ON_TENSOR_CORES)
 def test_planted_bugs_on_tensor_cores_are_noticed(bug):
-    op = op_with("routing_wgmma.cuh", *PLANTED_ON_TENSOR_CORES[bug])
+    op = op_with(f"{bug} (tensor cores)")
     with pytest.raises((AssertionError, RuntimeError)):
-        for experts, hidden in ((17, 1800), (16, 5120), (20, 72)):
-            assert_like_reference(op, integers(70, hidden, dtype=BF16), integers(experts, hidden, dtype=BF16))
-        test_logits_below_zero_on_tensor_cores(op)
-        test_codes_are_those_of_a_division(op)
+        assert_right_on_tensor_cores(op)
+
+
+def test_without_a_bug_nothing_is_noticed():
+    assert_right(op_with(None))
+    assert_right_on_tensor_cores(op_with(None))
 
 
 def test_sanitizers_watch_every_path():
