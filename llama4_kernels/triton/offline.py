@@ -107,7 +107,7 @@ def _measure(name: str, architecture: str) -> dict[str, int]:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        code = _run("nvdisasm", "-c", file.name)
+        code = _run("nvdisasm", "-c", "-ndf", file.name)
     counted = {key: int(re.search(rf"{key.upper()}:(\d+)", usage).group(1)) for key in ("reg", "stack", "local")}
     return {
         "registers": counted["reg"],
