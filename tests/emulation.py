@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -68,7 +69,7 @@ def build(
     flags += ["-march=x86-64-v3"] if platform.machine() == "x86_64" else []
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if sanitize else []
     if sanitize:  # what AddressSanitizer sees as well is left to it
-        optimize = ["-O1", "-g1", "-fno-omit-frame-pointer", *sanitizers, "-fno-sanitize=null,vptr,object-size"]
+        optimize = ["-Og", "-g1", "-fno-omit-frame-pointer", *sanitizers, "-fno-sanitize=null,vptr,object-size"]
     else:
         optimize = ["-O2"]
     sources = sources or [CSRC / "bindings.cpp", *sorted(CSRC.glob("*.cu"))]
@@ -77,15 +78,19 @@ def build(
     folders = [*own, pybind11.get_include(), sysconfig.get_path("include")]
     includes = [*(f"-I{folder}" for folder in folders), "-isystem", str(cuda_include())]
     with_bugs = _headers_with(edited)
-    objects = []
+    jobs = []
     for source in sources:
         text = edited.get(source, source.read_text())
         headers = _headers_of(text, edited, own)
         first = [f"-I{with_bugs}"] if edited.keys() & headers.keys() else []
         has_bug = bool(source in edited or first) and not sanitize  # and runs little: compiling takes the time
-        how = [*flags, *(["-O1"] if has_bug or source.suffix != ".cu" else optimize), *first, *includes]
+        level = ["-O0"] if source.suffix != ".cu" else ["-O1"] if has_bug else optimize
+        how = [*flags, *level, *first, *includes]
         text = f'{declarations if source in edited or first else ""}#line 1 "{source.name}"\n{text}'
-        objects.append(_make(["-c", "-x", "c++"], text, ".o", flags=how, depends_on="".join(headers.values()), suffix=source.suffix))
+        depends_on = "".join(headers.values())
+        jobs.append(functools.partial(_make, ["-c", "-x", "c++"], text, ".o", flags=how, depends_on=depends_on, suffix=source.suffix))
+    made = [job(wait=False) for job in jobs]
+    objects = [found or job() for found, job in zip(made, jobs)]
     library = "".join(map(str, objects))
     return _make(["-shared", *map(str, objects)], library, sysconfig.get_config_var("EXT_SUFFIX"), flags=[*flags, *sanitizers])
 
@@ -180,13 +185,19 @@ def _headers_with(edited: Mapping[Path, str]) -> Path | None:
     return folder
 
 
-def _make(command: list[str], text: str, ending: str, *, flags: list[str], depends_on: str = "", suffix: str = "") -> Path:
-    """Run g++ unless its result stands in BUILDS under the hash of all that goes in, or wait for whoever is at it."""
+def _make(
+    command: list[str], text: str, ending: str, *, flags: list[str], depends_on: str = "", suffix: str = "", wait: bool = True
+) -> Path | None:
+    """Run g++ unless its result stands in BUILDS under the hash of all that goes in. Whoever is at it is waited for, or without `wait` left
+    alone: None."""
     key = hashlib.sha256("\0".join([*command, text, ending, *flags, depends_on]).encode()).hexdigest()[:16]
     result = BUILDS / key / f"_C{ending}"
     result.parent.mkdir(parents=True, exist_ok=True)
     with (result.parent / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
         if result.exists():
             return result
         if suffix:
