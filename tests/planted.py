@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
-import shutil
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,13 +20,14 @@ DECLARATION = f'extern "C" {{ __attribute__((weak, visibility("default"))) int {
 
 
 def kernels(bugs: Mapping[str, Bug], name: str | None) -> ModuleType:
-    """The extension module with the bug of that name among `bugs`, or with none of them. Nothing that another bug left behind is in it."""
+    """The extension module with the bug of that name among `bugs`, or with none of them, until another is chosen."""
     library = emulation.build(edited=_with_choices(bugs.values()), declarations=DECLARATION)
-    with tempfile.TemporaryDirectory() as folder:
-        copy = shutil.copy(library, folder)
-        module = emulation.load(Path(copy))
-        ctypes.c_int.in_dll(ctypes.CDLL(copy), CHOSEN).value = 1 + list(bugs).index(name) if name else 0
+    module = _load(library)
+    ctypes.c_int.in_dll(ctypes.CDLL(str(library)), CHOSEN).value = 1 + list(bugs).index(name) if name else 0
     return module
+
+
+_load = functools.cache(emulation.load)  # once for all its bugs: each library that a process loads keeps stacks, and mappings are limited
 
 
 def _with_choices(bugs: Iterable[Bug]) -> dict[Path, str]:
