@@ -3,7 +3,6 @@
 import contextlib
 import subprocess
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +21,16 @@ LENGTHS = (1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7)
 
 @dataclass(frozen=True)
 class Answer:
-    """Generated tokens, and the logprob of every token after the first of the prompt."""
+    """Generated tokens, the logprob of each of them, and where asked for that of every token after the first of the prompt before them."""
 
     prompt: list[int]
     generated: list[int]
     logprobs: torch.Tensor
-    cached_tokens: int
+    meta_info: dict  # what SGLang says of the request
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.meta_info["cached_tokens"]
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -57,20 +60,29 @@ def llama4_server(
 
 
 def ask(server: Server, ids: list[int], new_tokens: int = NEW_TOKENS, whole: bool = True) -> Answer:
-    """Greedy continuation of `ids`. whole: with the prompt's logprobs, which makes SGLang compute all of the prompt, cached or not."""
-    sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
-    body = {"input_ids": ids, "sampling_params": sampling, "return_logprob": True, **({"logprob_start_len": 0} if whole else {})}
-    answer = server.post("/generate", body)
-    meta = answer["meta_info"]
-    logprobs = [entry[0] for entry in meta["output_token_logprobs"]]
-    if whole:
-        logprobs = [entry[0] for entry in meta["input_token_logprobs"][1:]] + logprobs
-    return Answer(ids, answer["output_ids"], torch.tensor(logprobs), meta["cached_tokens"])
+    return ask_at_once(server, [ids], new_tokens, whole)[0]
 
 
-def ask_at_once(server: Server, prompts: list[list[int]], new_tokens: int = NEW_TOKENS) -> list[Answer]:
-    with ThreadPoolExecutor(len(prompts)) as pool:
-        return list(pool.map(lambda ids: ask(server, ids, new_tokens), prompts))
+def ask_at_once(
+    server: Server, prompts: list[list[int]], new_tokens: int = NEW_TOKENS, whole: bool = True, rids: list[str] | None = None
+) -> list[Answer]:
+    """Greedy continuations. One body for all, which the scheduler gets in one piece: what runs together does not hang on the clock.
+
+    whole: with the prompts' logprobs, which makes SGLang compute all of a prompt, cached or not.
+    """
+    body = {
+        "input_ids": prompts,
+        "sampling_params": {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True},
+        "return_logprob": True,
+        **({"logprob_start_len": 0} if whole else {}),
+        **({"rid": rids} if rids else {}),
+    }
+    answers = []
+    for ids, answer in zip(prompts, server.post("/generate", body), strict=True):
+        meta = answer["meta_info"]
+        entries = (meta["input_token_logprobs"][1:] if whole else []) + meta["output_token_logprobs"]
+        answers.append(Answer(ids, answer["output_ids"], torch.tensor([entry[0] for entry in entries]), meta))
+    return answers
 
 
 def difference(answer: Answer, oracle: Oracle) -> torch.Tensor:

@@ -3,7 +3,6 @@ transformers, whatever is drafted and whether a step is replayed."""
 
 import json
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import engine_standins
@@ -74,14 +73,6 @@ def speculation(algorithm: str, draft: Path) -> tuple[str, ...]:
     )
 
 
-def generate(server: Server, rid: str, ids: list[int]) -> tuple[Answer, dict]:
-    sampling = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
-    answer = server.post("/generate", {"rid": rid, "input_ids": ids, "sampling_params": sampling, "return_logprob": True})
-    meta = answer["meta_info"]
-    logprobs = torch.tensor([entry[0] for entry in meta["output_token_logprobs"]])
-    return Answer(ids, answer["output_ids"], logprobs, meta["cached_tokens"]), meta
-
-
 def check_speculation(server: Server, folder: Path, oracle) -> dict[str, Answer]:
     """Requests at once. Every second is drafted its answer with every fifth token wrong, the others what the random draft model says."""
     assert engine_standins.INSTALLED in server.log.read_text()
@@ -91,19 +82,18 @@ def check_speculation(server: Server, folder: Path, oracle) -> dict[str, Answer]
         answer = oracle.greedy(ids, NEW_TOKENS)
         planted[rid] = ids + [(token + 1) % VOCABULARY if i % 5 == 4 else token for i, token in enumerate(answer)]
     (folder / "answers.json").write_text(json.dumps(planted))
-    with ThreadPoolExecutor(len(prompts)) as pool:
-        answers = dict(zip(prompts, pool.map(lambda rid: generate(server, rid, prompts[rid]), prompts)))
-    for rid, (answer, meta) in answers.items():
+    answers = dict(zip(prompts, ask_at_once(server, list(prompts.values()), NEW_TOKENS, whole=False, rids=list(prompts))))
+    for rid, answer in answers.items():
         assert_agrees(answer, oracle)
-        accepted = meta["spec_correct_drafts_histogram"]  # accepted[n]: steps in which n drafts were
+        accepted = answer.meta_info["spec_correct_drafts_histogram"]  # accepted[n]: steps in which n drafts were
         if rid in planted:
             assert len(accepted) == STEPS + 1 and accepted[STEPS] > 0 and sum(accepted[:STEPS]) > 0
         else:
             assert accepted[0] > NEW_TOKENS / 2
-    again, _ = generate(server, "again", prompts["request-5"])
+    again = ask(server, prompts["request-5"], NEW_TOKENS, whole=False)
     assert again.cached_tokens > CHUNK
     assert_agrees(again, oracle)
-    return {rid: answer for rid, (answer, _) in answers.items()}
+    return answers
 
 
 def test_verification_in_graphs_with_pages_of_16(make, oracle, tmp_path):
