@@ -59,9 +59,9 @@ inline void check(cudaError_t error, const char* op, const char* what) {
 template <class... Parameters, class... Arguments>
 void launch(const LaunchConfig& config, void (*kernel)(Parameters...), Arguments... arguments) {
     constexpr size_t DEFAULT_SHARED_BYTES = 48 << 10;
+    constexpr int MAX_SHARED_BYTES = 227 << 10;  // the limit is the kernel's, not this launch's: another thread's may need more
     if (config.shared_bytes > DEFAULT_SHARED_BYTES) {
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.shared_bytes)), config.op,
-              "the shared memory");
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, MAX_SHARED_BYTES), config.op, "the shared memory");
     }
     constexpr unsigned PORTABLE_CLUSTER_BLOCKS = 8;
     if (config.cluster_blocks > PORTABLE_CLUSTER_BLOCKS) {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
@@ -66,8 +66,8 @@ def to(value, device: torch.device):
     return {name: to(item, device) for name, item in value.items()} if isinstance(value, dict) else value
 
 
-def assert_replays(backend: str, op: str, *args, **kwargs) -> None:
-    """The op, captured in a CUDA graph, gives the bits of a plain call, twice."""
+def assert_replays(backend: str, op: str, *args, meanwhile: Callable[[], object] = lambda: None, **kwargs) -> None:
+    """The op, captured in a CUDA graph, gives the bits of a plain call, twice, whatever `meanwhile` does before."""
     args, kwargs = to(args, torch.device("cuda")), to(kwargs, torch.device("cuda"))
     with where_it_computes(backend):
         plain = getattr(ops, op)(*args, **kwargs)
@@ -76,6 +76,7 @@ def assert_replays(backend: str, op: str, *args, **kwargs) -> None:
         with torch.cuda.graph(graph):
             captured = getattr(ops, op)(*args, **kwargs)
     for _ in range(2):
+        meanwhile()
         for tensor in tensors(captured):
             tensor.view(torch.uint8).fill_(0xA5)
         graph.replay()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +13,7 @@ from torch import Tensor
 from torch.library import opcheck
 from transformers.masking_utils import chunked_causal_mask_function
 
-from backends import WITHOUT_SCHEMA, assert_replays, assert_same_bits, assert_within, compute
+from backends import WITHOUT_SCHEMA, assert_replays, assert_same_bits, assert_within, compute, to, where_it_computes
 from llama4_kernels import ops
 from llama4_kernels.reference import attention as reference
 from weights import FP8
@@ -239,6 +242,30 @@ def test_replays_in_a_cuda_graph(gpu_backend, lengths, cache_dtype):
     arguments, options = batch(lengths, chunk_size=512, page_size=16, heads=(5, 1, 128), dtype=torch.bfloat16, cache_dtype=cache_dtype,
                                padding=2)  # fmt: skip
     assert_replays(gpu_backend, "chunked_attention", *arguments, **options)
+
+
+@pytest.mark.gpu
+def test_a_graph_of_many_requests_replays_after_a_launch_of_few(gpu_backend):
+    """In CUDA they are launches of one kernel with more and with less shared memory."""
+    (arguments, options), few = (batch([(9, 1)] * requests, chunk_size=8, heads=(5, 1, 128), dtype=torch.bfloat16) for requests in (900, 2))
+    launch_few = partial(compute, gpu_backend, "chunked_attention", *few[0], **few[1])
+    assert_replays(gpu_backend, "chunked_attention", *arguments, meanwhile=launch_few, **options)
+
+
+@pytest.mark.gpu
+def test_a_new_thread_computes_the_same(gpu_backend):
+    """Its memory comes from torch's cache, so that the op is the first to need a CUDA context there."""
+    arguments, options = to(batch([(40, 1), (30, 30)], chunk_size=16, heads=(5, 1, 128), dtype=torch.bfloat16), torch.device("cuda"))
+
+    def call() -> Tensor:
+        with where_it_computes(gpu_backend):
+            return ops.chunked_attention(*arguments, **options)
+
+    _, want = call(), call()
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as pool:
+        got = pool.submit(call).result()
+    assert_same_bits(got, want)
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.float32, FP8])

@@ -16,20 +16,31 @@ namespace llama4_kernels::hopper {
 // A kernel takes it as `const __grid_constant__ TensorMap`.
 using TensorMap = CUtensorMap;
 
+template <class Function>
+Function driver_function(const char* name, unsigned version) {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    if (cudaGetDriverEntryPointByVersion(name, &function, version, cudaEnableDefault, &found) != cudaSuccess || !function)
+        throw std::runtime_error(std::string("this CUDA driver has no ") + name);
+    return reinterpret_cast<Function>(function);
+}
+
+// The driver may want a context of whoever calls it. A thread has none before its first call of the runtime that needs one.
+inline void ensure_context() {
+    static const auto current = driver_function<decltype(&cuCtxGetCurrent)>("cuCtxGetCurrent", 4000);
+    CUcontext context = nullptr;
+    if (current(&context) == CUDA_SUCCESS && context) return;
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || cudaSetDevice(device) != cudaSuccess)
+        throw std::runtime_error("CUDA gives this thread no context");
+}
+
 // std::invalid_argument where TMA cannot take the tensor. Elements out of bounds are loaded as zeros, and not stored.
 template <int RANK>
 TensorMap make_tensor_map(const TensorShape<RANK>& shape) {
     check(shape);
-    using Encode = decltype(&cuTensorMapEncodeTiled);
-    static const Encode encode = [] {
-        void* function = nullptr;
-        cudaDriverEntryPointQueryResult found;
-        if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found) != cudaSuccess ||
-            !function) {
-            throw std::runtime_error("this CUDA driver has no cuTensorMapEncodeTiled");
-        }
-        return reinterpret_cast<Encode>(function);
-    }();
+    ensure_context();
+    static const auto encode = driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled", 12000);
     constexpr CUtensorMapDataType types[] = {CU_TENSOR_MAP_DATA_TYPE_UINT8, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
                                              CU_TENSOR_MAP_DATA_TYPE_FLOAT32};
     constexpr CUtensorMapSwizzle swizzles[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_32B, CU_TENSOR_MAP_SWIZZLE_64B,
