@@ -10,6 +10,7 @@
 
 #ifdef LLAMA4_KERNELS_EMULATION
 #include "device.h"
+#include "hopper/wgmma.cuh"
 #include "moe_runs.cuh"
 #endif
 
@@ -229,6 +230,8 @@ PYBIND11_MODULE(_C, module) {
     module.def("hold_launches", [] { emulation::stream.hold(); },
                "From now on launches are held, to begin as early as programmatic dependent launch allows in run_held_launches.");
     module.def("run_held_launches", [] { emulation::stream.finish(); }, "All memory that they were given must still be there.");
+    module.def("keep_e4m3_sum_bits", [](int bits) { emulation::e4m3_sum_bits = bits; },
+               "From now on wgmma's sums of e4m3 products keep so many bits of the mantissa; 0: all of fp32's, as without this.", py::arg("bits"));
     module.def("run_together", [](unsigned clusters) { emulation::clusters_together = clusters; },
                "From now on so many clusters of a grid, or blocks where it has none, take turns; 1 without this.", py::arg("clusters"));
 #endif

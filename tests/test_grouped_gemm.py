@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
-from backends import WITHOUT_SCHEMA, assert_product, assert_replays, assert_same_bits, compute, to
+from backends import WITHOUT_SCHEMA, assert_product, assert_replays, assert_same_bits, compute, sums_in_short, to
 from llama4_kernels import ops
 from llama4_kernels.ops import Linear, Quantized
 from llama4_kernels.reference import grouped_gemm as reference
@@ -26,11 +26,11 @@ def offsets_of(sizes: list[int]) -> Tensor:
     return torch.tensor([0, *sizes]).cumsum(0).int()
 
 
-def assert_groups(got: Tensor, a: Tensor, b: Linear, offsets: Tensor) -> None:
-    """got's rows of each group are a · bᵀ of it; `a` in float64."""
+def assert_groups(got: Tensor, a: Tensor, b: Linear, offsets: Tensor, in_short: bool) -> None:
+    """got's rows of each group are a · bᵀ of it; `a` in float64. in_short: see backends.sums_in_short."""
     weights = value(b)
     for group, (start, end) in enumerate(zip(offsets.tolist(), offsets[1:].tolist())):
-        assert_product(got[start:end], a[start:end], weights[group])
+        assert_product(got[start:end], a[start:end], weights[group], in_short)
 
 
 @given(
@@ -45,7 +45,7 @@ def test_every_form_of_weight(backend, sizes, shape, form, dtype, out_dtype):
     a = torch.randn(sum(sizes), shape[1]).to(dtype)
     got = compute(backend, "grouped_gemm", a, b, offsets, out_dtype=out_dtype)
     assert got.dtype == out_dtype and got.shape == (sum(sizes), shape[0])
-    assert_groups(got, quantized_value(a, form, b.input_scale), b, offsets)
+    assert_groups(got, quantized_value(a, form, b.input_scale), b, offsets, sums_in_short(backend, b))
 
 
 @given(
@@ -60,7 +60,7 @@ def test_quantized_activations_with_every_scale(backend, sizes, shape, form, per
     scale = 0.01 + torch.rand({"tensor": (), "row": (rows,), "block": (rows, -(-columns // 128))}[per])
     a = Quantized((100 * torch.randn(rows, columns)).clamp(-448, 448).to(FP8), scale)
     got = compute(backend, "grouped_gemm", a, b, offsets, out_dtype=torch.float32)
-    assert_groups(got, activation_value(a), b, offsets)
+    assert_groups(got, activation_value(a), b, offsets, sums_in_short(backend, b))
 
 
 @pytest.mark.small
@@ -69,7 +69,7 @@ def test_rows_are_gathered(backend, form):
     offsets, rows = int32(0, 2, 2, 7), int32(3, 3, 0, 4, 1, 2, 0)
     b, a = linear(form, 3, 24, 144), torch.randn(5, 144)
     got = compute(backend, "grouped_gemm", a, b, offsets, rows=rows, out_dtype=torch.float32)
-    assert_groups(got, quantized_value(a, form, b.input_scale)[rows.long()], b, offsets)
+    assert_groups(got, quantized_value(a, form, b.input_scale)[rows.long()], b, offsets, sums_in_short(backend, b))
 
 
 @pytest.mark.small
@@ -80,7 +80,7 @@ def test_what_stands_past_the_last_group_does_not_matter(backend, form):
     a[5:] = float("nan")
     got = compute(backend, "grouped_gemm", a, b, offsets, out_dtype=torch.float32)
     assert got.shape == (9, 24)
-    assert_groups(got[:5], quantized_value(a[:5], form), b, offsets)
+    assert_groups(got[:5], quantized_value(a[:5], form), b, offsets, sums_in_short(backend, b))
     gathered = compute(backend, "grouped_gemm", a, b, offsets, rows=int32(0, 1, 2, 3, 4, 10**6, -1), out_dtype=torch.float32)
     assert_same_bits(gathered[:5], got[:5])
 

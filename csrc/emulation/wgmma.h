@@ -17,6 +17,9 @@ constexpr int ROWS = 64;
 constexpr int MAX_COLUMNS = 256;
 constexpr int MAX_K = 32;
 
+// Bits of the mantissa that sums of e4m3 products keep, where a test lets them keep fewer than fp32 has.
+inline int e4m3_sum_bits = 0;
+
 inline Warpgroup& warpgroup() { return current().block->warpgroups[current().index / WARPGROUP]; }
 
 struct Operand {
@@ -130,6 +133,24 @@ void multiply(int k, const float (*a)[ROWS], const float (*b)[MAX_COLUMNS], floa
     }
 }
 
+// The same with sums of e4m3_sum_bits: a sum and its k addends are cut off where the largest of them has its last bit, and so is the result.
+inline void multiply_in_short(int k, int columns, const float (*a)[ROWS], const float (*b)[MAX_COLUMNS], float (*sums)[MAX_COLUMNS]) {
+    const auto last_bit = [](double largest) {
+        return largest == 0 || std::isnan(largest) ? 1.0 : std::ldexp(1.0, std::ilogb(largest) - e4m3_sum_bits);
+    };
+    for (int row = 0; row < ROWS; ++row) {
+        for (int column = 0; column < columns; ++column) {
+            double addends[MAX_K + 1] = {sums[row][column]}, largest = 0, sum = 0;
+            for (int i = 0; i < k; ++i) addends[i + 1] = double(a[i][row]) * b[i][column];
+            for (int i = 0; i <= k; ++i) largest = std::max(largest, std::abs(addends[i]));
+            const double unit = last_bit(largest);
+            for (int i = 0; i <= k; ++i) sum += std::trunc(addends[i] / unit);
+            sum *= unit;
+            sums[row][column] = float(std::trunc(sum / last_bit(std::abs(sum))) * last_bit(std::abs(sum)));
+        }
+    }
+}
+
 inline void compute(const Product& product, Block& block, unsigned first_thread) {
     using namespace llama4_kernels::hopper;
     alignas(64) static float a[MAX_K][ROWS], b[MAX_K][MAX_COLUMNS], sums[ROWS][MAX_COLUMNS];
@@ -151,7 +172,11 @@ inline void compute(const Product& product, Block& block, unsigned first_thread)
                                   : product.columns <= 64  ? &multiply<64>
                                   : product.columns <= 128 ? &multiply<128>
                                                            : &multiply<256>;
-    multiply_columns(k, a, b, sums);
+    if (e4m3_sum_bits && product.element_bytes == 1) {
+        multiply_in_short(k, product.columns, a, b, sums);
+    } else {
+        multiply_columns(k, a, b, sums);
+    }
     for (int thread = 0; thread < int(WARPGROUP); ++thread) {
         float* held = find_accumulators(block.threads[first_thread + thread], product.accumulators[thread])->values.data();
         for (int i = 0; i < values; ++i) held[i] = sums[accumulator_row(thread, i)][accumulator_column(thread, i)];
