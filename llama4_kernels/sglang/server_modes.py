@@ -3,7 +3,7 @@ would be wrong or the first request would end the server."""
 
 from __future__ import annotations
 
-from sglang.srt.runtime_context import get_exec, get_lora, get_model, get_parallel, get_spec
+from sglang.srt.runtime_context import get_exec, get_lora, get_memory, get_model, get_parallel, get_spec
 
 # Speculative algorithms whose drafts are one chain of tokens, with --speculative-eagle-topk 1. NGRAM's never are: it fills up short ones
 # with siblings of their first token.
@@ -12,18 +12,43 @@ CHAIN_DRAFTS = ("EAGLE", "EAGLE3", "STANDALONE")
 # Caches that rope_qk_norm writes and chunked_attention reads: no e5m2, no 4 bits, no scales per block.
 KV_CACHE_DTYPES = ("auto", "bf16", "bfloat16", "fp8_e4m3")
 
+# Others have SGLang store w13 with up before gate, transposed or padded.
+MOE_RUNNER_BACKENDS = ("auto", "triton")
+
 
 def check_server() -> None:
     """ValueError where this process's server, as SGLang has resolved its flags, is asked for a mode that the model does not have."""
-    parallel, model, spec = get_parallel(), get_model(), get_spec()
+    parallel, model, spec, moe, offload = get_parallel(), get_model(), get_spec(), get_exec().moe, get_exec().offload
     algorithm, topk = spec.speculative_algorithm, spec.speculative_eagle_topk
     for is_asked, flag, needs in (
         (parallel.moe_ep_size > 1, f"--ep-size {parallel.moe_ep_size}", "1: every rank has a part of every expert"),
         (parallel.pp_size > 1, f"--pp-size {parallel.pp_size}", "1"),
         (parallel.attn_cp_size > 1, f"--attn-cp-size {parallel.attn_cp_size}", "1: attention reads whole sequences"),
+        (parallel.attn_dcp_size > 1, f"--dcp-size {parallel.attn_dcp_size}", "1: attention reads whole sequences"),
         (parallel.moe_dp_size > 1, f"--moe-dp-size {parallel.moe_dp_size}", "1"),
+        (parallel.dwdp_size > 1, f"--dwdp-size {parallel.dwdp_size}", "1"),
+        (
+            parallel.moe_dense_tp_size not in (None, parallel.tp_size),
+            f"--moe-dense-tp-size {parallel.moe_dense_tp_size}",
+            f"--tp-size, {parallel.tp_size}: every rank has a part of every dense MLP",
+        ),
+        (
+            moe.moe_runner_backend not in MOE_RUNNER_BACKENDS,
+            f"--moe-runner-backend {moe.moe_runner_backend}",
+            f"{' or '.join(MOE_RUNNER_BACKENDS)}: the MoE layer runs kernels of its own, on weights laid out as these have them",
+        ),
+        (moe.kt_weight_path is not None, "--kt-weight-path", "every expert on the GPU"),
+        (moe.enable_paged_experts, "--enable-paged-experts", "every expert on the GPU"),
+        (offload.cpu_offload_gb > 0, f"--cpu-offload-gb {offload.cpu_offload_gb}", "0: the MoE layer reads its weights where they are"),
+        (offload.offload_group_size > 0, f"--offload-group-size {offload.offload_group_size}", "weights that stay on the GPU"),
+        (
+            get_exec().features.enable_return_routed_experts,
+            "--enable-return-routed-experts",
+            "answers without them: which experts a token took is not kept",
+        ),
         (get_lora().enable_lora, "--enable-lora", "weights without adapters: the MoE layer reads those of its experts itself"),
         (model.is_embedding, "--is-embedding", "a model with a pooling layer"),
+        (get_memory().enable_unified_memory, "--enable-unified-memory", "K and V of a layer in one piece, at the slots of the page table"),
         (model.kv_cache_dtype not in KV_CACHE_DTYPES, f"--kv-cache-dtype {model.kv_cache_dtype}", " or ".join(KV_CACHE_DTYPES)),
         (
             get_exec().deterministic.enable_deterministic_inference,

@@ -9,11 +9,17 @@ from llama4_kernels.sglang import server_modes
 from llama4_kernels.sglang.weights import adapt_quant_config
 
 PLAIN = SimpleNamespace(
-    parallel=SimpleNamespace(moe_ep_size=1, pp_size=1, attn_cp_size=1, moe_dp_size=1),
+    parallel=SimpleNamespace(
+        tp_size=2, moe_ep_size=1, pp_size=1, attn_cp_size=1, attn_dcp_size=1, moe_dp_size=1, dwdp_size=1, moe_dense_tp_size=None
+    ),
     model=SimpleNamespace(is_embedding=False, kv_cache_dtype="auto"),
     spec=SimpleNamespace(speculative_algorithm=None, speculative_eagle_topk=None),
     lora=SimpleNamespace(enable_lora=None),
+    memory=SimpleNamespace(enable_unified_memory=False),
     deterministic=SimpleNamespace(enable_deterministic_inference=False),
+    moe=SimpleNamespace(moe_runner_backend="auto", kt_weight_path=None, enable_paged_experts=False),
+    offload=SimpleNamespace(cpu_offload_gb=0, offload_group_size=-1),
+    features=SimpleNamespace(enable_return_routed_experts=False),
 )
 
 
@@ -26,13 +32,16 @@ def check(monkeypatch, **changes):
     monkeypatch.setattr(server_modes, "get_model", lambda: flags.model)
     monkeypatch.setattr(server_modes, "get_spec", lambda: flags.spec)
     monkeypatch.setattr(server_modes, "get_lora", lambda: flags.lora)
-    monkeypatch.setattr(server_modes, "get_exec", lambda: SimpleNamespace(deterministic=flags.deterministic))
+    monkeypatch.setattr(server_modes, "get_memory", lambda: flags.memory)
+    monkeypatch.setattr(server_modes, "get_exec", lambda: flags)
     server_modes.check_server()
 
 
 @pytest.mark.parametrize("changes", [
     {},
     {"model": {"kv_cache_dtype": "fp8_e4m3"}},
+    {"parallel": {"moe_dense_tp_size": 2}},
+    {"moe": {"moe_runner_backend": "triton"}},
     {"spec": {"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 1}},
     {"spec": {"speculative_algorithm": "STANDALONE", "speculative_eagle_topk": 1}},
 ], ids=str)  # fmt: skip
@@ -45,6 +54,16 @@ def test_what_the_model_serves(monkeypatch, changes):
     ({"parallel": {"pp_size": 4}}, "--pp-size 4, needs 1"),
     ({"parallel": {"attn_cp_size": 2}}, "--attn-cp-size 2, needs 1: attention reads whole sequences"),
     ({"parallel": {"moe_dp_size": 2}}, "--moe-dp-size 2, needs 1"),
+    ({"parallel": {"attn_dcp_size": 2}}, "--dcp-size 2, needs 1: attention reads whole sequences"),
+    ({"parallel": {"dwdp_size": 2}}, "--dwdp-size 2, needs 1"),
+    ({"parallel": {"moe_dense_tp_size": 1}}, "--moe-dense-tp-size 1, needs --tp-size, 2: every rank has a part"),
+    ({"moe": {"moe_runner_backend": "flashinfer_cutlass"}}, "--moe-runner-backend flashinfer_cutlass, needs auto or triton: the MoE layer"),
+    ({"moe": {"kt_weight_path": "/experts"}}, "--kt-weight-path, needs every expert on the GPU"),
+    ({"moe": {"enable_paged_experts": True}}, "--enable-paged-experts, needs every expert on the GPU"),
+    ({"offload": {"cpu_offload_gb": 8}}, "--cpu-offload-gb 8, needs 0: the MoE layer"),
+    ({"offload": {"offload_group_size": 2}}, "--offload-group-size 2, needs weights that stay"),
+    ({"features": {"enable_return_routed_experts": True}}, "--enable-return-routed-experts, needs answers without"),
+    ({"memory": {"enable_unified_memory": True}}, "--enable-unified-memory, needs K and V of a layer in one piece"),
     ({"lora": {"enable_lora": True}}, "--enable-lora, needs weights without adapters"),
     ({"model": {"is_embedding": True}}, "--is-embedding, needs a model with a pooling layer"),
     ({"model": {"kv_cache_dtype": "fp8_e5m2"}}, "--kv-cache-dtype fp8_e5m2, needs auto or bf16 or bfloat16 or fp8_e4m3"),
