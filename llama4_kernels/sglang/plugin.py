@@ -9,7 +9,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 MODEL_IMPL = "llama4_kernels"
 
-_ATTENTION_SETUP = "sglang.srt.model_executor.model_runner_components.attention_backend_setup"
+_RUNNER = "sglang.srt.model_executor.model_runner_components"
 
 _registered = False
 
@@ -23,7 +23,8 @@ def register() -> None:
         ("sglang.srt.configs.model_config.ModelConfig._derive_hybrid_model", _derive_layers, HookType.AFTER),
         ("sglang.srt.model_loader.utils.get_model_architecture", _get_model_architecture, HookType.AROUND),
         ("sglang.srt.model_loader.weight_utils.get_quant_config", _get_quant_config, HookType.AROUND),
-        (f"{_ATTENTION_SETUP}._build_full_attention_backend_from_str", _build_attention_backend, HookType.AROUND),
+        (f"{_RUNNER}.attention_backend_setup._build_full_attention_backend_from_str", _build_attention_backend, HookType.AROUND),
+        (f"{_RUNNER}.weight_updater.WeightUpdater.update_weights_from_disk", _update_weights_from_disk, HookType.AROUND),
         ("sglang.srt.model_executor.model_runner.adjust_config_with_unaligned_cpu_tp", _adjust_config_on_cpu, HookType.AROUND),
     ):
         HookRegistry.register(target, hook, kind)
@@ -87,6 +88,27 @@ def _build_attention_backend(original, *, model_runner, **kwargs):
     from llama4_kernels.sglang.attention import Llama4AttentionBackend
 
     return Llama4AttentionBackend(model_runner)
+
+
+def _update_weights_from_disk(original, updater, model_path, *args, **kwargs):
+    """Go back to the weights that were served where those at `model_path` do not fit: SGLang loads the ones that have just failed again,
+    which ends the server."""
+    config = updater.model_config
+    if not is_ours(config):
+        return original(updater, model_path, *args, **kwargs)
+    served = config.model_path
+    try:
+        is_updated, message = original(updater, model_path, *args, **kwargs)
+    except Exception as error:
+        from sglang.srt.runtime_context import get_model
+
+        is_restored, why = original(updater, served, get_model().load_format)
+        if not is_restored:
+            raise RuntimeError(f"llama4_kernels cannot load {served} again: {why}") from error
+        is_updated, message = False, f"Failed to update weights: {error}"
+    if not is_updated:
+        config.model_path = served
+    return is_updated, message
 
 
 def _adjust_config_on_cpu(original, model_config, load_config, tp_size):

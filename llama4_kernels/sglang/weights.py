@@ -19,6 +19,10 @@ from llama4_kernels import ops
 FP8 = torch.float8_e4m3fn
 DTYPES = (torch.bfloat16, torch.float32, FP8)
 QUANTISATIONS = ("fp8", "compressed_tensors", "modelopt_fp8")
+# SGLang answers a request to update weights with it
+REQUANTISED = (
+    "llama4_kernels has quantised the weights at load (--quantization fp8) and does not load others into them: start a server anew"
+)
 
 
 def adapt_quant_config(quant_config: QuantizationConfig) -> None:
@@ -59,23 +63,28 @@ def moe_weights(router: LinearBase, experts: FusedMoE, shared_expert: LlamaMLP) 
 
 
 def _keep_linear(layer: LinearBase) -> None:
+    if getattr(layer, "_derived_weight_cache_error", None):
+        return
     weight = layer.weight.data
     scale = _parameter(layer, "weight_scale", "weight_scale_inv")
     if _is_quantised_at_load(layer, weight):
         quantized = ops.quantize_per_token(weight)
         layer.weight = nn.Parameter(quantized.codes, requires_grad=False)
-        layer.ops_weight = ops.Linear(quantized.codes, quantized.scale)
+        layer._derived_weight_cache_error = REQUANTISED
+        _keep(layer, "ops_weight", ops.Linear(quantized.codes, quantized.scale))
     elif weight.dtype == FP8:
         if scale.dim() == 1 and scale.numel() == len(layer.logical_widths):
             scale = scale.repeat_interleave(torch.tensor(layer.logical_widths, device=scale.device))
         elif scale.dim() == 2 and scale.shape[-1] == 1 and _block_size(layer) is None:
             scale = scale.squeeze(-1)
-        layer.ops_weight = ops.Linear(weight, scale.contiguous(), _static_scale(layer, "input_scale"))
+        _keep(layer, "ops_weight", ops.Linear(weight, scale.contiguous(), _static_scale(layer, "input_scale")))
     else:
-        layer.ops_weight = ops.Linear(weight)
+        _keep(layer, "ops_weight", ops.Linear(weight))
 
 
 def _keep_experts(layer: FusedMoE) -> None:
+    if getattr(layer, "_derived_weight_cache_error", None):
+        return
     for name in ("w13", "w2"):
         weight = getattr(layer, f"{name}_weight").data
         scale = _parameter(layer, f"{name}_weight_scale", f"{name}_weight_scale_inv")
@@ -86,6 +95,7 @@ def _keep_experts(layer: FusedMoE) -> None:
                 quantized = ops.quantize_per_token(weight[expert])
                 codes[expert], scale[expert] = quantized.codes, quantized.scale
             setattr(layer, f"{name}_weight", nn.Parameter(codes, requires_grad=False))
+            layer._derived_weight_cache_error = REQUANTISED
             linear = ops.Linear(codes, scale)
         elif weight.dtype == FP8:
             if name == "w13" and scale.dim() == 2 and scale.shape[1] == 2:
@@ -95,7 +105,18 @@ def _keep_experts(layer: FusedMoE) -> None:
             linear = ops.Linear(weight, scale.contiguous(), _static_scale(layer, f"{name}_input_scale"))
         else:
             linear = ops.Linear(weight)
-        setattr(layer, f"ops_{name}", linear)
+        _keep(layer, f"ops_{name}", linear)
+
+
+def _keep(layer: nn.Module, name: str, linear: ops.Linear) -> None:
+    """Set layer.name. Weights that are loaded again are written where the first ones are, which CUDA graphs have recorded."""
+    kept = getattr(layer, name, None)
+    if kept is None:
+        setattr(layer, name, linear)
+        return
+    for old, new in ((kept.weight, linear.weight), (kept.scale, linear.scale), (kept.input_scale, linear.input_scale)):
+        if old is not None and old.data_ptr() != new.data_ptr():
+            old.copy_(new)
 
 
 def _apply(layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -131,4 +152,8 @@ def _static_scale(layer: nn.Module, name: str) -> Tensor | None:
 def _block_size(layer: nn.Module) -> list[int] | None:
     config = getattr(layer.quant_method, "quant_config", None)
     scheme = getattr(layer, "scheme", None)
-    return getattr(layer, "weight_block_size", None) or getattr(config, "weight_block_size", None) or getattr(scheme, "weight_block_size", None)
+    return (
+        getattr(layer, "weight_block_size", None)
+        or getattr(config, "weight_block_size", None)
+        or getattr(scheme, "weight_block_size", None)
+    )
