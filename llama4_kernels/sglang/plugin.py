@@ -25,6 +25,7 @@ def register() -> None:
         ("sglang.srt.model_loader.weight_utils.get_quant_config", _get_quant_config, HookType.AROUND),
         (f"{_RUNNER}.attention_backend_setup._build_full_attention_backend_from_str", _build_attention_backend, HookType.AROUND),
         (f"{_RUNNER}.weight_updater.WeightUpdater.update_weights_from_disk", _update_weights_from_disk, HookType.AROUND),
+        ("sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request", _check_request, HookType.AFTER),
         ("sglang.srt.model_executor.model_runner.adjust_config_with_unaligned_cpu_tp", _adjust_config_on_cpu, HookType.AROUND),
     ):
         HookRegistry.register(target, hook, kind)
@@ -109,6 +110,23 @@ def _update_weights_from_disk(original, updater, model_path, *args, **kwargs):
     if not is_updated:
         config.model_path = served
     return is_updated, message
+
+
+def _check_request(result, manager, request, input_ids) -> None:
+    config = manager.model_config
+    if not is_ours(config):
+        return
+    from llama4_kernels.sglang.request_checks import check_request
+
+    token_id = getattr(config.hf_config, "image_token_index", None) if manager.mm_processor else None
+    check_request(
+        request,
+        input_ids,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        image_token_id=token_id,
+        image_token=manager.tokenizer.convert_ids_to_tokens(token_id) if manager.tokenizer is not None and token_id is not None else None,
+    )
 
 
 def _adjust_config_on_cpu(original, model_config, load_config, tp_size):

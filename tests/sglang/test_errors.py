@@ -12,6 +12,7 @@ from engine import ask, assert_agrees, llama4_server, prompt
 from safetensors.torch import load_file, save_file
 from transformers import Llama4TextConfig
 
+from llama4_kernels.cli.checkpoint import VOCABULARY
 from llama4_kernels.cli.server import ServerError
 from llama4_kernels.sglang.config import check_sharding
 
@@ -21,8 +22,14 @@ def test_bad_requests_are_refused(make, oracle, tmp_path):
     with llama4_server(path, log=tmp_path / "log") as server:
         for body in (
             {"input_ids": prompt(2000)},
+            {"input_ids": [5, VOCABULARY]},
+            {"input_ids": [prompt(4), [-1]]},
+            {"text": ""},
             {"text": 7},
             {"input_ids": prompt(4), "sampling_params": {"temperature": -1}},
+            {"input_ids": prompt(4), "sampling_params": {"stop_regex": "("}},
+            {"input_ids": prompt(4), "return_logprob": True, "logprob_start_len": -7},
+            {"input_ids": prompt(4), "return_logprob": True, "top_logprobs_num": 10000},
             {},
         ):
             assert 400 <= requests.post(f"{server.url}/generate", json=body, timeout=60).status_code < 500
