@@ -131,10 +131,10 @@ def _apply(layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _is_quantised_at_load(layer: nn.Module, weight: Tensor) -> bool:
     """Whether the server was started with --quantization fp8 on a checkpoint that is not fp8; TypeError for formats not supported."""
-    method = layer.quant_method
     if weight.dtype not in DTYPES:
-        raise TypeError(f"llama4_kernels serves bf16, fp32 and fp8 weights, {type(method).__name__} holds {weight.dtype}")
-    config = getattr(method, "quant_config", None)
+        holds = str(weight.dtype).removeprefix("torch.")
+        raise TypeError(f"llama4_kernels serves bf16, fp32 and fp8 weights, these are {holds}, needs --dtype bfloat16 or float32")
+    config = getattr(layer.quant_method, "quant_config", None)
     return weight.dtype != FP8 and config is not None
 
 

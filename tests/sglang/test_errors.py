@@ -38,9 +38,9 @@ def test_bad_requests_are_refused(make, oracle, tmp_path):
         assert_agrees(ask(server, prompt(70)), oracle(path))
 
 
-def start_error(path, tmp_path) -> str:
+def start_error(path, tmp_path, dtype="float32") -> str:
     log = tmp_path / "log"
-    with pytest.raises(ServerError, match="ended with exit code"), llama4_server(path, log=log):
+    with pytest.raises(ServerError, match="ended with exit code"), llama4_server(path, log=log, dtype=dtype):
         pass
     return log.read_text(errors="replace")
 
@@ -51,6 +51,10 @@ def test_a_model_that_is_not_llama_4(make, tmp_path):
     (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1, "intermediate_size": 64, "num_key_value_heads": 2}))
     lines = [line for line in start_error(path, tmp_path).splitlines() if line.startswith("ValueError: --model-impl llama4_kernels")]
     assert lines and "Llama 4" in lines[0] and "LlamaForCausalLM" in lines[0]
+
+
+def test_float16_which_sglang_makes_of_float32_weights(make, tmp_path):
+    assert "these are float16, needs --dtype bfloat16 or float32" in start_error(make("scout"), tmp_path, dtype="auto")
 
 
 def test_a_checkpoint_that_lacks_a_tensor(make, tmp_path):
