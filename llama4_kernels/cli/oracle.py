@@ -1,6 +1,6 @@
 """What transformers computes for the same tokens: the reference that a served model is compared with.
 
-Everything is float32 with eager attention, one sequence at a time and without a cache, so that no optimisation of the oracle can share a
+Everything is float32, where not asked otherwise, with eager attention, one sequence at a time and without a cache, so that no optimisation of the oracle can share a
 mistake with the engine.
 
 An FP8 checkpoint has two oracles. `Oracle(dequantised)` holds the weights codes * scale and leaves activations alone. With
@@ -30,13 +30,14 @@ BLOCK = 128
 
 
 class Oracle:
-    """transformers on the checkpoint in the folder `path`, float32, on the CPU.
+    """transformers on the checkpoint in the folder `path`, on the CPU.
 
     path: a full-precision checkpoint.
     quantise_activations: the FP8 checkpoint that `path` was dequantised from, to round activations as it asks; None to leave them alone.
+    dtype: what it computes in.
     """
 
-    def __init__(self, path: str | Path, quantise_activations: str | Path | None = None):
+    def __init__(self, path: str | Path, quantise_activations: str | Path | None = None, dtype: torch.dtype = torch.float32):
         import transformers
 
         transformers.logging.set_verbosity_error()
@@ -44,7 +45,7 @@ class Oracle:
         self.path = Path(path)
         self.config = json.loads((self.path / "config.json").read_text())
         kind = getattr(transformers, self.config["architectures"][0])
-        self.model = kind.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+        self.model = kind.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
         if quantise_activations is not None:
             _quantise_activations(self.model, load_weights(quantise_activations))
 
@@ -54,7 +55,7 @@ class Oracle:
 
         image: what the processor returns beside input_ids, such as pixel_values.
         """
-        logprobs = self.model(input_ids=torch.tensor([ids]), use_cache=False, **image).logits[0, :-1].log_softmax(-1)
+        logprobs = self.model(input_ids=torch.tensor([ids]), use_cache=False, **image).logits[0, :-1].float().log_softmax(-1)
         return logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0], logprobs.argmax(-1)
 
     @torch.inference_mode()

@@ -37,15 +37,15 @@ def adapt_quant_config(quant_config: QuantizationConfig) -> None:
 
 
 def adopt(model: nn.Module) -> None:
-    """Have the experts, the shared experts and, where there is no GPU for SGLang's own kernels, every fp8 linear layer keep their
-    weights as ops.Linear when SGLang has loaded them."""
+    """Have routers, experts, shared experts and, where there is no GPU for SGLang's own kernels, every fp8 linear layer keep their weights
+    as ops.Linear when SGLang has loaded them, and not as SGLang's kernels want them."""
     for name, layer in model.named_modules():
         if isinstance(layer, FusedMoE):
             layer.quant_method.process_weights_after_loading = _keep_experts
         elif isinstance(layer, LinearBase):
-            is_shared = "shared_expert" in name.split(".")
+            is_read_by_moe = not {"router", "shared_expert"}.isdisjoint(name.split("."))
             is_plain = isinstance(layer.quant_method, UnquantizedLinearMethod)
-            if is_shared or not (is_plain or torch.cuda.is_available()):
+            if is_read_by_moe or not (is_plain or torch.cuda.is_available()):
                 layer.quant_method.process_weights_after_loading = _keep_linear
             if not (is_plain or torch.cuda.is_available()):
                 layer.quant_method.apply = _apply
@@ -54,7 +54,7 @@ def adopt(model: nn.Module) -> None:
 def moe_weights(router: LinearBase, experts: FusedMoE, shared_expert: LlamaMLP) -> ops.MoEWeights:
     """The weights of an MoE layer whose parts were adopted and loaded."""
     return ops.MoEWeights(
-        router=router.weight,
+        router=router.ops_weight.weight,
         w13=experts.ops_w13,
         w2=experts.ops_w2,
         shared_w13=shared_expert.gate_up_proj.ops_weight,

@@ -1,10 +1,13 @@
-"""The served model against transformers in float32: lengths around the chunk, prefixes, batches, page sizes, pools, configs, TP."""
+"""The served model against transformers: lengths around the chunk, prefixes, batches, page sizes, pools, configs, TP."""
 
 import re
 
 import engine_standins
 import pytest
-from engine import LENGTHS, NEW_TOKENS, ask, ask_at_once, assert_agrees, llama4_server, prompt
+import torch
+from engine import LENGTHS, NEW_TOKENS, ask, ask_at_once, assert_agrees, difference, llama4_server, prompt
+
+from llama4_kernels.cli.oracle import Oracle
 
 CHUNK = 64
 
@@ -41,6 +44,20 @@ def test_scout_with_pages_of_16_and_mixed_batches(make, oracle, tmp_path):
     flags = ("--page-size=16", "--chunked-prefill-size=48", "--enable-mixed-chunk")
     with llama4_server(path, *flags, log=tmp_path / "log") as server:
         check_all(server, oracle(path))
+
+
+@pytest.mark.parametrize("like", ["scout", "maverick"])
+def test_bfloat16_is_no_further_from_float32_than_transformers(like, make, oracle, tmp_path):
+    """Of all tokens the median and the error that one in ten exceeds; a near tie of two experts may go either way."""
+    path = make(like, dtype="bfloat16")
+    rounded = Oracle(path, dtype=torch.bfloat16)
+    with llama4_server(path, log=tmp_path / "log", dtype="bfloat16") as server:
+        answers = [ask(server, prompt(length)) for length in LENGTHS]
+    errors = torch.cat([difference(answer, oracle(path)) for answer in answers])
+    theirs = torch.cat(
+        [(rounded.logprobs(ids)[0] - oracle(path).logprobs(ids)[0]).abs() for ids in (a.prompt + a.generated for a in answers)]
+    )
+    assert (errors.quantile(torch.tensor([0.5, 0.9])) <= theirs.quantile(torch.tensor([0.5, 0.9]))).all()
 
 
 def test_a_pool_so_small_that_slots_are_used_again(make, oracle, tmp_path):
