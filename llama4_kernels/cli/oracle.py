@@ -129,10 +129,10 @@ def _round(x: Tensor, scale: Tensor | None, per_block: bool = False) -> Tensor:
     if scale is not None:
         return _round_to(x, scale)
     if not per_block:
-        return _round_to(x, x.abs().amax(-1, keepdim=True) / E4M3_MAX)
+        return _round_to(x, x.float().abs().amax(-1, keepdim=True) / E4M3_MAX)
     return torch.cat([_round(block, None) for block in x.split(BLOCK, dim=-1)], dim=-1)
 
 
 def _round_to(x: Tensor, scale: Tensor) -> Tensor:
-    codes = torch.where(scale == 0, 0.0, x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return codes.float() * scale
+    codes = torch.where(scale == 0, 0.0, x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return (codes.float() * scale).to(x.dtype)

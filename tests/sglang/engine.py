@@ -91,6 +91,13 @@ def difference(answer: Answer, oracle: Oracle) -> torch.Tensor:
     return (answer.logprobs - want[len(want) - len(answer.logprobs) :]).abs()
 
 
+def differences(answers: list[Answer], oracle: Oracle, rounded: Oracle) -> tuple[torch.Tensor, torch.Tensor]:
+    """|Δlogprob| to `oracle` of each token: of the answers, and of `rounded`, the same in another dtype."""
+    texts = [answer.prompt + answer.generated for answer in answers]
+    theirs = [(rounded.logprobs(ids)[0] - oracle.logprobs(ids)[0]).abs() for ids in texts]
+    return torch.cat([difference(answer, oracle) for answer in answers]), torch.cat(theirs)
+
+
 def assert_agrees(answer: Answer, oracle: Oracle) -> None:
     """Every logprob within TOLERANCE of transformers', and every generated token its most likely one."""
     _, best = oracle.logprobs(answer.prompt + answer.generated)

@@ -9,7 +9,7 @@ import statistics
 
 import pytest
 import torch
-from engine import LENGTHS, TOLERANCE, ask, difference, llama4_server, prompt
+from engine import LENGTHS, TOLERANCE, ask, difference, differences, llama4_server, prompt
 
 from llama4_kernels.cli import checkpoint
 from llama4_kernels.cli.oracle import Oracle, rounding_bound
@@ -45,6 +45,18 @@ def test_checkpoint(like, form, attention, tp, make, tmp_path):
     full = checkpoint.dequantised(path, tmp_path / "full")
     with llama4_server(path, log=tmp_path / "log", tp=tp) as server:
         check(server, full, path)
+
+
+@pytest.mark.parametrize("like, form, attention", [("maverick", "redhat", True), ("scout", "modelopt", False)])
+def test_checkpoint_in_bfloat16(like, form, attention, make, tmp_path):
+    """As far from the oracle as the oracle in bf16 is, whose rounding moves codes of e4m3."""
+    path = make(like, fp8=form, fp8_attention=attention, intermediate_size=256, dtype="bfloat16")
+    full = checkpoint.dequantised(path, tmp_path / "full")
+    exact, rounded = Oracle(full, quantise_activations=path), Oracle(full, quantise_activations=path, dtype=torch.bfloat16)
+    with llama4_server(path, log=tmp_path / "log", dtype="bfloat16") as server:
+        answers = [ask(server, prompt(length)) for length in LENGTHS]
+    errors, theirs = differences(answers, exact, rounded)
+    assert errors.median() <= 1.25 * theirs.median()
 
 
 def test_quantised_at_load(make, tmp_path):

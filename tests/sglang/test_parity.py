@@ -5,7 +5,7 @@ import re
 import engine_standins
 import pytest
 import torch
-from engine import LENGTHS, NEW_TOKENS, ask, ask_at_once, assert_agrees, difference, llama4_server, prompt
+from engine import LENGTHS, NEW_TOKENS, ask, ask_at_once, assert_agrees, differences, llama4_server, prompt
 
 from llama4_kernels.cli.oracle import Oracle
 
@@ -53,10 +53,7 @@ def test_bfloat16_is_no_further_from_float32_than_transformers(like, make, oracl
     rounded = Oracle(path, dtype=torch.bfloat16)
     with llama4_server(path, log=tmp_path / "log", dtype="bfloat16") as server:
         answers = [ask(server, prompt(length)) for length in LENGTHS]
-    errors = torch.cat([difference(answer, oracle(path)) for answer in answers])
-    theirs = torch.cat(
-        [(rounded.logprobs(ids)[0] - oracle(path).logprobs(ids)[0]).abs() for ids in (a.prompt + a.generated for a in answers)]
-    )
+    errors, theirs = differences(answers, oracle(path), rounded)
     assert (errors.quantile(torch.tensor([0.5, 0.9])) <= theirs.quantile(torch.tensor([0.5, 0.9]))).all()
 
 
