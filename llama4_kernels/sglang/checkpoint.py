@@ -37,6 +37,7 @@ class CheckedWeights:
         self._weights = weights
         self._path = getattr(config, "_name_or_path", "")
         self._shapes = expected_shapes(config.get_text_config())
+        self._is_tied = config.get_text_config().tie_word_embeddings
         self._complete = complete
         self._has_kv_scales = has_kv_scales
 
@@ -44,6 +45,7 @@ class CheckedWeights:
         missing = set(self._shapes)
         scales: set[str] = set()
         fp8: set[str] = set()
+        tied: dict[str, Tensor] = {}
         for name, tensor in self._read():
             self.current = name
             if _KV_SCALE.search(name):
@@ -55,6 +57,12 @@ class CheckedWeights:
             elif tensor.dtype == torch.float8_e4m3fn:
                 fp8.add(name.removesuffix(".weight"))
             match = _LAYER_TENSOR.match(name)
+            if match and self._is_tied and (match[1] or match[2]) in ("embed_tokens.weight", "lm_head.weight"):
+                tied[name] = tensor
+                if not all(torch.equal(tensor, other) for other in tied.values()):
+                    raise CheckpointError(f"checkpoint tensors {' and '.join(tied)} differ, config.json has tie_word_embeddings")
+                if match[2]:
+                    continue
             if match:
                 for part, shape in _parts(match[1] or match[2], tuple(tensor.shape)):
                     if shape != self._shapes.get(part, shape if "scale" in part else None):

@@ -57,6 +57,16 @@ def test_the_tensor_is_named(change, message, make):
     assert message in str(error.value)
 
 
+def test_a_head_that_is_the_embedding_again(make):
+    path = make("scout", tie_word_embeddings=True)
+    tensors = load_file(path / "model.safetensors")
+    embedding = next(name for name in tensors if name.endswith("embed_tokens.weight"))
+    head = next(name for name in tensors if name.endswith("lm_head.weight"))
+    assert read(path, tensors | {head: tensors[embedding].clone()}).keys() == tensors.keys() - {head}
+    with pytest.raises(CheckpointError, match=f"{head}.* differ, config.json has tie_word_embeddings"):
+        read(path, tensors)
+
+
 def test_part_of_a_checkpoint_is_enough_for_an_update(make):
     path = make("scout")
     tensors = {UP: load_file(path / "model.safetensors")[UP]}
