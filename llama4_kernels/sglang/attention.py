@@ -92,6 +92,15 @@ class Llama4AttentionBackend(AttentionBackend):
         """Every layer reads req_to_token and the SWA mapping as they are, so the scheduler may change them when the last one is done."""
         return SharedReadEnds.POST_REPLAY if fm.is_decode() or fm.is_target_verify() else SharedReadEnds.UNKNOWN
 
+    def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
+        if in_capture:
+            self.on_after_cuda_graph_warmup()
+
+    def on_after_cuda_graph_warmup(self) -> None:
+        """Have the capture that follows record its own metadata, from static buffers that replays refill. SGLang asks for it in a graph of
+        decode or verification; in a prefill graph of one piece the first layer does."""
+        self.forward_metadata = None
+
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
         seq_lens = forward_batch.seq_lens
         if forward_batch.forward_mode.is_decode_or_idle():
@@ -119,6 +128,8 @@ class Llama4AttentionBackend(AttentionBackend):
         chunk_size: int | None,
     ) -> Tensor:
         """Attention of q [T, num_heads, head_dim] over the cache, which ops.rope_qk_norm has written: [T, num_heads · head_dim]."""
+        if self.forward_metadata is None:
+            self.init_forward_metadata_in_graph(forward_batch)
         cache = layer_cache(self.token_to_kv_pool, layer)
         out = ops.chunked_attention(
             q.view(-1, layer.tp_q_head_num, layer.head_dim),

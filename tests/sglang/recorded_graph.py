@@ -44,7 +44,7 @@ class Recorder(TorchDispatchMode):
 
 
 class RecordedGraphs(BaseCudaGraphBackend):
-    def __init__(self, runner):
+    def __init__(self, runner, **options):
         self.recorders, self.outputs = {}, {}
 
     @contextlib.contextmanager
@@ -120,10 +120,12 @@ def install() -> list[tuple]:
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
     from sglang.srt.model_executor.runner import decode_cuda_graph_runner, prefill_cuda_graph_runner
     from sglang.srt.model_executor.runner_backend import breakable_cuda_graph_backend
+    from sglang.srt.model_executor.runner_backend import utils as runner_backend_utils
     from sglang.srt.platforms import current_platform
     from sglang.srt.speculative import eagle_worker_v2
 
     decode_cuda_graph_runner.resolve_decode_backend = RecordedGraphs
+    prefill_cuda_graph_runner.FullCudaGraphBackend = runner_backend_utils.FullCudaGraphBackend = RecordedGraphs
     for runner in (decode_cuda_graph_runner, prefill_cuda_graph_runner):
         runner.graph_capture = lambda stream: contextlib.nullcontext(SimpleNamespace(stream=None))
         runner.get_or_create_global_graph_capture_stream = lambda: None

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import engine_standins
+import pytest
 import torch
 from engine import Answer, Server, ask, ask_at_once, assert_agrees, llama4_server, prompt
 from recorded_graph import REPLAYED, REPLAYED_SEGMENTS
@@ -111,14 +112,18 @@ def test_verification_in_graphs_with_pages_of_16(make, oracle, tmp_path):
     assert all(REPLAYED.format(mode="TARGET_VERIFY", requests=requests, size=size) in log for requests, size in ((1, 1), (3, 4), (7, 8)))
 
 
-def test_prefill_and_decode_in_graphs(make, oracle, tmp_path):
-    """Prefill in graphs with a break at every attention, as SGLang has it on GPUs."""
+@pytest.mark.parametrize("prefill, replayed", [
+    ("breakable", REPLAYED_SEGMENTS.format(breaks=SHARED["num_hidden_layers"])),
+    ("full", REPLAYED.format(mode="EXTEND", requests=1, size=160)),
+])  # fmt: skip
+def test_prefill_and_decode_in_graphs(prefill, replayed, make, oracle, tmp_path):
+    """Prefill in graphs with a break at every attention, as SGLang has it on GPUs, or in one piece."""
     path, folder = make("scout"), tmp_path / "standins"
     flags = (
-        "--attention-backend=triton",
+        "--attention-backend=fa3",
         "--cuda-graph-backend-decode=full",
         *("--cuda-graph-bs-decode", "1", "4", "8"),
-        "--cuda-graph-backend-prefill=breakable",
+        f"--cuda-graph-backend-prefill={prefill}",
         *("--cuda-graph-bs-prefill", "64", "160"),
         "--chunked-prefill-size=160",
     )
@@ -129,8 +134,9 @@ def test_prefill_and_decode_in_graphs(make, oracle, tmp_path):
         again = ask(server, prompt(LENGTHS[-1], seed=4), whole=False)
         assert again.cached_tokens > CHUNK
         assert_agrees(again, oracle(path))
+        assert_agrees(ask(server, prompt(CHUNK + 9, seed=5)), oracle(path))
         log = server.log.read_text()
-    assert REPLAYED_SEGMENTS.format(breaks=SHARED["num_hidden_layers"]) in log
+    assert replayed in log
     assert all(REPLAYED.format(mode="DECODE", requests=requests, size=size) in log for requests, size in ((1, 1), (7, 8)))
 
 
