@@ -39,7 +39,9 @@ class Recorder(TorchDispatchMode):
     def replay(self) -> None:
         for op, args, kwargs, recorded in self.calls:
             for old, new in zip(tree_leaves(recorded), tree_leaves(op(*args, **kwargs))):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                if hasattr(new, "wait"):  # a collective under way
+                    new.wait()
+                elif isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
 

@@ -112,12 +112,12 @@ def test_verification_in_graphs_with_pages_of_16(make, oracle, tmp_path):
     assert all(REPLAYED.format(mode="TARGET_VERIFY", requests=requests, size=size) in log for requests, size in ((1, 1), (3, 4), (7, 8)))
 
 
-@pytest.mark.parametrize("prefill, replayed", [
-    ("breakable", REPLAYED_SEGMENTS.format(breaks=SHARED["num_hidden_layers"])),
-    ("full", REPLAYED.format(mode="EXTEND", requests=1, size=160)),
+@pytest.mark.parametrize("prefill, tp, replayed", [
+    ("breakable", 1, REPLAYED_SEGMENTS.format(breaks=SHARED["num_hidden_layers"])),
+    ("full", 2, REPLAYED.format(mode="EXTEND", requests=1, size=160)),
 ])  # fmt: skip
-def test_prefill_and_decode_in_graphs(prefill, replayed, make, oracle, tmp_path):
-    """Prefill in graphs with a break at every attention, as SGLang has it on GPUs, or in one piece."""
+def test_prefill_and_decode_in_graphs(prefill, tp, replayed, make, oracle, tmp_path):
+    """Prefill in graphs with a break at every attention, as SGLang has it on GPUs, or in one piece, and with two ranks."""
     path, folder = make("scout"), tmp_path / "standins"
     flags = (
         "--attention-backend=fa3",
@@ -127,7 +127,8 @@ def test_prefill_and_decode_in_graphs(prefill, replayed, make, oracle, tmp_path)
         *("--cuda-graph-bs-prefill", "64", "160"),
         "--chunked-prefill-size=160",
     )
-    with llama4_server(path, *flags, log=tmp_path / "log", environment=engine_standins.environment(folder), fresh=True) as server:
+    environment = engine_standins.environment(folder)
+    with llama4_server(path, *flags, log=tmp_path / "log", tp=tp, environment=environment, fresh=True) as server:
         assert engine_standins.INSTALLED in server.log.read_text()
         for answer in ask_at_once(server, [prompt(length, seed=4) for length in LENGTHS]):
             assert_agrees(answer, oracle(path))
