@@ -15,6 +15,9 @@ KV_CACHE_DTYPES = ("auto", "bf16", "bfloat16", "fp8_e4m3")
 # Others have SGLang store w13 with up before gate, transposed or padded.
 MOE_RUNNER_BACKENDS = ("auto", "triton")
 
+# Others write into parameters when what is derived from them has been made: scales per channel, weights quantised at load.
+LOAD_FORMATS = ("auto", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "mistral", "pt", "npcache", "dummy")
+
 
 def check_server() -> None:
     """ValueError where this process's server, as SGLang has resolved its flags, is asked for a mode that the model does not have."""
@@ -47,6 +50,7 @@ def check_server() -> None:
             "answers without them: which experts a token took is not kept",
         ),
         (get_lora().enable_lora, "--enable-lora", "weights without adapters: the MoE layer reads those of its experts itself"),
+        (model.load_format not in LOAD_FORMATS, f"--load-format {model.load_format}", " or ".join(LOAD_FORMATS)),
         (model.is_embedding, "--is-embedding", "a model with a pooling layer"),
         (get_memory().enable_unified_memory, "--enable-unified-memory", "K and V of a layer in one piece, at the slots of the page table"),
         (model.kv_cache_dtype not in KV_CACHE_DTYPES, f"--kv-cache-dtype {model.kv_cache_dtype}", " or ".join(KV_CACHE_DTYPES)),

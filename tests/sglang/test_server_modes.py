@@ -12,7 +12,7 @@ PLAIN = SimpleNamespace(
     parallel=SimpleNamespace(
         tp_size=2, moe_ep_size=1, pp_size=1, attn_cp_size=1, attn_dcp_size=1, moe_dp_size=1, dwdp_size=1, moe_dense_tp_size=None
     ),
-    model=SimpleNamespace(is_embedding=False, kv_cache_dtype="auto"),
+    model=SimpleNamespace(is_embedding=False, kv_cache_dtype="auto", load_format="auto"),
     spec=SimpleNamespace(speculative_algorithm=None, speculative_eagle_topk=None),
     lora=SimpleNamespace(enable_lora=None),
     memory=SimpleNamespace(enable_unified_memory=False),
@@ -65,6 +65,7 @@ def test_what_the_model_serves(monkeypatch, changes):
     ({"features": {"enable_return_routed_experts": True}}, "--enable-return-routed-experts, needs answers without"),
     ({"memory": {"enable_unified_memory": True}}, "--enable-unified-memory, needs K and V of a layer in one piece"),
     ({"lora": {"enable_lora": True}}, "--enable-lora, needs weights without adapters"),
+    ({"model": {"load_format": "sharded_state"}}, "--load-format sharded_state, needs auto or safetensors or"),
     ({"model": {"is_embedding": True}}, "--is-embedding, needs a model with a pooling layer"),
     ({"model": {"kv_cache_dtype": "fp8_e5m2"}}, "--kv-cache-dtype fp8_e5m2, needs auto or bf16 or bfloat16 or fp8_e4m3"),
     ({"model": {"kv_cache_dtype": "mxfp8"}}, "--kv-cache-dtype mxfp8, needs auto"),
