@@ -128,7 +128,7 @@ def test_prefill_and_decode_in_graphs(prefill, tp, replayed, make, oracle, tmp_p
         "--chunked-prefill-size=160",
     )
     environment = engine_standins.environment(folder)
-    with llama4_server(path, *flags, log=tmp_path / "log", tp=tp, environment=environment, fresh=True) as server:
+    with llama4_server(path, *flags, log=tmp_path / "log", tp=tp, environment=environment) as server:
         assert engine_standins.INSTALLED in server.log.read_text()
         for answer in ask_at_once(server, [prompt(length, seed=4) for length in LENGTHS]):
             assert_agrees(answer, oracle(path))

@@ -52,7 +52,7 @@ def test_fp8_weights_from_a_disk_under_graphs(make, tmp_path):
         wanted = answers(server)
     flags = ("--attention-backend=triton", "--cuda-graph-backend-decode=full", "--cuda-graph-bs-decode", "1")
     environment = engine_standins.environment(tmp_path / "standins")
-    with llama4_server(path, *flags, log=tmp_path / "log", environment=environment, fresh=True) as server:
+    with llama4_server(path, *flags, log=tmp_path / "log", environment=environment) as server:
         assert update(server, other)[0] == 200
         assert_same(answers(server), wanted)
         assert REPLAYED.format(mode="DECODE", requests=1, size=1) in server.log.read_text()
