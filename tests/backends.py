@@ -114,7 +114,7 @@ def sums_in_short(backend: str, weight: Linear) -> bool:
 
 def sum_error(in_short: bool) -> float:
     """Of a sum, over that of its terms' magnitudes."""
-    return 2.0**-10 if in_short else 2.0**-18
+    return 2.0**-11 if in_short else 2.0**-18
 
 
 def assert_product(got: Tensor, a: Tensor, b: Tensor, in_short: bool) -> None:

@@ -1,7 +1,7 @@
 """What transformers computes for the same tokens: the reference that a served model is compared with.
 
-Everything is float32, where not asked otherwise, with eager attention, one sequence at a time and without a cache, so that no optimisation of the oracle can share a
-mistake with the engine.
+Everything is float32, where not asked otherwise, with eager attention, one sequence at a time and without a cache, so that no optimisation
+of the oracle can share a mistake with the engine.
 
 An FP8 checkpoint has two oracles. `Oracle(dequantised)` holds the weights codes * scale and leaves activations alone. With
 `quantise_activations=fp8_path` it also rounds the inputs of every quantised layer to e4m3, by the formulas that the ops document, written

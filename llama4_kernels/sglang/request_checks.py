@@ -1,5 +1,5 @@
-"""Requests that SGLang 0.5.23 takes and that then end the server, with all that it computes. They are refused where SGLang validates
-requests, so that the answer is status 400 and the others go on."""
+"""Requests that SGLang 0.5.23 takes and that then end the server, with all that it computes, or are answered with status 500. They are
+refused where SGLang validates requests, so that the answer is status 400 and the others go on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def check_request(
 
     request: SGLang's GenerateReqInput of one prompt.
     input_ids: its tokens, those of its images included; None where it came as embeddings.
-    image_token_id, image_token: the token that stands for a part of an image, in input_ids and in text; None where the model sees no images.
+    image_token_id, image_token: what stands for a part of an image, in input_ids and in text; None where the model sees no images.
     """
     if request.input_embeds is not None:
         for row in request.input_embeds:

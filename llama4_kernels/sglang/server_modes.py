@@ -15,7 +15,8 @@ KV_CACHE_DTYPES = ("auto", "bf16", "bfloat16", "fp8_e4m3")
 # Others have SGLang store w13 with up before gate, transposed or padded.
 MOE_RUNNER_BACKENDS = ("auto", "triton")
 
-# Others write into parameters when what is derived from them has been made: scales per channel, weights quantised at load.
+# Those that give the model tensor by tensor, or none. Others write into parameters when what is derived from them has been made, scales per
+# channel or weights quantised at load, or have never been seen to work.
 LOAD_FORMATS = ("auto", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "mistral", "pt", "npcache", "dummy")
 
 
