@@ -49,7 +49,7 @@ def test_checkpoint(like, form, attention, tp, make, tmp_path):
 
 @pytest.mark.parametrize("like, form, attention", [("maverick", "redhat", True), ("scout", "modelopt", False)])
 def test_checkpoint_in_bfloat16(like, form, attention, make, tmp_path):
-    """About as far from the oracle as the oracle in bf16 is, whose rounding moves codes of e4m3: a coarse check, test_checkpoint is sharper."""
+    """About as far from the oracle as the oracle in bf16, whose rounding moves codes: a coarse check, test_checkpoint is sharper."""
     path = make(like, fp8=form, fp8_attention=attention, intermediate_size=256, dtype="bfloat16")
     full = checkpoint.dequantised(path, tmp_path / "full")
     exact, rounded = Oracle(full, quantise_activations=path), Oracle(full, quantise_activations=path, dtype=torch.bfloat16)
