@@ -3,7 +3,8 @@
 # network and without SGLang. Results go to OUT_DIR: a log per step, JUnit XML of tests, JSON of benchmarks, and summary.json.
 #
 # usage: scripts/gpu_check.sh OUT_DIR
-# PYTHON: the interpreter (python3). STEP_SECONDS, FILE_SECONDS: the most that a step may take (600), and the tests of a file (120).
+# PYTHON: the interpreter (python3). STEP_SECONDS, FILE_SECONDS, TEST_SECONDS: the most that a step may take (600), the tests of a file where
+# files run one by one (120), and a test (60). JOBS: tests at a time (8).
 # PEERS: folder of rivals' packages, to measure them.
 # STEPS: the steps to run where time is short, say "build tests"; what an earlier run built in OUT_DIR is used again without "build".
 #
@@ -12,7 +13,7 @@
 set -uo pipefail
 
 if [ $# -ne 1 ]; then
-    sed -n '5,8s/^# //p' "$0" >&2
+    sed -n '5,9s/^# //p' "$0" >&2
     exit 2
 fi
 mkdir -p "$1"
@@ -22,6 +23,8 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 step_seconds=${STEP_SECONDS:-600}
 file_seconds=${FILE_SECONDS:-120}
+test_seconds=${TEST_SECONDS:-60}
+jobs=${JOBS:-8}
 installed=$out/site-packages
 export PYTHONPATH=$installed${PYTHONPATH:+:$PYTHONPATH}
 : > "$out/steps.tsv"
@@ -47,7 +50,7 @@ step() { # name, command...
         return
     fi
     echo "== $name: $*"
-    timeout --kill-after=10 "$step_seconds" "$@" > "$log" 2>&1
+    timeout --signal=INT --kill-after=10 "$step_seconds" "$@" > "$log" 2>&1
     code=$?
     note=$(grep -v '^[[:space:]]*$' "$log" | tail -n 1 | tr '\t' ' ' | cut -c1-100)
     case $code in
@@ -87,13 +90,19 @@ step package "${pytest[@]}" --junitxml "$out/package.xml" tests/test_package.py
 if [ -n "$no_gpu" ]; then
     for name in tests memcheck racecheck benchmarks calibration rivals; do skip "$name" "$no_gpu"; done
 else
-    # A process for each file: a kernel that hangs or faults takes no other file's tests along.
-    rm -f "$out/tests-list.log"
-    step tests-list "${pytest[@]}" -m gpu --collect-only -q tests
-    for file in $(sed -n 's/^\(tests[^:]*\)::.*/\1/p' "$out/tests-list.log" 2> /dev/null | uniq); do
-        name=tests-$(basename "$file" .py)
-        step_seconds=$file_seconds step "$name" "${pytest[@]}" -m gpu --junitxml "$out/$name.xml" "$file"
-    done
+    # Tests run side by side, each for TEST_SECONDS at most; one that hangs or faults ends its process, and another takes the tests left.
+    # Without the plugins for that there is a process for each file.
+    if "$python" -c 'import pytest_timeout, xdist' 2> /dev/null; then
+        workers=(-n "$jobs" --dist worksteal --timeout "$test_seconds" --timeout-method thread)
+        step tests env OMP_NUM_THREADS=2 "${pytest[@]}" -m gpu "${workers[@]}" --junitxml "$out/tests.xml" tests
+    else
+        rm -f "$out/tests-list.log"
+        step tests-list "${pytest[@]}" -m gpu --collect-only -q tests
+        for file in $(sed -n 's/^\(tests[^:]*\)::.*/\1/p' "$out/tests-list.log" 2> /dev/null | uniq); do
+            name=tests-$(basename "$file" .py)
+            step_seconds=$file_seconds step "$name" "${pytest[@]}" -m gpu --junitxml "$out/$name.xml" "$file"
+        done
+    fi
     sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2> /dev/null || true)
     for tool in memcheck racecheck; do
         if [ -n "$sanitizer" ]; then

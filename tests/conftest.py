@@ -78,6 +78,15 @@ def pytest_runtest_setup():
     torch.manual_seed(0)
 
 
+def pytest_runtest_logfinish():
+    """A fault on the GPU fails all that this process does on it from then on: end a worker of xdist, which starts another."""
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where Triton kernels run in this process."""
