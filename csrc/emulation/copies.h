@@ -135,6 +135,7 @@ std::array<int64_t, 4> coordinates_of(const TensorMap& map, Site site, Coordinat
     std::array<int64_t, 4> at{};
     int i = 0;
     for (const int coordinate : {int(coordinates)...}) at[i++] = coordinate;
+    if (at[0] * map.element_bytes % 16) scheduler().fail(site, "misaligned copy: coordinate 0 is not a multiple of 16 bytes");
     return at;
 }
 
@@ -220,6 +221,8 @@ template <class... Coordinates>
 void tma_store(TensorMapAt map_at, const void* from, Coordinates... coordinates) {
     const TensorMap map = map_at.map;
     const auto at = emulation::coordinates_of(map, map_at.site, coordinates...);
+    if (std::any_of(at.begin(), at.end(), [](int64_t coordinate) { return coordinate < 0; }))
+        emulation::scheduler().fail(map_at.site, "a store with a negative coordinate");
     emulation::check_aligned(from, emulation::alignment(map), map_at.site, "the source");
     emulation::Block& block = *emulation::current().block;
     emulation::begin_store(

@@ -58,8 +58,8 @@ TensorMap make_tensor_map(const TensorShape<RANK>& shape) {
 
 __device__ inline void prefetch_tensor_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
 
-// Copy the box whose first element has these coordinates (dimension 0 first; they may lie out of bounds) to shared memory: 128-byte
-// aligned, or 8 spans of the swizzle. `barrier` gets the whole box's bytes.
+// Copy the box whose first element has these coordinates (dimension 0 first, a multiple of 16 bytes; they may lie out of bounds) to shared
+// memory: 128-byte aligned, or 8 spans of the swizzle. `barrier` gets the whole box's bytes.
 template <L2 HINT = L2::normal, class... Coordinates>
 __device__ inline void tma_load(void* to, const TensorMap& map, Barrier& barrier, Coordinates... coordinates) {
     static_assert(sizeof...(coordinates) >= 2 && sizeof...(coordinates) <= 4);
@@ -123,8 +123,8 @@ __device__ inline void tma_prefetch(const TensorMap& map, Coordinates... coordin
     }
 }
 
-// Copy a box from shared memory to the tensor, as part of this thread's open bulk group. Plain writes to `from` need a fence_async_proxy
-// first.
+// Copy a box from shared memory to the tensor, as part of this thread's open bulk group. The coordinates are tma_load's, but none may be
+// negative: the hardware takes that for an illegal instruction. Plain writes to `from` need a fence_async_proxy first.
 template <class... Coordinates>
 __device__ inline void tma_store(const TensorMap& map, const void* from, Coordinates... coordinates) {
     static_assert(sizeof...(coordinates) >= 2 && sizeof...(coordinates) <= 4);

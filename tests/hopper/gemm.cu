@@ -54,7 +54,8 @@ __device__ void load_tiles(SharedMemory& shared, const TensorMap& map_a, const T
         if (lane == 0) {
             const int tiles = has("more bytes expected than come") ? 3 : GATHER || has("fewer bytes expected than come") ? 1 : 2;
             shared.full[stage].arrive_expect(tiles * TILE_BYTES);
-            if (!GATHER) tma_load(shared.a[stage], map_a, shared.full[stage], step * BLOCK_K, blockIdx.y * TILE);
+            const int shift = has("a misaligned coordinate") ? 8 : 0;
+            if (!GATHER) tma_load(shared.a[stage], map_a, shared.full[stage], step * BLOCK_K + shift, blockIdx.y * TILE);
             uint8_t* to = shared.b[stage] + (has("a misaligned destination") ? 128 : has("a destination past the end") ? 20480 : 0);
             tma_load(to, map_b, shared.full[stage], step * BLOCK_K, blockIdx.x * TILE);
         }
@@ -99,7 +100,8 @@ __device__ inline void store(SharedMemory& shared, const TensorMap& map_c, const
                                                               : WARPGROUP;
     named_barrier_sync(1, threads);
     if (threadIdx.x == 0) {
-        tma_store(map_c, shared.c, blockIdx.x * TILE, blockIdx.y * TILE);
+        const int column = has("a store with a negative coordinate") ? -TILE : blockIdx.x * TILE;
+        tma_store(map_c, shared.c, column, blockIdx.y * TILE);
         bulk_commit();
         if (!has("a store that nobody waits for")) bulk_wait<0>();
     }

@@ -2,8 +2,7 @@
 
 The same checks run in the emulation, on CPU tensors, and on a Hopper GPU. On a host with one, from a script:
 
-    library = layouts.load(layouts.build_cuda())
-    failures = layouts.failures(library, torch.device("cuda"))      # [] or a line per layout that is otherwise
+    failures = layouts.failures(layouts.build_cuda(), torch.device("cuda"))      # [] or a line per layout that is otherwise
 """
 
 from __future__ import annotations
@@ -12,7 +11,9 @@ import ctypes
 import hashlib
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,8 @@ ROOT = Path(__file__).parents[2]
 SPANS = (16, 32, 64, 128)  # bytes, by the number of the swizzle
 COLUMNS = (*range(8, 65, 8), *range(80, 257, 16))
 K_BYTES = 32
+PROCESS_SECONDS = 30
+STARTED, FAILED = "started: ", "failed: "
 DTYPES = {1: torch.float8_e4m3fn, 2: torch.bfloat16}
 
 
@@ -32,6 +35,10 @@ DTYPES = {1: torch.float8_e4m3fn, 2: torch.bfloat16}
 class Case:
     name: str
     check: Callable[[ctypes.CDLL, torch.device], bool]
+
+    @property
+    def group(self) -> str:
+        return ", ".join(self.name.split(", ")[:2])
 
 
 def build_cuda() -> Path:
@@ -57,16 +64,16 @@ def load(library: Path) -> ctypes.CDLL:
 
 
 def cases() -> Iterator[Case]:
-    """Every layout, smallest first."""
-    for swizzle in range(4):
-        for element in (1, 2, 4):
-            for at in ((0, 0), (16 // element, 5), (-(16 // element), -3), (40, 20)):
-                where = f"{SPANS[swizzle]} byte rows, {element} byte elements, at {at}"
-                yield Case(f"TMA load, {where}", lambda library, device, s=swizzle, e=element, at=at: _load(library, device, s, e, at))
-                yield Case(
-                    f"multicast, {where}", lambda library, device, s=swizzle, e=element, at=at: _multicast(library, device, s, e, at)
-                )
-                yield Case(f"TMA store, {where}", lambda library, device, s=swizzle, e=element, at=at: _store(library, device, s, e, at))
+    """Every layout, group by group."""
+    for kind, check in (("TMA load", _load), ("multicast", _multicast), ("TMA store", _store)):
+        for swizzle in range(4):
+            for element in (1, 2, 4):
+                chunk = 16 // element
+                for at in ((0, 0), (chunk, 5), (-chunk, -3), (64 - chunk, 20)):
+                    if kind == "TMA store" and min(at) < 0:
+                        continue
+                    name = f"{kind}, {SPANS[swizzle]} byte rows, {element} byte elements, at {at}"
+                    yield Case(name, lambda library, device, c=check, s=swizzle, e=element, at=at: c(library, device, s, e, at))
     for transposed in (False, True):
         yield Case(f"ldmatrix and stmatrix, transposed: {transposed}", lambda library, device, t=transposed: _matrices(library, device, t))
     for element in DTYPES:
@@ -74,12 +81,67 @@ def cases() -> Iterator[Case]:
         for form in [*majors, *(f"r{major[1]}" for major in majors if major[0] == "k")]:
             for swizzle in range(4):
                 for n in COLUMNS if swizzle == 3 else (8, 64, 256):
-                    name = f"wgmma m64n{n}, {DTYPES[element]}, A {_SOURCES[form[0]]}, B {_SOURCES[form[1]]}, {SPANS[swizzle]} byte rows"
+                    operands = f"A {_SOURCES[form[0]]}, B {_SOURCES[form[1]]}, {SPANS[swizzle]} byte rows, m64n{n}"
+                    name = f"wgmma, {DTYPES[element]}, {operands}"
                     yield Case(name, lambda library, device, e=element, f=form, s=swizzle, n=n: _wgmma(library, device, n, e, f, s))
 
 
-def failures(library: ctypes.CDLL, device: torch.device) -> list[str]:
-    return [case.name for case in cases() if not case.check(library, device)]
+def failures(library: Path, device: torch.device, *, apart: bool | None = None) -> list[str]:
+    """A line for each case that is otherwise.
+
+    apart: in a process of their own, as a fault is the end of CUDA in its process, and None on a GPU alone: after a case that faults or
+    hangs another process goes on with the next group. Otherwise a fault raises RuntimeError.
+    """
+    if not (device.type == "cuda" if apart is None else apart):
+        return list(_failed(library, device, cases()))
+    groups = list(dict.fromkeys(case.group for case in cases()))
+    failed = []
+    while groups:
+        ended, more = _in_a_process(library, device, groups)
+        failed += more
+        groups = groups[groups.index(ended) + 1 :] if ended else []
+    return failed
+
+
+def _failed(
+    library: Path, device: torch.device, chosen: Iterable[Case], started: Callable[[Case], None] = lambda case: None
+) -> Iterator[str]:
+    loaded = load(library)
+    for case in chosen:
+        started(case)
+        try:
+            right = case.check(loaded, device)
+        except RuntimeError as error:
+            raise RuntimeError(f"{case.name}: {error}") from error
+        if not right:
+            yield case.name
+
+
+def _in_a_process(library: Path, device: torch.device, groups: list[str]) -> tuple[str | None, list[str]]:
+    """The group that a fault ended, or None, and a line for each case that is otherwise."""
+    command = [sys.executable, __file__, str(library), device.type, *groups]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        try:
+            code = subprocess.run(command, stdout=out, stderr=errors, timeout=PROCESS_SECONDS).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+        lines, said = ([line.rstrip() for line in (file.seek(0), file)[1] if line.strip()] for file in (out, errors))
+    failed = [line.removeprefix(FAILED) for line in lines if line.startswith(FAILED)]
+    if code == 0:
+        return None, failed
+    started = [line.removeprefix(STARTED) for line in lines if line.startswith(STARTED)]
+    raised = (line for line in said if "Error" in line and not line.startswith(" "))
+    why = f"not done after {PROCESS_SECONDS} s" if code is None else next(raised, f"exit code {code}")
+    if not started:
+        raise RuntimeError(f"the layouts' process: {why}")
+    group = next(case.group for case in cases() if case.name == started[-1])
+    return group, [*failed, f"{started[-1]}: {why}; the rest of its group did not run"]
+
+
+def _main(library: str, device: str, *groups: str) -> None:
+    chosen = [case for case in cases() if case.group in groups]
+    for name in _failed(Path(library), torch.device(device), chosen, lambda case: print(STARTED + case.name, flush=True)):
+        print(FAILED + name, flush=True)
 
 
 _SOURCES = {"k": "K-major", "m": "MN-major", "r": "in registers"}
@@ -203,3 +265,7 @@ def _wgmma(library: ctypes.CDLL, device: torch.device, n: int, element: int, for
     majors = (int(a_form == "m"), int(b_form == "m"))
     _run(library.probe_wgmma, n, int(element == 1), *majors, swizzle, steps, *operands, registers, out)
     return torch.equal(out.cpu(), accumulators(a.float() @ b.float().t()))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

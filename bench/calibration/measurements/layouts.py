@@ -7,8 +7,8 @@ import sys
 from types import ModuleType
 
 from bench.calibration import gpu
-from bench.calibration.native import ROOT
 from bench.calibration.measurement import Case, Figures, Measurement, WrongResult
+from bench.calibration.native import ROOT
 from llama4_kernels.bench.record import Figure
 
 PROBES = ROOT / "tests" / "hopper" / "layouts.py"
@@ -21,7 +21,7 @@ def cases() -> list[Case]:
 def measure(case: Case) -> Figures:
     layouts = probes()
     count = len(list(layouts.cases()))
-    if failed := layouts.failures(layouts.load(layouts.build_cuda()), gpu.DEVICE):
+    if failed := layouts.failures(layouts.build_cuda(), gpu.DEVICE):
         raise WrongResult(f"{len(failed)} of {count} layouts are otherwise: {', '.join(failed)}")
     return {"as_assumed": Figure(count, "1")}
 
