@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from backends import assert_replays, assert_same_bits, compute
+from backends import assert_replays, assert_same_bits, compute, to
 from llama4_kernels import ops
 from llama4_kernels.reference import quantization as reference
 from weights import activation_value, e4m3, linear, quantized_value, value
@@ -82,6 +83,35 @@ def test_the_reference_quantises_activations_as_the_weight_asks(form, columns):
     want = quantized_value(x, form, weight.input_scale)
     torch.testing.assert_close(activation_value(reference.quantize_for(x, weight)), want, rtol=1e-6, atol=0)
     torch.testing.assert_close(reference.dequantize(reference.quantize_for(x, weight)).double(), want, rtol=1e-6, atol=0)
+
+
+class DividesByNumbers(TorchDispatchMode):
+    """Whether anything was divided by a number, or by a tensor on the CPU that counts as one."""
+
+    seen = False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.div, torch.ops.aten.div_):
+            self.seen |= not isinstance(args[1], torch.Tensor) or args[1].dim() == 0
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("quantize", [reference.quantize_per_token, reference.quantize_per_block])
+def test_scales_of_the_reference_are_quotients_on_every_device(quantize):
+    """On a GPU torch multiplies by the reciprocal of a number: the last bit of a scale differs, and codes at the middle of two move."""
+    x = torch.randn(5, 200)
+    with DividesByNumbers() as plain:
+        x / 448
+    with DividesByNumbers() as mode:
+        quantize(x)
+    assert plain.seen and not mode.seen
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantize", [reference.quantize_per_token, reference.quantize_per_block])
+def test_the_reference_gives_the_same_bits_on_a_gpu(quantize):
+    x = torch.randn(300, 5120).bfloat16()
+    assert_same_bits(to(quantize(x.cuda()), torch.device("cpu")), quantize(x))
 
 
 def test_a_static_scale_saturates():

@@ -16,7 +16,7 @@ from llama4_kernels import ops, use_backend
 from llama4_kernels.bench import layers
 from llama4_kernels.bench.workloads import Workload
 from llama4_kernels.ops import Linear, MoEWeights, Quantized
-from llama4_kernels.reference.quantization import E4M3_MAX, dequantize
+from llama4_kernels.reference.quantization import dequantize, full_range
 
 FP8 = torch.float8_e4m3fn
 QK_NORM_EPS = 1e-5
@@ -207,7 +207,7 @@ def moe_weights(experts: int, hidden: int, intermediate: int, fp8: bool, device:
         for part, channel in zip(weight.view(-1, n, k), scale.view(-1, n), strict=True):
             values = random.normal(n, k, dtype=torch.float32).mul_(k**-0.5)
             if fp8:
-                channel.copy_(values.abs().amax(1) / E4M3_MAX)
+                channel.copy_(full_range(values.abs().amax(1)))
                 values /= channel[:, None]
             part.copy_(values)
         return Linear(weight, scale) if fp8 else Linear(weight)

@@ -11,15 +11,20 @@ E4M3_MAX = 448.0
 BLOCK = 128
 
 
+def full_range(largest: Tensor) -> Tensor:
+    """The scales with which the largest magnitudes become 448, float32."""
+    return largest / torch.full_like(largest, E4M3_MAX)  # by a number torch multiplies with its reciprocal on a GPU, off in the last bit
+
+
 def quantize_per_token(x: Tensor) -> Quantized:
-    scale = x.float().abs().amax(-1) / E4M3_MAX
+    scale = full_range(x.float().abs().amax(-1))
     return Quantized(_encode(x, scale[:, None]), scale)
 
 
 def quantize_per_block(x: Tensor) -> Quantized:
     """One scale per row and 128 columns; the last block of a row may be shorter."""
     blocks = torch.nn.functional.pad(x.float().abs(), (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
-    scale = blocks.amax(-1) / E4M3_MAX
+    scale = full_range(blocks.amax(-1))
     return Quantized(_encode(x, _spread(scale, 1, x.shape[1])), scale)
 
 
