@@ -22,6 +22,12 @@ def test_ceilings_are_those_of_a_hopper_gpu(session):
     assert 200 < session.ceilings.matmul_tflop_s["bf16"] < 1100 and 400 < session.ceilings.matmul_tflop_s["fp8"] < 2200
 
 
+def test_no_kernel_reads_far_above_the_copy_ceiling(session):
+    x = torch.ones(1 << 28, device=GPU)
+    timed, _ = timing.time_calls([x.sum], GPU, 10)
+    assert x.nbytes / timed.median_us / 1e3 < 1.25 * session.ceilings.copy_gb_s
+
+
 @pytest.mark.parametrize("workload", ["quantize_per_token/fp8/scout/tp8/t64", "fused_moe/fp8/scout/tp8/t64"])
 def test_a_kernel_is_timed_by_graph_replay_checked_and_under_its_floor(session, workload):
     done = measure.run(Job(workload, "triton"), session)

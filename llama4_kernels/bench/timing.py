@@ -18,15 +18,16 @@ MAX_CALLS = 32
 Call = Callable[[], Any]
 
 
-def time_calls(calls: Sequence[Call], device: torch.device, rounds: int | None = None) -> tuple[Timing, list[str]]:
+def time_calls(calls: Sequence[Call], device: torch.device, rounds: int | None = None, *, graph: bool = True) -> tuple[Timing, list[str]]:
     """The time of one of `calls`, which do the same on inputs in different memory, and what a reader must know about it.
 
     On a GPU the calls are captured into one CUDA graph. Before each replay a buffer larger than the L2 cache is read, untimed, so that
     no input of any call is in the cache when it starts; each call has its own inputs, so that none finds another's. Calls that cannot
     be captured run one after another between events, and the note says why.
+    graph: whether to capture; False for what is something else in a graph, as torch's copy_ is, there a copy node and slower.
     """
     if device.type == "cuda":
-        return _time_gpu(calls, device, rounds or GPU_ROUNDS)
+        return _time_gpu(calls, device, rounds or GPU_ROUNDS, graph)
     return _time_cpu(calls[0], rounds or CPU_ROUNDS), []
 
 
@@ -61,18 +62,19 @@ def summary(method: str, cold_l2: bool, samples_us: Sequence[float]) -> Timing:
     return Timing(method, cold_l2, statistics.median(samples_us), tenths[0], tenths[-1], len(samples), samples)
 
 
-def _time_gpu(calls: Sequence[Call], device: torch.device, rounds: int) -> tuple[Timing, list[str]]:
+def _time_gpu(calls: Sequence[Call], device: torch.device, rounds: int, graph: bool) -> tuple[Timing, list[str]]:
     def run_all() -> None:
         for call in calls:
             call()
 
     notes = []
-    try:
-        replay, method = _captured(run_all, device), "cuda_graph"
-    except Exception as error:  # whatever capture does not allow
-        torch.cuda.synchronize(device)
-        replay, method = run_all, "cuda_events"
-        notes.append(f"timed without a CUDA graph, launches included, because it cannot be captured: {one_line(error)}")
+    replay, method = run_all, "cuda_events"
+    if graph:
+        try:
+            replay, method = _captured(run_all, device), "cuda_graph"
+        except Exception as error:  # whatever capture does not allow
+            torch.cuda.synchronize(device)
+            notes.append(f"timed without a CUDA graph, launches included, because it cannot be captured: {one_line(error)}")
     cache = torch.zeros(2 * torch.cuda.get_device_properties(device).L2_cache_size // 4, device=device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     samples = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llama4_kernels.bench import ceilings, record, workloads
+from llama4_kernels.bench import ceilings, record, timing, workloads
 from llama4_kernels.ops.backend import OPS
 
 
@@ -105,6 +105,15 @@ def test_a_layer_needs_no_less_than_its_parts_need_alone():
     moe = workloads.work(workloads.parse("fused_moe/fp8/scout/tp8/t64"))
     assert layer.total_flops == part.total_flops + moe.total_flops
     assert 0.98 * (part.bytes + moe.bytes) < layer.bytes < part.bytes + moe.bytes
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_the_copy_ceiling_is_the_higher_of_a_copy_outside_of_a_graph_and_of_a_kernel(monkeypatch, faster):
+    def time_calls(calls, device, rounds, *, graph):
+        return timing.summary("wall_clock", False, [100.0 if graph == faster else 200.0]), []
+
+    monkeypatch.setattr(timing, "time_calls", time_calls)
+    assert ceilings.copy_gb_s(torch.device("cpu")) == pytest.approx(2 * ceilings.COPY_BYTES["cpu"] / 100 / 1e3)
 
 
 def test_the_floor_is_the_larger_of_the_two_bounds():

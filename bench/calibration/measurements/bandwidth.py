@@ -54,7 +54,7 @@ def copy(source: Tensor, target: Tensor) -> None:
 
 
 def torch_copy(source: Tensor, target: Tensor) -> None:
-    target.copy_(source)
+    torch.bitwise_or(source.view(torch.int64), 0, out=target.view(torch.int64))  # copy_ would be a copy node of the graph
 
 
 LAUNCHES = {"copy": copy, "torch_copy": torch_copy, "read": read, "write": write}
@@ -105,7 +105,7 @@ def _bandwidth(access: str, title: str) -> Measurement:
 
 MEASUREMENTS = (
     _bandwidth("copy", "How fast does a kernel copy memory?"),
-    _bandwidth("torch_copy", "How fast does torch copy memory?"),
+    _bandwidth("torch_copy", "How fast does an elementwise kernel of torch's copy memory?"),
     _bandwidth("read", "How fast does a kernel read memory?"),
     _bandwidth("write", "How fast does a kernel write memory?"),
     Measurement(
