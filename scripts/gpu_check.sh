@@ -93,7 +93,8 @@ else
     # Tests run side by side, each for TEST_SECONDS at most; one that hangs or faults ends its process, and another takes the tests left.
     # Without the plugins for that there is a process for each file.
     if "$python" -c 'import pytest_timeout, xdist' 2> /dev/null; then
-        workers=(-n "$jobs" --dist worksteal --timeout "$test_seconds" --timeout-method thread)
+        # pytest-benchmark, where it is installed, would warn in each worker that it is off there.
+        workers=(-n "$jobs" --dist worksteal --timeout "$test_seconds" --timeout-method thread -p no:benchmark)
         step tests env OMP_NUM_THREADS=2 "${pytest[@]}" -m gpu "${workers[@]}" --junitxml "$out/tests.xml" tests
     else
         rm -f "$out/tests-list.log"
