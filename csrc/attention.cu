@@ -240,12 +240,12 @@ private:
         hopper::wgmma_fence();
 #pragma unroll
         for (int half = 0; half < HEAD_DIM / 64; ++half) {
-            const uint8_t* q_half = shared.q[warpgroup] + half * ROWS * ATTENTION_SPAN;
-            const uint8_t* k_half = k.tile(count) + half * Ring<HEAD_DIM>::HALF_BYTES;
+            const uint64_t q_half = hopper::k_major(shared.q[warpgroup] + half * ROWS * ATTENTION_SPAN, Swizzle::bytes_128);
+            const uint64_t k_half = hopper::k_major(k.tile(count) + half * Ring<HEAD_DIM>::HALF_BYTES, Swizzle::bytes_128);
 #pragma unroll
             for (int step = 0; step < STEPS; ++step) {
-                const uint64_t q_step = hopper::k_major(q_half + step * 32, Swizzle::bytes_128);
-                const uint64_t k_step = hopper::k_major(k_half + step * 32, Swizzle::bytes_128);
+                const uint64_t q_step = hopper::advanced(q_half, step * 32);
+                const uint64_t k_step = hopper::advanced(k_half, step * 32);
                 hopper::wgmma_bf16<ATTENTION_TILE>(scores, q_step, k_step, half > 0 || step > 0);
             }
         }

@@ -93,12 +93,12 @@ private:
     const uint8_t* from_[SHARE];
 };
 
-// The products of one stage, added to `sums` or, for the first, put there.
+// The products of one stage's operands, from their descriptors, added to `sums` or, for the first, put there.
 template <class Shape>
-__device__ inline void multiply_stage(const uint8_t* weights, const uint8_t* tokens, float (&sums)[Shape::TOKENS / 2], bool accumulate) {
+__device__ inline void multiply_stage(uint64_t weights, uint64_t tokens, float (&sums)[Shape::TOKENS / 2], bool accumulate) {
 #pragma unroll
     for (int byte = 0; byte < Shape::ROW_BYTES; byte += 32) {
-        const uint64_t a = hopper::k_major(weights + byte, Shape::SWIZZLE), b = hopper::k_major(tokens + byte, Shape::SWIZZLE);
+        const uint64_t a = hopper::advanced(weights, byte), b = hopper::advanced(tokens, byte);
         if constexpr (Shape::FP8) {
             hopper::wgmma_e4m3<Shape::TOKENS>(sums, a, b, accumulate || byte > 0);
         } else {
@@ -201,8 +201,9 @@ private:
 
     // Between wgmma_fence and wgmma_commit.
     __device__ void multiply(int set, float (&sums)[VALUES], bool accumulate) {
-        const uint8_t* weights = stages_.weights[at_.stage] + first_byte_ + set * Shape::SET_CHANNELS * Shape::ROW_BYTES;
-        multiply_stage<Shape>(weights, stages_.tokens[at_.stage], sums, accumulate);
+        const uint64_t weights = hopper::k_major(stages_.weights[at_.stage] + first_byte_, Shape::SWIZZLE);
+        const uint64_t tokens = hopper::k_major(stages_.tokens[at_.stage], Shape::SWIZZLE);
+        multiply_stage<Shape>(hopper::advanced(weights, set * Shape::SET_CHANNELS * Shape::ROW_BYTES), tokens, sums, accumulate);
     }
 
     // Each warp for itself, since a wait for wgmma says nothing of the other warps' share; to every block that may write to the stage.

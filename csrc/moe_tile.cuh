@@ -292,15 +292,14 @@ public:
 
 private:
     static __device__ int warpgroup() { return threadIdx.x / hopper::WARPGROUP; }
-    static __device__ uint64_t operand(const uint8_t* tile) { return hopper::k_major(tile, Shape::SWIZZLE); }
 
     __device__ void multiply(bool fp8, const uint8_t* weights, float (&sums)[Shape::TOKENS / 2]) {
-        const uint8_t* tokens = stages_.tokens[at_.stage];
+        const uint64_t a = hopper::k_major(weights, Shape::SWIZZLE), b = hopper::k_major(stages_.tokens[at_.stage], Shape::SWIZZLE);
         if (fp8) {
             hopper::wgmma_fence();
 #pragma unroll
             for (int byte = 0; byte < Shape::ROW_BYTES; byte += 32) {
-                hopper::wgmma_e4m3<Shape::TOKENS>(sums, operand(weights + byte), operand(tokens + byte), byte > 0);
+                hopper::wgmma_e4m3<Shape::TOKENS>(sums, hopper::advanced(a, byte), hopper::advanced(b, byte), byte > 0);
             }
             hopper::wgmma_commit();
             hopper::wgmma_wait<0>();
@@ -308,7 +307,7 @@ private:
             hopper::wgmma_fence();
 #pragma unroll
             for (int byte = 0; byte < Shape::ROW_BYTES; byte += 32) {
-                hopper::wgmma_bf16<Shape::TOKENS>(sums, operand(weights + byte), operand(tokens + byte), byte > 0);
+                hopper::wgmma_bf16<Shape::TOKENS>(sums, hopper::advanced(a, byte), hopper::advanced(b, byte), byte > 0);
             }
             hopper::wgmma_commit();
             hopper::wgmma_wait<0>();

@@ -90,12 +90,12 @@ __device__ inline void multiply(TileMemory<Shape>& shared, int steps) {
     for (int step = 0; step < steps; ++step, at.advance()) {
         shared.x_full[step].wait(0);
         shared.pipeline.wait_until_full(at);
+        const uint64_t tokens = hopper::k_major(shared.x[step], Shape::SWIZZLE);
+        const uint64_t experts = hopper::k_major(shared.router[at.stage], Shape::SWIZZLE);
         hopper::wgmma_fence();
 #pragma unroll
         for (int byte = 0; byte < Shape::ROW_BYTES; byte += 32) {
-            const uint64_t tokens = hopper::k_major(shared.x[step] + byte, Shape::SWIZZLE);
-            const uint64_t experts = hopper::k_major(shared.router[at.stage] + byte, Shape::SWIZZLE);
-            hopper::wgmma_bf16<LOGITS>(sums, tokens, experts, step > 0 || byte > 0);
+            hopper::wgmma_bf16<LOGITS>(sums, hopper::advanced(tokens, byte), hopper::advanced(experts, byte), step > 0 || byte > 0);
         }
         hopper::wgmma_commit();
         if (step == 0) continue;

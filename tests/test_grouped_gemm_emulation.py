@@ -210,7 +210,7 @@ PLANTED = {
     "a stage handed back too early": (
         "gemm_tile.cuh", "multiply(set, sums, false);", "multiply(set, sums, false), release(at_);", "may still read|more arrivals"),
     "the second set's weights for the first": (
-        "gemm_tile.cuh", "+ «set» * Shape::SET_CHANNELS * Shape::ROW_BYTES", "1 - set", "wrong"),
+        "gemm_tile.cuh", "advanced(weights, «set» * Shape::SET_CHANNELS * Shape::ROW_BYTES", "1 - set", "wrong"),
     "the first set's channels for both": (
         "grouped_gemm.cu", "const int channel = first_channel + «set» * Shape::SET_CHANNELS, columns", "0", NAN),
     "a stage handed back to its own block alone": (

@@ -53,6 +53,12 @@ __device__ inline uint64_t k_major(const void* tile, Swizzle swizzle) {
     return matrix_descriptor(shared_address(tile), swizzle, 16, 8 * span_bytes(swizzle));
 }
 
+// Descriptor of the operand that starts `bytes`, a multiple of 16, further on in the same tile or tiles: cheaper than one from its address.
+// Only the lower word changes: an address never carries out of it.
+__device__ inline uint64_t advanced(uint64_t descriptor, unsigned bytes) {
+    return (descriptor & 0xffffffff00000000u) | uint32_t(uint32_t(descriptor) + (bytes >> 4));
+}
+
 // Descriptor of an MN-major bf16 operand in swizzled tiles [K, span], the tiles of successive span / 2 elements of M or N `tile_bytes`
 // apart; K step j starts 16 · j rows on.
 __device__ inline uint64_t mn_major(const void* tile, Swizzle swizzle, unsigned tile_bytes) {
