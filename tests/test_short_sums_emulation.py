@@ -1,6 +1,6 @@
-"""What tests on a GPU allow for sums of e4m3 products, of which Hopper's tensor cores keep few bits: about 14 by the report on DeepSeek-V3
-(arXiv 2412.19437, 3.3.2), so 13 of the mantissa; bench/calibration is to measure them. Kernels whose sums keep 13 stay within it, and not
-within what fp32's sums keep to. The bounds come from this model and not from a GPU, on which they have not run."""
+"""What tests on a GPU allow for sums of e4m3 products, of which Hopper's tensor cores keep 13 bits below the leading one, within an
+instruction and across instructions (bench/calibration, fp8/bits; about 14 in all by the report on DeepSeek-V3, arXiv 2412.19437, 3.3.2).
+Kernels whose sums keep 13 stay within it, and not within what fp32's sums keep to."""
 
 from __future__ import annotations
 

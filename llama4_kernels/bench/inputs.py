@@ -23,7 +23,9 @@ QK_NORM_EPS = 1e-5
 TEMPERATURE = (0.1, 8192)
 ROPE_THETA = 500000.0
 CHECKED_QUERIES = 256
-# ‖out − reference‖ / ‖reference‖: one rounding to bf16 costs 2e-3; a whole layer rounds several times
+# ‖out − reference‖ / ‖reference‖: one rounding to bf16 costs 2e-3; a whole layer rounds several times. So does fused_moe in fp8: tensor
+# cores keep 13 bits of sums of e4m3 products (bench/calibration, fp8/bits), by which some hidden values quantise to the next code, 1/16 to
+# 1/8 of the value away: 4e-3 of the result where sums are off by 1.3e-4, as in fp8/accumulation (tests/bench/test_bench_inputs.py).
 BOUND, LAYER_BOUND = 4e-3, 1e-2
 
 
@@ -46,7 +48,8 @@ class Problem:
 
     @property
     def bound(self) -> float:
-        return LAYER_BOUND if self.workload.op == "decoder_layer" else BOUND
+        w = self.workload
+        return LAYER_BOUND if w.op == "decoder_layer" or (w.op, w.dtype) == ("fused_moe", "fp8") else BOUND
 
     def copy(self) -> Problem:
         """The same values in other memory."""
