@@ -20,17 +20,24 @@ struct OutputTile {
     int rows, columns;
 };
 
-// Multiply this thread's accumulators by its two channels' scales, and by each token's.
-template <int TOKENS, class TokenScale>
-__device__ inline void scale_accumulators(float (&sums)[TOKENS / 2], float low_channel, float high_channel, TokenScale token_scale) {
+// Multiply this thread's accumulators by its two channels' scales.
+template <int VALUES>
+__device__ inline void scale_channels(float (&sums)[VALUES], float low_channel, float high_channel) {
 #pragma unroll
-    for (int i = 0; i < TOKENS / 8; ++i) {
+    for (int i = 0; i < VALUES; ++i) sums[i] *= i / 2 % 2 ? high_channel : low_channel;
+}
+
+// And by the scales of the TOKENS tokens, which stand in shared memory.
+template <int VALUES>
+__device__ inline void scale_tokens(float (&sums)[VALUES], const float* token_scales) {
 #pragma unroll
-        for (int pair = 0; pair < 2; ++pair) {
-            const float scale = token_scale(hopper::accumulator_column(threadIdx.x % hopper::WARPGROUP, i * 4 + pair));
-            sums[i * 4 + pair] *= low_channel * scale;
-            sums[i * 4 + 2 + pair] *= high_channel * scale;
-        }
+    for (int i = 0; i < VALUES; i += 4) {
+        const int token = hopper::accumulator_column(threadIdx.x % hopper::WARPGROUP, i);
+        const float2 scales = *reinterpret_cast<const float2*>(token_scales + token);
+        sums[i] *= scales.x;
+        sums[i + 1] *= scales.y;
+        sums[i + 2] *= scales.x;
+        sums[i + 3] *= scales.y;
     }
 }
 

@@ -36,8 +36,8 @@ struct GemmShape {
     static constexpr int GATHER_LAG = STAGES > 4 ? 3 : 2;  // stages whose gathered rows are under way; the consumers have one more
     static constexpr hopper::Swizzle SWIZZLE = hopper::Swizzle::bytes_128;
     // Steps that wgmma may add up before the sum moves to fp32 registers: its own sums of e4m3 products keep fewer bits than fp32. With two
-    // sets there are registers for the sums of one of them, for one step.
-    static constexpr int PROMOTE_STEPS = KIND == GemmKind::fp8 && SETS == 1 ? 4 : 1;
+    // sets there are registers for the sums of one of them alone, and the ring keeps the stages of a promotion until both have had them.
+    static constexpr int PROMOTE_STEPS = KIND != GemmKind::fp8 ? 1 : SETS == 1 ? 4 : 2;
 
     static __host__ __device__ int steps(int64_t k) { return int((k + STAGE_K - 1) / STAGE_K); }
 };
@@ -52,7 +52,7 @@ struct GemmStages {
     static_assert(Shape::WEIGHT_BYTES % 1024 == 0 && Shape::TOKEN_BYTES % 1024 == 0);
     uint8_t weights[Shape::STAGES][Shape::WEIGHT_BYTES];
     uint8_t tokens[Shape::STAGES][Shape::TOKEN_BYTES];
-    float token_scales[Shape::STAGES][Shape::KIND == GemmKind::fp8_scaled_steps ? Shape::TOKENS : 1];
+    float token_scales[Shape::STAGES][Shape::FP8 ? Shape::TOKENS : 1];  // of the step, or with a tile's last step its own
     Pipeline<Shape::STAGES> pipeline;
 };
 
@@ -107,6 +107,34 @@ __device__ inline void multiply_stage(uint64_t weights, uint64_t tokens, float (
     }
 }
 
+// Two warpgroups issue their products by turns, so that the tensor cores have the one's while the other adds up what it has. Both take
+// equally many turns.
+template <bool ENABLED>
+class IssueTurns {
+public:
+    __device__ explicit IssueTurns(int warpgroup) : warpgroup_(warpgroup) {
+        if (warpgroup_ == 1) pass();
+    }
+
+    __device__ void take() {
+        if (ENABLED) hopper::named_barrier_sync(FIRST_BARRIER + warpgroup_, 2 * hopper::WARPGROUP);
+    }
+
+    __device__ void pass() {
+        if (ENABLED) hopper::named_barrier_arrive(FIRST_BARRIER + 1 - warpgroup_, 2 * hopper::WARPGROUP);
+    }
+
+    // No barrier is left with half of its threads.
+    __device__ void finish() {
+        if (warpgroup_ == 0) take();
+    }
+
+private:
+    static constexpr unsigned FIRST_BARRIER = 3;  // behind those of store_tile
+
+    int warpgroup_;
+};
+
 // A consumer warpgroup's view of the stages: it multiplies its sets of 64 channels, which follow one another, and hands stages back.
 template <class Shape>
 class StageConsumer {
@@ -115,80 +143,126 @@ public:
 
     // warpgroup: which WARPGROUP_CHANNELS of the tile's channels are the caller's.
     __device__ StageConsumer(GemmStages<Shape>& stages, int warpgroup)
-        : stages_(stages), first_byte_(warpgroup * Shape::WARPGROUP_CHANNELS * Shape::ROW_BYTES) {}
+        : stages_(stages), first_byte_(warpgroup * Shape::WARPGROUP_CHANNELS * Shape::ROW_BYTES), turns_(warpgroup) {}
 
-    // The sum over `steps` stages, for every 8 tokens 4 of this thread's accumulators (hopper::accumulator_row is the channel of the set,
-    // …_column the token). weight_scale(step): this warpgroup's factor for the step, with GemmKind::fp8_scaled_steps.
+    // The stage that the next sum begins with, once it is full.
+    __device__ int first_stage() {
+        stages_.pipeline.wait_until_full(at_);
+        return at_.stage;
+    }
+
+    // The sum over `steps` stages, at least one, for every 8 tokens 4 of this thread's accumulators (hopper::accumulator_row is the channel
+    // of the set, …_column the token). weight_scale(step): this warpgroup's factor for the step, with GemmKind::fp8_scaled_steps. The last
+    // stage is the caller's until it calls hand_back.
     template <class WeightScale>
     __device__ void sum(int steps, Sums<Shape>& total, WeightScale weight_scale) {
         if constexpr (Shape::KIND == GemmKind::bf16) {
-            sum_run(steps, total);
+            sum_all(steps, total);
         } else {
 #pragma unroll
             for (int i = 0; i < Shape::SETS * VALUES; ++i) total[i / VALUES][i % VALUES] = 0.0f;
-            if constexpr (Shape::PROMOTE_STEPS > 1) {
-                Sums<Shape> sums;
-                for (int step = 0; step < steps; step += Shape::PROMOTE_STEPS) {
-                    sum_run(min(Shape::PROMOTE_STEPS, steps - step), sums);
-#pragma unroll
-                    for (int i = 0; i < Shape::SETS * VALUES; ++i) total[i / VALUES][i % VALUES] += sums[i / VALUES][i % VALUES];
+            if constexpr (Shape::KIND == GemmKind::fp8) {
+                for (; steps >= Shape::PROMOTE_STEPS; steps -= Shape::PROMOTE_STEPS) {
+                    add_run<Shape::PROMOTE_STEPS>(steps > Shape::PROMOTE_STEPS, total);
                 }
+                for (; steps > 0; --steps) add_run<1>(steps > 1, total);
             } else {
-                for (int step = 0; step < steps; ++step) add_step(Shape::KIND == GemmKind::fp8 ? 1.0f : weight_scale(step), total);
+                for (int step = 0; step < steps; ++step) add_step(weight_scale(step), step + 1 < steps, total);
             }
         }
     }
+
+    // The scales of the tile's tokens, while the last stage is the caller's; GemmKind::fp8.
+    __device__ const float* token_scales() const { return stages_.token_scales[last_.stage]; }
+
+    // By all lanes, after each sum: the last stage.
+    __device__ void hand_back() {
+        __syncwarp();
+        release(last_);
+    }
+
+    // After the last sum.
+    __device__ void finish() { turns_.finish(); }
 
 private:
     static constexpr int VALUES = Shape::TOKENS / 2;
 
-    // `steps` stages in wgmma's own accumulators; one product group stays under way while the stage before it is handed back.
-    __device__ void sum_run(int steps, Sums<Shape>& sums) {
-        Position before = at_;
+    // All sets in wgmma's own accumulators; one product group stays under way while the stage before it is handed back.
+    __device__ void sum_all(int steps, Sums<Shape>& sums) {
         for (int step = 0; step < steps; ++step) {
             stages_.pipeline.wait_until_full(at_);
             hopper::wgmma_fence();
 #pragma unroll
-            for (int set = 0; set < Shape::SETS; ++set) multiply(set, sums[set], step > 0);
+            for (int set = 0; set < Shape::SETS; ++set) multiply(at_, set, sums[set], step > 0);
             hopper::wgmma_commit();
             if (step > 0) {
                 hopper::wgmma_wait<1>();
-                release(before);
-                before.advance();
+                release(last_);
             }
+            last_ = at_;
             at_.advance();
         }
         hopper::wgmma_wait<0>();
-        release(before);
     }
 
-    // One stage, set by set: while a set's sums are added to the total, the tensor cores have the other warpgroup's products.
-    __device__ void add_step(float weight_scale, Sums<Shape>& total) {
-        float sums[VALUES];
-        stages_.pipeline.wait_until_full(at_);
+    // STEPS stages, set by set. more: whether stages follow.
+    template <int STEPS>
+    __device__ void add_run(bool more, Sums<Shape>& total) {
+        Position at[STEPS];
+#pragma unroll
+        for (Position& position : at) {
+            position = at_;
+            at_.advance();
+        }
+        last_ = at[STEPS - 1];
 #pragma unroll
         for (int set = 0; set < Shape::SETS; ++set) {
-            hopper::wgmma_fence();
-            multiply(set, sums, false);
-            hopper::wgmma_commit();
-            hopper::wgmma_wait<0>();
-            if constexpr (Shape::KIND == GemmKind::fp8) {
-                if (set == Shape::SETS - 1) release(at_);
+            float sums[VALUES];
+            turns_.take();
 #pragma unroll
-                for (int i = 0; i < VALUES; ++i) total[set][i] += sums[i];
-            } else {
-                add_scaled(weight_scale, sums, total[set]);
+            for (int step = 0; step < STEPS; ++step) {
+                if (set == 0) stages_.pipeline.wait_until_full(at[step]);
+                hopper::wgmma_fence();
+                multiply(at[step], set, sums, step > 0);
+                hopper::wgmma_commit();
+                if (Shape::SETS == 1 && step > 0) {
+                    hopper::wgmma_wait<1>();
+                    release(at[step - 1]);
+                }
             }
+            turns_.pass();
+            if (set == 1) {
+                hopper::wgmma_wait<STEPS - 1>();
+                if (STEPS == 2) release(at[0]);
+            }
+            hopper::wgmma_wait<0>();
+            if (more && set == Shape::SETS - 1) release(last_);
+#pragma unroll
+            for (int i = 0; i < VALUES; ++i) total[set][i] += sums[i];
         }
-        if constexpr (Shape::KIND == GemmKind::fp8_scaled_steps) {
-            __syncwarp();
-            release(at_);
-        }
+    }
+
+    // One stage with scales of its own, set by set.
+    __device__ void add_step(float weight_scale, bool more, Sums<Shape>& total) {
+        float sums[VALUES];
+        last_ = at_;
         at_.advance();
+        stages_.pipeline.wait_until_full(last_);
+#pragma unroll
+        for (int set = 0; set < Shape::SETS; ++set) {
+            turns_.take();
+            hopper::wgmma_fence();
+            multiply(last_, set, sums, false);
+            hopper::wgmma_commit();
+            turns_.pass();
+            hopper::wgmma_wait<0>();
+            add_scaled(weight_scale, sums, total[set]);
+        }
+        if (more) hand_back();
     }
 
     __device__ void add_scaled(float weight_scale, const float (&sums)[VALUES], float (&total)[VALUES]) {
-        const float* scales = stages_.token_scales[at_.stage] + threadIdx.x % 4 * 2;
+        const float* scales = stages_.token_scales[last_.stage] + threadIdx.x % 4 * 2;
 #pragma unroll
         for (int i = 0; i < Shape::TOKENS / 8; ++i) {
             const float2 scale = *reinterpret_cast<const float2*>(scales + i * 8);
@@ -200,9 +274,9 @@ private:
     }
 
     // Between wgmma_fence and wgmma_commit.
-    __device__ void multiply(int set, float (&sums)[VALUES], bool accumulate) {
-        const uint64_t weights = hopper::k_major(stages_.weights[at_.stage] + first_byte_, Shape::SWIZZLE);
-        const uint64_t tokens = hopper::k_major(stages_.tokens[at_.stage], Shape::SWIZZLE);
+    __device__ void multiply(Position at, int set, float (&sums)[VALUES], bool accumulate) {
+        const uint64_t weights = hopper::k_major(stages_.weights[at.stage] + first_byte_, Shape::SWIZZLE);
+        const uint64_t tokens = hopper::k_major(stages_.tokens[at.stage], Shape::SWIZZLE);
         multiply_stage<Shape>(hopper::advanced(weights, set * Shape::SET_CHANNELS * Shape::ROW_BYTES), tokens, sums, accumulate);
     }
 
@@ -218,7 +292,8 @@ private:
 
     GemmStages<Shape>& stages_;
     int first_byte_;
-    Position at_;
+    Position at_, last_;
+    IssueTurns<Shape::KIND != GemmKind::bf16 && Shape::SETS == 2> turns_;
 };
 
 }  // namespace llama4_kernels

@@ -36,17 +36,13 @@ struct Problem {
     bool out_is_bf16;
 
     __device__ int source_row(int row) const { return rows ? rows[row] : row; }
-};
 
-template <class Shape>
-struct SharedMemory {
-    GemmStages<Shape> stages;
-    static constexpr int STAGED_TOKENS = Shape::TOKENS < 64 ? Shape::TOKENS : 64;
-    alignas(128) __nv_bfloat16 staging[Shape::CONSUMERS / WARPGROUP][STAGED_TOKENS * Shape::SET_CHANNELS];
-    int first_tile[];  // of each group, and their number
+    // Of the group's rows up to `end`: what a row's codes are scaled by as a whole.
+    __device__ float token_scale(int row, int end) const {
+        if (a_scale.form == ScaleForm::per_tensor) return *a_scale.values;
+        return a_scale.form == ScaleForm::per_row && row < end ? a_scale.values[source_row(row)] : 1.0f;
+    }
 };
-
-// ---- which tile
 
 // What a tile has in common with that of the cluster's other block.
 enum class Shared { nothing, weights, tokens };
@@ -55,6 +51,17 @@ struct BlockTile {
     int group, first_row, end_row, column_tile;
     Shared shared;
 };
+
+template <class Shape>
+struct SharedMemory {
+    GemmStages<Shape> stages;
+    BlockTile tiles[Shape::STAGES];  // where the stage is a tile's first
+    static constexpr int STAGED_TOKENS = Shape::TOKENS < 64 ? Shape::TOKENS : 64;
+    alignas(128) __nv_bfloat16 staging[Shape::CONSUMERS / WARPGROUP][STAGED_TOKENS * Shape::SET_CHANNELS];
+    int first_tile[];  // of each group, and their number
+};
+
+// ---- which tile
 
 // The tiles of this block. A cluster of two blocks takes two tiles of a group at a time: of two row tiles, one above the other, first the
 // one column tile and then the next, and of a last row tile without a partner both column tiles at once.
@@ -110,11 +117,13 @@ __device__ inline void load_rows(uint8_t* to, const TensorMap& map, Barrier& ful
     }
 }
 
-// By one thread, one arrival at `full`: a stage's weights, and unless they are gathered its activations.
+// By one thread, one arrival at `full`: a stage's weights, unless they are gathered its activations, and which tile it begins.
 template <class Shape, bool GATHER, L2 WEIGHT_HINT, L2 TOKEN_HINT>
-__device__ inline void load_stage(GemmStages<Shape>& stages, int stage, const BlockTile& tile, int step, const TensorMap& weights,
+__device__ inline void load_stage(SharedMemory<Shape>& shared, int stage, const BlockTile& tile, int step, const TensorMap& weights,
                                   const TensorMap& tokens) {
+    GemmStages<Shape>& stages = shared.stages;
     Barrier& full = stages.pipeline.full[stage];
+    if (step == 0) shared.tiles[stage] = tile;
     full.arrive_expect(Shape::WEIGHT_BYTES + (GATHER ? 0 : Shape::TOKEN_BYTES));
     load_rows<Shape, Shape::CHANNELS, WEIGHT_HINT>(stages.weights[stage], weights, full, tile.shared == Shared::weights, step,
                                                    tile.column_tile * Shape::CHANNELS, tile.group);
@@ -124,26 +133,40 @@ __device__ inline void load_stage(GemmStages<Shape>& stages, int stage, const Bl
     }
 }
 
-// One thread: weights and activations of every step by TMA.
+// One warp: weights and activations of every step by TMA, and with GemmKind::fp8 the tokens' scales beside the last.
 template <class Shape>
-__device__ void load_with_tma(GemmStages<Shape>& stages, const BlockTiles<Shape>& tiles, const TensorMap& weights, const TensorMap& tokens,
-                              int steps) {
+__device__ void load_with_tma(SharedMemory<Shape>& shared, const BlockTiles<Shape>& tiles, const TensorMap& weights, const TensorMap& tokens,
+                              const Problem& problem) {
+    GemmStages<Shape>& stages = shared.stages;
     constexpr L2 WEIGHT_HINT = Shape::TOKENS <= 16 ? L2::evict_first : L2::normal;
+    constexpr int SHARE = Shape::KIND == GemmKind::fp8 ? (Shape::TOKENS + WARP - 1) / WARP : 0;  // a lane's tokens
+    const int lane = threadIdx.x % WARP;
     PipelinePosition<Shape::STAGES> at;
     for (int64_t index = tiles.first(); index < tiles.count(); index += tiles.step()) {
         const BlockTile tile = tiles[index];
-        for (int step = 0; step < steps; ++step, at.advance()) {
+        float scales[SHARE + 1];  // under way while the stages before the last are loaded
+#pragma unroll
+        for (int i = 0; i < SHARE; ++i) scales[i] = problem.token_scale(tile.first_row + i * WARP + lane, tile.end_row);
+        for (int step = 0; step < problem.steps; ++step, at.advance()) {
             stages.pipeline.wait_until_empty(at);
-            load_stage<Shape, false, WEIGHT_HINT, L2::evict_last>(stages, at.stage, tile, step, weights, tokens);
+            if (SHARE > 0 && step + 1 == problem.steps) {
+#pragma unroll
+                for (int i = 0; i < SHARE; ++i) {
+                    if (i * WARP + lane < Shape::TOKENS) stages.token_scales[at.stage][i * WARP + lane] = scales[i];
+                }
+                __syncwarp();
+            }
+            if (lane == 0) load_stage<Shape, false, WEIGHT_HINT, L2::evict_last>(shared, at.stage, tile, step, weights, tokens);
         }
     }
 }
 
-// All threads of the warpgroup: they gather rows and fetch the steps' scales, and one of them loads what TMA can. A stage's copies are
-// waited for LAG stages later, so that several are under way.
+// All threads of the warpgroup: they gather rows and fetch the tokens' scales, and one of them loads what TMA can. A stage's copies are
+// waited for LAG stages later, so that several are under way, or as soon as a short ring is full.
 template <class Shape, bool GATHER>
-__device__ void load_with_all_threads(GemmStages<Shape>& stages, const BlockTiles<Shape>& tiles, const TensorMap& weights,
+__device__ void load_with_all_threads(SharedMemory<Shape>& shared, const BlockTiles<Shape>& tiles, const TensorMap& weights,
                                       const TensorMap& tokens, const Problem& problem) {
+    GemmStages<Shape>& stages = shared.stages;
     constexpr int LAG = GATHER ? Shape::GATHER_LAG : 0;
     const int thread = threadIdx.x % WARPGROUP;
     PipelinePosition<Shape::STAGES> at, arriving;
@@ -157,20 +180,21 @@ __device__ void load_with_all_threads(GemmStages<Shape>& stages, const BlockTile
     for (int64_t index = tiles.first(); index < tiles.count(); index += tiles.step()) {
         const BlockTile tile = tiles[index];
         const int row = tile.first_row + thread;
-        const bool has_row = thread < Shape::TOKENS && row < tile.end_row;
-        const int64_t source = has_row && Shape::KIND == GemmKind::fp8_scaled_steps ? problem.source_row(row) : 0;
+        const bool has_scale = Shape::FP8 && thread < Shape::TOKENS;
+        const bool per_block = Shape::KIND == GemmKind::fp8_scaled_steps && problem.a_scale.form == ScaleForm::per_block;
+        const bool has_block_scale = has_scale && per_block && row < tile.end_row;
+        const float* block_scales = has_block_scale ? problem.a_scale.values + int64_t(problem.source_row(row)) * problem.steps : nullptr;
+        const float token_scale = has_scale && !per_block ? problem.token_scale(row, tile.end_row) : 0.0f;
         const RowGather<Shape> gather(problem.a, problem.row_bytes, problem.rows, tile.first_row, GATHER ? tile.end_row : 0);
         for (int step = 0; step < problem.steps; ++step, at.advance()) {
-            stages.pipeline.wait_until_empty(at);
-            if (thread == 0) load_stage<Shape, GATHER, L2::normal, L2::normal>(stages, at.stage, tile, step, weights, tokens);
-            if constexpr (Shape::KIND == GemmKind::fp8_scaled_steps) {
-                if (thread < Shape::TOKENS) {
-                    const bool per_block = problem.a_scale.form == ScaleForm::per_block;
-                    stages.token_scales[at.stage][thread] = !has_row    ? 0.0f
-                                                            : per_block ? problem.a_scale.values[source * problem.steps + step]
-                                                                        : 1.0f;
-                }
+            if (GATHER && Shape::SETS == 2 && under_way > 0 && !stages.pipeline.is_empty(at)) {
+                cp_async_wait<0>();
+                while (under_way > 0) arrive();
             }
+            stages.pipeline.wait_until_empty(at);
+            if (thread == 0) load_stage<Shape, GATHER, L2::normal, L2::normal>(shared, at.stage, tile, step, weights, tokens);
+            if (has_scale && (Shape::KIND == GemmKind::fp8_scaled_steps || step + 1 == problem.steps))
+                stages.token_scales[at.stage][thread] = has_block_scale ? block_scales[step] : token_scale;
             if (GATHER) {
                 gather.copy(stages.tokens[at.stage], step);
                 cp_async_commit();
@@ -209,24 +233,29 @@ __device__ void multiply_and_store(SharedMemory<Shape>& shared, const BlockTiles
     const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0);
     StageConsumer<Shape> consumer(shared.stages, warpgroup);
     for (int64_t index = tiles.first(); index < tiles.count(); index += tiles.step()) {
-        const BlockTile tile = tiles[index];
+        const BlockTile tile = shared.tiles[consumer.first_stage()];
         const int first_channel = tile.column_tile * Shape::CHANNELS + warpgroup * Shape::WARPGROUP_CHANNELS;
-        Sums<Shape> sums;
-        consumer.sum(problem.steps, sums, [&](int step) { return weight_step_scale<Shape>(problem, tile.group, first_channel, step); });
-
-        const int rows = tile.end_row - tile.first_row;
+        float channel_scales[Shape::SETS][2];  // under way while the tile is summed
         if constexpr (Shape::FP8) {
 #pragma unroll
-            for (int set = 0; set < Shape::SETS; ++set) {
-                const int channel = first_channel + set * Shape::SET_CHANNELS + accumulator_row(threadIdx.x % WARPGROUP, 0);
-                scale_accumulators<Shape::TOKENS>(sums[set], channel_scale(problem, tile.group, channel),
-                                                  channel_scale(problem, tile.group, channel + 8), [&](int token) {
-                                                      if (problem.a_scale.form == ScaleForm::per_tensor) return *problem.a_scale.values;
-                                                      if (problem.a_scale.form != ScaleForm::per_row || token >= rows) return 1.0f;
-                                                      return problem.a_scale.values[problem.source_row(tile.first_row + token)];
-                                                  });
+            for (int i = 0; i < 2 * Shape::SETS; ++i) {
+                const int channel = first_channel + i / 2 * Shape::SET_CHANNELS + accumulator_row(threadIdx.x % WARPGROUP, i % 2 * 2);
+                channel_scales[i / 2][i % 2] = channel_scale(problem, tile.group, channel);
             }
         }
+        Sums<Shape> sums;
+        consumer.sum(problem.steps, sums, [&](int step) { return weight_step_scale<Shape>(problem, tile.group, first_channel, step); });
+        if constexpr (Shape::KIND == GemmKind::fp8) {
+#pragma unroll
+            for (int set = 0; set < Shape::SETS; ++set) scale_tokens(sums[set], consumer.token_scales());
+        }
+        consumer.hand_back();
+        if constexpr (Shape::FP8) {
+#pragma unroll
+            for (int set = 0; set < Shape::SETS; ++set) scale_channels(sums[set], channel_scales[set][0], channel_scales[set][1]);
+        }
+
+        const int rows = tile.end_row - tile.first_row;
         constexpr int STAGED = SharedMemory<Shape>::STAGED_TOKENS;
 #pragma unroll
         for (int set = 0; set < Shape::SETS; ++set) {
@@ -241,6 +270,7 @@ __device__ void multiply_and_store(SharedMemory<Shape>& shared, const BlockTiles
             }
         }
     }
+    consumer.finish();
 }
 
 // ---- the kernel
@@ -270,9 +300,9 @@ __global__ void __launch_bounds__(Shape::CONSUMERS + Shape::LOADERS, 1)
     if (threadIdx.x >= Shape::CONSUMERS) {
         decrease_registers<LOADER_REGISTERS>();
         if constexpr (ALL_LOAD) {
-            load_with_all_threads<Shape, GATHER>(shared.stages, tiles, weights, tokens, problem);
-        } else if (threadIdx.x == Shape::CONSUMERS) {
-            load_with_tma<Shape>(shared.stages, tiles, weights, tokens, problem.steps);
+            load_with_all_threads<Shape, GATHER>(shared, tiles, weights, tokens, problem);
+        } else if (threadIdx.x < Shape::CONSUMERS + WARP) {
+            load_with_tma<Shape>(shared, tiles, weights, tokens, problem);
         }
     } else {
         increase_registers<CONSUMER_REGISTERS>();

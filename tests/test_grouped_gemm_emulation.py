@@ -208,7 +208,11 @@ def test_arguments_that_it_does_not_take(module, monkeypatch, a, b, reason):
 NAN = "nan"
 PLANTED = {
     "a stage handed back too early": (
-        "gemm_tile.cuh", "multiply(set, sums, false);", "multiply(set, sums, false), release(at_);", "may still read|more arrivals"),
+        "gemm_tile.cuh", "«hopper::wgmma_wait<STEPS - 1>();»\n                if (STEPS == 2) release", "", "may still read"),
+    "nobody's first turn": ("gemm_tile.cuh", "if (warpgroup_ == 1) pass();", ";", "deadlock"),
+    "a gathered tile's scales beside another step than its last": (
+        "grouped_gemm.cu", "fp8_scaled_steps || «step + 1 == problem.steps»", "step == 1", "wrong|nan"),
+    "a tile's scales beside another step than its last": ("grouped_gemm.cu", "SHARE > 0 && «step + 1 == problem.steps»", "step == 1", "wrong|nan"),
     "the second set's weights for the first": (
         "gemm_tile.cuh", "advanced(weights, «set» * Shape::SET_CHANNELS * Shape::ROW_BYTES", "1 - set", "wrong"),
     "the first set's channels for both": (
@@ -223,9 +227,12 @@ PLANTED = {
     "a block that does not wait for the other": ("grouped_gemm.cu", "«cluster_sync();»  // the other", "", "which has ended"),
     "half a tile's tokens staged in place of the others": ("epilogue.cuh", "«first / 2» + i * 8", "0", "wrong"),
     "a token past the group stored": ("grouped_gemm.cu", "int rows = «tile.end_row» -", "1 + tile.end_row", "guard"),
-    "scales of the next token": ("epilogue.cuh", "i * 4 + «pair»));", "1 - pair", "wrong"),
+    "scales of the next token": ("epilogue.cuh", "sums[i] *= «scales.x»;", "scales.y", "wrong"),
     "a gather without its proxy fence": ("grouped_gemm.cu", "if (GATHER) fence_async_proxy();", "", "without a fence_async_proxy"),
-    "a gather not waited for": ("grouped_gemm.cu", "cp_async_wait<LAG>();", "cp_async_wait<LAG + 1>();", "a copy under way still writes"),
+    "a gather not waited for, in a small tile": (
+        "grouped_gemm.cu", "cp_async_wait<LAG>();", "cp_async_wait<LAG + 1>();", "a copy under way still writes"),
+    "a gather not waited for where the ring is full": (
+        "grouped_gemm.cu", "«cp_async_wait<0>();»\n                while", "", "a copy under way still writes"),
     "a group's first row off by one": ("tile_scheduler.cuh", "int first_row = «offsets_[group]»", "1 + offsets_[group]", NAN),
 }  # fmt: skip
 
@@ -238,7 +245,8 @@ def test_a_planted_bug_is_noticed(bug):
 
 def what_is_seen(bug: str | None) -> str:
     op = emulation.op_module("grouped_gemm", planted.kernels({name: found[:3] for name, found in PLANTED.items()}, bug)).grouped_gemm
-    a, b, offsets = quantized(300, 1040, "row"), linear("channel", 3, 440, 1040), int32(0, 1, 300, 300)
+    n = 72 if bug and "small" in bug else 440
+    a, b, offsets = quantized(300, 1040, "row"), linear("channel", 3, n, 1040), int32(0, 1, 300, 300)
     rows = torch.randint(0, 300, (300,), dtype=torch.int32) if bug and "gather" in bug else None
     try:
         got = run(op, a, b, offsets, rows)
