@@ -16,16 +16,17 @@ from hypothesis import HealthCheck, settings
 
 from llama4_kernels.ops.backend import BACKENDS, OPS
 
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+EXAMPLES = 6 if INTERPRETING else 10 if torch.cuda.is_available() else 25  # on a GPU Triton compiles one or two kernels for each
 settings.register_profile(
     "ops",
     deadline=None,
     derandomize=True,
-    max_examples=6 if os.environ.get("TRITON_INTERPRET") == "1" else 25,
+    max_examples=EXAMPLES,
     suppress_health_check=[HealthCheck.filter_too_much],  # a backend may refuse many of the arguments that an op takes
 )
 settings.load_profile("ops")
-
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETING:
     import triton_interpreter

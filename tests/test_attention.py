@@ -156,9 +156,19 @@ def test_prefill_and_decode_about_the_chunk(backend, keys, chunk_size):
     assert_attention(backend, *batch([(keys, keys), (keys, 1), (keys + 3, 3)], chunk_size=chunk_size, page_size=4))
 
 
-def test_many_keys(backend):
-    arguments, options = batch([(700, 1), (300, 150)], chunk_size=512, page_size=16, heads=(5, 1, 128), dtype=torch.bfloat16)
+@pytest.mark.parametrize("cache_dtype", [None, FP8])
+def test_many_keys(backend, cache_dtype):
+    arguments, options = batch([(700, 1), (300, 150)], chunk_size=512, page_size=16, heads=(5, 1, 128), dtype=torch.bfloat16,
+                               cache_dtype=cache_dtype)  # fmt: skip
     assert_attention(backend, arguments, options)
+
+
+@pytest.mark.parametrize("cache_dtype", [None, FP8])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_last_step_of_any_number_of_keys(backend, head_dim, cache_dtype):
+    """On a GPU a step of the split kernel has 64 keys, and each step of the tensor cores 16 of them."""
+    lengths = [(keys, 1) for keys in (1, 15, 16, 17, 33, 63, 64, 65, 129)]
+    assert_attention(backend, *batch(lengths, chunk_size=None, heads=(5, 1, head_dim), dtype=torch.bfloat16, cache_dtype=cache_dtype))
 
 
 @pytest.mark.parametrize("last", [1_000_000, 2_500_000, 9_999_999])

@@ -36,7 +36,9 @@ def _attend(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the keys from begin to end, for q [dims, rows]. Not MASKED: every row sees each of them."""
-    for start in tl.range(begin, end, BLOCK_N, num_stages=1 if MASKED else None):
+    # Keys that wgmma takes from shared memory stay in a pipeline's buffers: else p overlays them, for which ptxas 12.8 makes wrong code.
+    unpipelined: tl.constexpr = MASKED and k_cache.dtype.element_ty != q.dtype
+    for start in tl.range(begin, end, BLOCK_N, num_stages=1 if unpipelined else None):
         keys = start + tl.arange(0, BLOCK_N)
         exists = keys < end
         k, v = load_keys(k_cache, v_cache, row, slot_map, keys, exists, kv_head, num_kv_heads, HEAD_DIM, PAGE_SIZE, HOLDS_SLOTS, BLOCK_D)

@@ -12,12 +12,14 @@ import multiprocessing
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from llama4_kernels.triton import config
@@ -78,10 +80,19 @@ def recorded(calls: Iterable[Callable[[], object]], architecture: str) -> Record
 
 def measure(kernels: Recorded, architecture: str, workers: int = 2) -> dict[str, dict[str, int]]:
     """Name -> registers, spills, shared memory and instruction counts of every recorded kernel."""
+    return _of_each(_measure, kernels, architecture, workers)
+
+
+def unwritten(kernels: Recorded, architecture: str, workers: int = 2) -> dict[str, list[str]]:
+    """Name -> the uniform registers that a recorded kernel reads and has not written: see `unwritten_registers`."""
+    return _of_each(_unwritten, kernels, architecture, workers)
+
+
+def _of_each(work: Callable[[str, str], object], kernels: Recorded, architecture: str, workers: int) -> dict:
     global _work
     _work = kernels
     with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
-        return dict(zip(_work, pool.map(_measure, _work, [architecture] * len(_work))))
+        return dict(zip(_work, pool.map(work, _work, [architecture] * len(_work))))
 
 
 def opcodes(disassembly: str) -> list[str]:
@@ -95,19 +106,104 @@ def count(found: list[str]) -> dict[str, int]:
     return {"instructions": len(found)} | kinds
 
 
+def unwritten_registers(disassembly: str) -> list[str]:
+    """The uniform registers that are read on some path of nvdisasm's listing of one kernel on which nothing has written them.
+
+    They hold wgmma's descriptors, and ptxas 12.8 has left some of them without a value. UPRMT is not asked: it packs bytes of which those
+    that nobody uses have no value in PTX already.
+    """
+    blocks, labels = [_Block()], {}
+    for line in disassembly.splitlines():
+        label = re.match(r"\s*(\.L\w+):", line)
+        code = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+ )?([\w.]+)\s*(.*?)\s*;", line)
+        if label:
+            blocks.append(_Block())
+            blocks[-2].next.append(len(blocks) - 1)
+            labels[label[1]] = len(blocks) - 1
+        elif code:
+            predicate, opcode, operands = code.groups()
+            written, read = _uniform_registers(opcode, operands)
+            blocks[-1].read |= read - blocks[-1].written
+            blocks[-1].written |= written
+            if opcode.startswith(("BRA", "EXIT", "RET")):
+                target = re.search(r"`\((\.L\w+)\)", operands)
+                conditional = predicate or re.match(r"!?U?P\d", operands)
+                blocks[-1].next += [target[1]] if target else []
+                blocks.append(_Block())
+                blocks[-2].next += [len(blocks) - 1] if conditional else []
+    before = [set() for _ in blocks]
+    changed = True
+    while changed:
+        changed = False
+        for i, block in reversed(list(enumerate(blocks))):
+            after = set().union(*(before[labels.get(each, each)] for each in block.next))
+            found = block.read | (after - block.written)
+            changed |= found != before[i]
+            before[i] = found
+    return [f"UR{number}" for number in sorted(before[0])]
+
+
+@dataclass
+class _Block:
+    """Straight code: the uniform registers that it writes, those that it reads before, and the blocks, by number or label, that follow."""
+
+    written: set[int] = field(default_factory=set)
+    read: set[int] = field(default_factory=set)
+    next: list[int | str] = field(default_factory=list)
+
+
+def _uniform_registers(opcode: str, operands: str) -> tuple[set[int], set[int]]:
+    """(written, read) by one instruction."""
+    parts = operands.split(", ")
+    width = 2 if re.search(r"\.(64|WIDE)", opcode) else 1
+    written, read = set(), set()
+    writes = re.match(r"U|R2UR|S2UR|REDUX|VOTEU", opcode) and re.fullmatch(r"UR(\d+)", parts[0])
+    if writes:
+        written = set(range(int(writes[1]), int(writes[1]) + width))
+        parts = parts[1:]
+    if opcode.startswith("UPRMT"):
+        return written, read
+    for part in parts:
+        first = [int(number) for number in re.findall(r"UR(\d+)", part)]
+        if "gdesc[" in part:  # four registers, A's descriptor and B's; A may be in registers, then its descriptor is not read
+            a_in_registers = re.match(r"R\d+, R\d+, gdesc", operands)
+            read |= set(range(first[0] + (2 if a_in_registers else 0), first[0] + 4))
+        elif "desc[" in part:
+            read |= {first[0], first[0] + 1, *first[1:]}
+        else:
+            both = 2 if opcode.startswith("U") and ".64" in opcode or ".64" in part else 1
+            read |= {number + i for number in first for i in range(both)}
+    return written, read
+
+
 def _plain(value) -> str:
     return str(getattr(value, "value", value))
 
 
-def _measure(name: str, architecture: str) -> dict[str, int]:
+def _compile(name: str, architecture: str) -> CompiledKernel:
     function, signature, constexprs, attrs, options = _work[name]
     source = function.ASTSource(function, signature, constexprs, attrs)
-    kernel = triton.compile(source, target=GPUTarget("cuda", ARCHITECTURES[architecture], 32), options=options.__dict__)
+    return triton.compile(source, target=GPUTarget("cuda", ARCHITECTURES[architecture], 32), options=options.__dict__)
+
+
+@contextlib.contextmanager
+def _cubin(kernel: CompiledKernel) -> Iterator[str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        code = _run("nvdisasm", "-c", "-ndf", file.name)
+        yield file.name
+
+
+def _unwritten(name: str, architecture: str) -> list[str]:
+    with _cubin(_compile(name, architecture)) as path:
+        return unwritten_registers(_run("nvdisasm", "-c", "-ndf", path))
+
+
+def _measure(name: str, architecture: str) -> dict[str, int]:
+    kernel = _compile(name, architecture)
+    with _cubin(kernel) as path:
+        usage = _run("cuobjdump", "--dump-resource-usage", path)
+        code = _run("nvdisasm", "-c", "-ndf", path)
     counted = {key: int(re.search(rf"{key.upper()}:(\d+)", usage).group(1)) for key in ("reg", "stack", "local")}
     return {
         "registers": counted["reg"],

@@ -1,6 +1,6 @@
 """Every Triton kernel that ships: the calls of the ops that shipped_*.py list at the shapes of the real models, on meta tensors.
 
-    python tests/triton/offline.py [list ...]     rewrites baseline_<list>.json, by default of every shipped_<list>.py
+python tests/triton/offline.py [list ...]     rewrites baseline_<list>.json, by default of every shipped_<list>.py
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import triton
 
 from llama4_kernels.triton.offline import ARCHITECTURES, SHARED_KIB, recorded
 from llama4_kernels.triton.offline import measure as measure_kernels
+from llama4_kernels.triton.offline import unwritten as unwritten_of_kernels
 
-__all__ = ["ARCHITECTURES", "LISTS", "SHARED_KIB", "baseline", "measure", "module"]
+__all__ = ["ARCHITECTURES", "LISTS", "SHARED_KIB", "baseline", "measure", "module", "unwritten"]
 
 HERE = Path(__file__).parent
 LISTS = sorted(path.stem.removeprefix("shipped_") for path in HERE.glob("shipped_*.py"))
@@ -34,6 +35,11 @@ def baseline(shipped_list: str) -> Path:
 def measure(architecture: str, shipped_list: str) -> dict[str, dict[str, int]]:
     """Name -> registers, spills, shared memory and instruction counts of every kernel of a list."""
     return measure_kernels(recorded(module(shipped_list).calls(architecture), architecture), architecture)
+
+
+def unwritten(architecture: str, shipped_list: str) -> dict[str, list[str]]:
+    """Name -> uniform registers that a kernel of a list reads without having written them."""
+    return unwritten_of_kernels(recorded(module(shipped_list).calls(architecture), architecture), architecture)
 
 
 if __name__ == "__main__":
