@@ -2,8 +2,8 @@
 //
 // A block has a warpgroup that loads tiles of K and V (attention_load.cuh) and two that attend. An item of many queries is 128 rows (a row
 // is a query and one of the heads of a KV head), 64 per warpgroup, which both visit every tile. An item of few queries is up to 64 rows and
-// a split of their keys, whose tiles the warpgroups share out; the last split of a request to be done combines them all. Tiles outside the
-// rows' chunks are not visited.
+// a run of splits of their keys, whose tiles the warpgroups share out; the last run of a request to be done combines all splits. Tiles
+// outside the rows' chunks are not visited.
 
 #include "attention.h"
 
@@ -24,8 +24,8 @@ constexpr int WARP = 32;
 constexpr int WARPGROUP = 128;
 constexpr int ATTENDING = 2;  // warpgroups
 constexpr int THREADS = (1 + ATTENDING) * WARPGROUP;
-constexpr int LOAD_REGISTERS = 104;
-constexpr int ATTEND_REGISTERS = 200;
+constexpr int LOAD_REGISTERS = 72;
+constexpr int ATTEND_REGISTERS = 216;
 constexpr int ROWS = 64;  // of a warpgroup
 constexpr bool TAKE_TURNS = true;  // in items of many queries: one attending warpgroup begins its products, then the other
 constexpr float LOG2_E = 1.44269504088896f;
@@ -43,8 +43,12 @@ struct alignas(1024) SharedMemory {
     uint8_t v[ATTENTION_STAGES][Ring<HEAD_DIM>::TILE_BYTES];
     hopper::Barrier k_full[ATTENTION_STAGES], k_empty[ATTENTION_STAGES], v_full[ATTENTION_STAGES], v_empty[ATTENTION_STAGES];
     DrawnItems drawn;
-    Item items[ATTENDING];    // of each warpgroup, kept here while it needs its registers
-    unsigned earlier_splits;  // that were done before this block's
+    Item items[ATTENDING];  // of each warpgroup, kept here while it needs its registers
+    int first_seen[ATTENDING][ROWS], position[ATTENDING][ROWS];  // the keys that a row sees
+    unsigned earlier_runs;  // that were done before this block's
+    float scale;            // of scores in logarithms of base 2
+    float v_scale;
+    int run;  // splits of an item of few queries, at most
     int item_ends[1];         // [requests], and then the loading warps' codes, to the end of the shared memory
 };
 
@@ -95,16 +99,16 @@ public:
     __device__ void attend(const Item& item, int& count) {
         load_q(item);
         set_rows(item);
-        const int first = item.few ? warpgroup : 0, step = item.few ? ATTENDING : 1, tiles = item.keys.tiles;
-        if (first < tiles) {
-            visit(count, first, step, item.keys.first_tile, tiles);
-        } else {
-            pass_k(count);
-            pass_v(count);
-        }
-        count += tiles;
         const Item& kept = shared.items[warpgroup];
-        kept.few ? leave_part(kept) : write_output(kept);
+        if (kept.few) {
+            attend_splits(kept, count);
+        } else {
+            begin_rows();
+            attend_all(count, kept.keys.first_tile, kept.keys.tiles);
+            kept.splits > 1 ? leave_part(kept, kept.split) : write_output(kept);
+        }
+        if (kept.few || kept.splits > 1) finish_run(kept);
+        count += kept.keys.tiles;
     }
 
 private:
@@ -113,14 +117,12 @@ private:
     const Ring<HEAD_DIM>&k, &v;
     const int warpgroup = threadIdx.x / WARPGROUP - 1;
     const int thread = threadIdx.x % WARPGROUP;
-    const bool arrives = threadIdx.x % WARP == 0;
-    const float scale = a.scale * LOG2_E * fmaxf(a.k_scale ? *a.k_scale : 1.0f, SMALLEST);  // 0 · −∞ is not −∞
+    const int lane = threadIdx.x % WARP;
 
     float scores[ATTENTION_TILE / 2];
     uint32_t weights[ATTENTION_TILE / 16][4];
     float output[HEAD_DIM / 2];
     float maximum[2], total[2], correction[2];
-    int position[2], first_seen[2];      // of the thread's rows: a row sees keys first_seen to position
     int seen_by_all_from, seen_by_all_to;  // keys that all rows of the warpgroup see
 
     // Rows past the item's are zeros.
@@ -147,90 +149,82 @@ private:
         const int first = item.few ? 0 : warpgroup * ROWS;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            position[r] = position_of(a, item, first + hopper::accumulator_row(thread, 2 * r));
-            first_seen[r] = chunk_start(position[r], a.chunk_size);
-            maximum[r] = -INFINITE;
-            total[r] = 0.0f;
+            const int row = hopper::accumulator_row(thread, 2 * r), position = position_of(a, item, first + row);
+            shared.position[warpgroup][row] = position;  // by each of its four threads, for itself
+            shared.first_seen[warpgroup][row] = chunk_start(position, a.chunk_size);
         }
         seen_by_all_from = chunk_start(position_of(a, item, first + ROWS - 1), a.chunk_size);
         seen_by_all_to = position_of(a, item, first) + 1;
+    }
+
+    __device__ void begin_rows() {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            maximum[r] = -INFINITE;
+            total[r] = 0.0f;
+        }
 #pragma unroll
         for (float& element : output) element = 0.0f;
     }
 
-    // Every step-th tile of the item from `first` on.
-    __device__ void visit(int count, int first, int step, int first_tile, int tiles) {
-        if (first > 0) pass_k(count);
-        begin_scores(count + first);
-        hopper::wgmma_wait<0>();
-        release(k.empty, count + first);
-        softmax(first_tile + first);
-        pack_weights();
-        const int last = first + (tiles - 1 - first) / step * step;
-        step == 1 ? go_on_with_all(count, first_tile, last) : go_on_apart(count, first, first_tile, last);
-        begin_output(count + last);
-        hopper::wgmma_wait<0>();
-        release(v.empty, count + last);
-        if (last + 1 < tiles) {
-            pass_k(count + last + 1);
-            pass_v(count + last + 1);
-        }
-    }
-
     // The tensor cores compute a tile's scores, then multiply the weights of the one before with V; the softmax of the new scores runs
-    // beside that.
-    __device__ void go_on_with_all(int count, int first_tile, int last) {
-        for (int tile = 0; tile < last; ++tile) {
+    // beside that. Waiting for the next V between the two keeps ptxas from moving the wait for the products before the softmax.
+    __device__ void attend_all(int count, int first_tile, int tiles) {
+        begin_scores(count);
+        hopper::wgmma_wait<0>();
+        release<1>(k.empty, count);
+        softmax(first_tile);
+        pack_weights();
+        v.wait_full(count);
+        for (const int last = count + tiles - 1; count < last; ++count) {
             if (TAKE_TURNS) wait_for_turn();
-            begin_scores(count + tile + 1);
-            begin_output(count + tile);
+            begin_scores(count + 1);
+            begin_output(count);
             if (TAKE_TURNS) pass_turn();
             hopper::wgmma_wait<1>();
-            release(k.empty, count + tile + 1);
-            softmax(first_tile + tile + 1);
+            release<1>(k.empty, count + 1);
+            softmax(++first_tile);
+            v.wait_full(count + 1);
             hopper::wgmma_wait<0>();
-            release(v.empty, count + tile);
+            release<1>(v.empty, count);
             correct_output();
             pack_weights();
         }
+        begin_output(count);
+        hopper::wgmma_wait<0>();
+        release<1>(v.empty, count);
     }
 
-    // Where the warpgroups visit every other tile. A tile of V is given back before the next K is waited for, so that the loading warps
-    // have both under way.
-    __device__ void go_on_apart(int count, int first, int first_tile, int last) {
-        for (int tile = first; tile < last; tile += ATTENDING) {
-            if (tile > 0) pass_v(count + tile - 1);
-            begin_output(count + tile);
-            hopper::wgmma_wait<0>();
-            release(v.empty, count + tile);
-            pass_k(count + tile + 1);
-            begin_scores(count + tile + ATTENDING);
-            hopper::wgmma_wait<0>();
-            release(k.empty, count + tile + ATTENDING);
-            softmax(first_tile + tile + ATTENDING);
-            correct_output();
-            pack_weights();
+    // Each warpgroup visits every other tile, and gives it back for both: neither waits for the other before the run ends. A tile of V is
+    // given back before the next K is waited for, so that the loading warps have both under way.
+    __device__ void attend_splits(const Item& item, int count) {
+        for (int start = 0; start < item.keys.tiles; start += item.split_tiles) {
+            begin_rows();
+            const int end = min(start + item.split_tiles, item.keys.tiles);
+            for (int tile = start + warpgroup; tile < end; tile += ATTENDING) {
+                begin_scores(count + tile);
+                hopper::wgmma_wait<0>();
+                release<ATTENDING>(k.empty, count + tile);
+                softmax(item.keys.first_tile + tile);
+                correct_output();
+                pack_weights();
+                v.wait_full(count + tile);
+                begin_output(count + tile);
+                hopper::wgmma_wait<0>();
+                release<ATTENDING>(v.empty, count + tile);
+            }
+            leave_part(item, item.split + start / item.split_tiles);
         }
-        if (last > 0) pass_v(count + last - 1);
     }
 
     __device__ void wait_for_turn() const { hopper::named_barrier_sync(TURN + warpgroup, ATTENDING * WARPGROUP); }
 
     __device__ void pass_turn() const { hopper::named_barrier_arrive(TURN + (1 - warpgroup), ATTENDING * WARPGROUP); }
 
+    // For so many warpgroups.
+    template <int WARPGROUPS>
     __device__ void release(hopper::Barrier* empty, int count) const {
-        if (arrives) empty[count % ATTENTION_STAGES].arrive();
-    }
-
-    // A tile that the other warpgroup attends to.
-    __device__ void pass_k(int count) const {
-        k.wait_full(count);
-        release(k.empty, count);
-    }
-
-    __device__ void pass_v(int count) const {
-        v.wait_full(count);
-        release(v.empty, count);
+        if (lane < WARPGROUPS) empty[count % ATTENTION_STAGES].arrive();
     }
 
     // scores = Q · Kᵀ
@@ -252,14 +246,13 @@ private:
         hopper::wgmma_commit();
     }
 
-    // output += weights · V
+    // output += weights · V, which is there
     __device__ void begin_output(int count) {
-        v.wait_full(count);
         hopper::wgmma_fence();
+        const uint64_t keys = hopper::mn_major(v.tile(count), Swizzle::bytes_128, Ring<HEAD_DIM>::HALF_BYTES);
 #pragma unroll
         for (int step = 0; step < ATTENTION_TILE / 16; ++step) {
-            const uint8_t* keys = v.tile(count) + step * 16 * ATTENTION_SPAN;
-            const uint64_t v_step = hopper::mn_major(keys, Swizzle::bytes_128, Ring<HEAD_DIM>::HALF_BYTES);
+            const uint64_t v_step = hopper::advanced(keys, step * 16 * ATTENTION_SPAN);
             hopper::wgmma_bf16<HEAD_DIM, hopper::Major::mn>(output, weights[step], v_step, true);
         }
         hopper::wgmma_commit();
@@ -270,6 +263,7 @@ private:
     __device__ void softmax(int tile) {
         const int start = tile * ATTENTION_TILE;
         if (start < seen_by_all_from || start + ATTENTION_TILE > seen_by_all_to) mask(start);
+        const float scale = shared.scale;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             float highest = maximum[r];
@@ -293,6 +287,12 @@ private:
     }
 
     __device__ void mask(int start) {
+        int first_seen[2], position[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            first_seen[r] = shared.first_seen[warpgroup][hopper::accumulator_row(thread, 2 * r)];
+            position[r] = shared.position[warpgroup][hopper::accumulator_row(thread, 2 * r)];
+        }
 #pragma unroll
         for (int i = 0; i < ATTENTION_TILE / 2; ++i) {
             const int key = start + hopper::accumulator_column(thread, i), r = i / 2 % 2;
@@ -312,12 +312,11 @@ private:
     }
 
     __device__ void divide_output() {
-        const float v_scale = a.v_scale ? *a.v_scale : 1.0f;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             total[r] += __shfl_xor_sync(~0u, total[r], 1);
             total[r] += __shfl_xor_sync(~0u, total[r], 2);
-            correction[r] = v_scale / total[r];
+            correction[r] = shared.v_scale / total[r];
         }
         correct_output();
     }
@@ -346,55 +345,85 @@ private:
 
     // ---- splits
 
-    __device__ void leave_part(const Item& item) {
+    __device__ void leave_part(const Item& item, int split) {
         divide_output();
-        const int part = item.split * ATTENTION_PARTS + warpgroup;
+        const Parts parts(a, item);
+        const int part = item.few ? split * ATTENTION_PARTS + warpgroup : split, first = item.few ? 0 : warpgroup * ROWS;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const int row = hopper::accumulator_row(thread, 2 * r);
+            const int row = first + hopper::accumulator_row(thread, 2 * r);
             if (row >= item.rows) continue;
-            const int64_t at = parts_start(a, item, row) + part;
-            if (thread % 4 == 0) a.lse[at] = maximum[r] * scale + log2f(total[r]);
-            float* to = a.partial + at * HEAD_DIM;
+            const int64_t at = parts.start(a, item, row) + part;
+            if (thread % 4 == 0) parts.lse[at] = maximum[r] * shared.scale + log2f(total[r]);
+            float* to = parts.partial + at * HEAD_DIM;
 #pragma unroll
             for (int i = 2 * r; i < HEAD_DIM / 2; i += 4) {
                 *reinterpret_cast<float2*>(to + hopper::accumulator_column(thread, i)) = make_float2(output[i], output[i + 1]);
             }
         }
-        hopper::named_barrier_sync(BOTH_ATTENDING, ATTENDING * WARPGROUP);
-        if (threadIdx.x == WARPGROUP) {
-            unsigned* ticket = &a.tickets[item.request.index * a.num_kv_heads + item.kv_head];
-            shared.earlier_splits = hopper::add_acquire_release(ticket, 1);
-            if (shared.earlier_splits + 1 == unsigned(item.splits)) *ticket = 0;
-        }
-        hopper::named_barrier_sync(BOTH_ATTENDING, ATTENDING * WARPGROUP);
-        if (shared.earlier_splits + 1 == unsigned(item.splits)) combine(item);
     }
 
-    // The parts of each row in order, weighted by their sums. A part of −∞ has seen no key, and holds NaN.
+    __device__ void finish_run(const Item& item) {
+        hopper::named_barrier_sync(BOTH_ATTENDING, ATTENDING * WARPGROUP);
+        if (threadIdx.x == WARPGROUP) {
+            unsigned* ticket = ticket_of(a, item);
+            shared.earlier_runs = hopper::add_acquire_release(ticket, 1);
+            if (shared.earlier_runs + 1 == unsigned(item.runs)) *ticket = 0;
+        }
+        hopper::named_barrier_sync(BOTH_ATTENDING, ATTENDING * WARPGROUP);
+        if (shared.earlier_runs + 1 == unsigned(item.runs)) combine(item);
+    }
+
+    // The parts of each row in order, weighted by their sums, many of them on their way at once. A part of −∞ has seen no key, and holds NaN.
     __device__ void combine(const Item& item) const {
-        constexpr int DIMS = HEAD_DIM / WARP;
-        const int lane = threadIdx.x % WARP, parts = item.splits * ATTENTION_PARTS;
-        for (int row = threadIdx.x / WARP - WARPGROUP / WARP; row < item.rows; row += ATTENDING * WARPGROUP / WARP) {
-            const int64_t start = parts_start(a, item, row);
-            const float* lse = a.lse + start;
-            float highest = -INFINITE;
-            for (int part = lane; part < parts; part += WARP) highest = fmaxf(highest, lse[part]);
+        constexpr int DIMS = 4;                           // of a lane
+        constexpr int TOGETHER = WARP * DIMS / HEAD_DIM;  // parts that a warp reads at once
+        constexpr int READS = 16;                         // under way
+        static_assert(sizeof(float) * ATTENTION_MAX_SPLITS * ATTENTION_PARTS * WARPGROUP / WARP <= sizeof(shared.q[0]));
+        const Parts all(a, item);
+        const int parts = item.splits * parts_per_split(item), dim = lane * DIMS % HEAD_DIM, own = lane * DIMS / HEAD_DIM;
+        // where q is no longer needed
+        float* part_weights = reinterpret_cast<float*>(shared.q[warpgroup]) + thread / WARP * ATTENTION_MAX_SPLITS * ATTENTION_PARTS;
+        for (int row = warpgroup * (WARPGROUP / WARP) + thread / WARP; row < item.rows; row += ATTENDING * WARPGROUP / WARP) {
+            const int64_t start = all.start(a, item, row);
+            float highest = -INFINITE, sum = 0.0f, result[DIMS] = {};
+            for (int part = lane; part < parts; part += WARP) {
+                part_weights[part] = all.lse[start + part];
+                highest = fmaxf(highest, part_weights[part]);
+            }
 #pragma unroll
             for (int distance = WARP / 2; distance > 0; distance /= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, distance));
-            float sum = 0.0f, result[DIMS] = {};
-#pragma unroll 4
-            for (int part = 0; part < parts; ++part) {
-                const float weight = hopper::exp2_approximate(lse[part] - highest);
-                const float* found = a.partial + (start + part) * HEAD_DIM + lane * DIMS;
-                if (lse[part] == -INFINITE) continue;
-                sum += weight;
-#pragma unroll
-                for (int i = 0; i < DIMS; ++i) result[i] += weight * found[i];
+            for (int part = lane; part < parts; part += WARP) {
+                part_weights[part] = hopper::exp2_approximate(part_weights[part] - highest);
+                sum += part_weights[part];
             }
-            __nv_bfloat16* to = static_cast<__nv_bfloat16*>(a.out) + row_start(a, item, row) + lane * DIMS;
+            __syncwarp();
+            const float* found_at = all.partial + start * HEAD_DIM + dim;
+#pragma unroll 1
+            for (int first = own; first < parts; first += READS * TOGETHER) {
+                float4 found[READS];
 #pragma unroll
-            for (int i = 0; i < DIMS; i += 2) *reinterpret_cast<uint32_t*>(to + i) = bfloat16_pair(result[i] / sum, result[i + 1] / sum);
+                for (int i = 0; i < READS; ++i) {
+                    found[i] = *reinterpret_cast<const float4*>(found_at + min(first + i * TOGETHER, parts - 1) * HEAD_DIM);
+                }
+#pragma unroll
+                for (int i = 0; i < READS; ++i) {
+                    const int part = first + i * TOGETHER;
+                    const float weight = part < parts ? part_weights[part] : 0.0f;
+                    if (weight == 0.0f) continue;
+                    result[0] += weight * found[i].x, result[1] += weight * found[i].y;
+                    result[2] += weight * found[i].z, result[3] += weight * found[i].w;
+                }
+            }
+            __syncwarp();
+#pragma unroll
+            for (int distance = WARP / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+            if constexpr (TOGETHER == 2) {
+                for (float& element : result) element += __shfl_xor_sync(~0u, element, WARP / 2);
+            }
+            if (own > 0) continue;
+            __nv_bfloat16* to = static_cast<__nv_bfloat16*>(a.out) + row_start(a, item, item.first_row + row) + dim;
+            *reinterpret_cast<uint2*>(to) = {bfloat16_pair(result[0] / sum, result[1] / sum), bfloat16_pair(result[2] / sum, result[3] / sum)};
         }
     }
 };
@@ -424,10 +453,15 @@ __global__ void __launch_bounds__(THREADS, 1)
             }
         }
         shared.drawn.init(THREADS / WARP);
+        shared.scale = a.scale * LOG2_E * fmaxf(a.k_scale ? *a.k_scale : 1.0f, SMALLEST);  // 0 · −∞ is not −∞
+        shared.v_scale = a.v_scale ? *a.v_scale : 1.0f;
         hopper::fence_barrier_init();
     }
-    count_all_items(a, shared.item_ends);
-    zero_padding(a);
+    if (sizeof(Element) == 2 && threadIdx.x == WARPGROUP) {
+        hopper::prefetch_tensor_map(k_map);
+        hopper::prefetch_tensor_map(v_map);
+    }
+    count_all_items(a, shared.item_ends, shared.run);
 
     const int items = a.requests ? shared.item_ends[a.requests - 1] * a.num_kv_heads : 0;
     int item = blockIdx.x, taken = 0;
@@ -435,7 +469,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         hopper::decrease_registers<LOAD_REGISTERS>();
         Loader<HEAD_DIM, Element> loader(a, k, v, reinterpret_cast<uint8_t*>(&shared) + codes_start<HEAD_DIM>(a.requests));
         while (item < items) {
-            const unsigned drawn = loader.load_item(item_of(a, shared.item_ends, item), items, k_map, v_map);
+            const unsigned drawn = loader.load_item(item_of(a, shared.item_ends, shared.run, item), items, k_map, v_map);
             shared.drawn.wait_empty(taken);
             if (draws()) shared.drawn.put(taken, int(gridDim.x + drawn));
             item = shared.drawn.take(taken++);
@@ -447,11 +481,12 @@ __global__ void __launch_bounds__(THREADS, 1)
         Attend<HEAD_DIM> attend(a, shared, k, v);
         attend.begin();
         while (item < items) {
-            attend.attend(item_of(a, shared.item_ends, item), count);
+            attend.attend(item_of(a, shared.item_ends, shared.run, item), count);
             item = shared.drawn.take(taken++);
         }
         attend.finish();
     }
+    zero_padding(a);
 }
 
 // ---- launch

@@ -13,6 +13,9 @@ constexpr int ATTENTION_TILE = 128;             // keys
 constexpr int ATTENTION_SPLIT_TILES = 2;        // at least, of one split: a request with few queries has its keys split among blocks
 constexpr int ATTENTION_MAX_SPLITS = 128;
 constexpr int ATTENTION_PARTS = 2;              // per split: each warpgroup leaves one
+constexpr int ATTENTION_ROWS = 128;             // of an item of many queries, a row being a query and one of the heads of a KV head
+constexpr int ATTENTION_ROW_SPLIT_TILES = 64;   // at least, of one split of such an item's keys
+constexpr int ATTENTION_MAX_ROW_SPLITS = 4;
 constexpr int ATTENTION_FEW_QUERIES = 8;        // per request, at most; as rows, with the heads of a KV head:
 constexpr int ATTENTION_FEW_ROWS = 64;
 constexpr int ATTENTION_MAX_REQUESTS = 4096;
@@ -47,6 +50,11 @@ struct AttentionArguments {
     float* partial;  // [rows, num_heads, max_splits · ATTENTION_PARTS, head_dim]
     float* lse;      // [rows, num_heads, max_splits · ATTENTION_PARTS]: logarithms of base 2
     unsigned* tickets;  // [requests · num_kv_heads], zeros before and after
+    // The same of the splits of many queries, unless max_row_splits is 1.
+    float* row_partial;     // [tokens, num_heads, max_row_splits, head_dim]
+    float* row_lse;         // [tokens, num_heads, max_row_splits]
+    unsigned* row_tickets;  // [tokens · (num_heads / num_kv_heads) / ATTENTION_ROWS + requests, num_kv_heads], zeros before and after
+    int max_row_splits;     // 1 to ATTENTION_MAX_ROW_SPLITS
     unsigned* drawn;    // items of work that blocks have drawn, 0 before and after
     int max_splits;     // 1 to ATTENTION_MAX_SPLITS
 };

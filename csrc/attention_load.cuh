@@ -53,11 +53,19 @@ __device__ inline uint4 bfloat16_of_8_codes(uint32_t low, uint32_t high) {
     return {bfloat16_pair(low & 0xffff), bfloat16_pair(low >> 16), bfloat16_pair(high & 0xffff), bfloat16_pair(high >> 16)};
 }
 
-// The slot of a position, −1 where no query of the item sees it.
-__device__ inline int64_t slot_of(const AttentionArguments& a, const int* row, int position, const KeyRange& keys) {
+// The slot of a position in three steps, a tile apart, so that none waits for what the one before has read: an entry of the page table,
+// through the slot map, and to the slot of the page. −1 where no query of the item sees the position.
+__device__ inline int entry_of(const AttentionArguments& a, const int* row, int position, const KeyRange& keys) {
     if (position < keys.begin || position >= keys.end) return -1;
-    if (!a.holds_slots) return int64_t(row[position / a.page_size]) * a.page_size + position % a.page_size;
-    return a.slot_map.values ? at(a.slot_map, row[position]) : row[position];
+    return row[a.holds_slots ? position : position / a.page_size];
+}
+
+__device__ inline int64_t mapped(const AttentionArguments& a, int entry) {
+    return a.slot_map.values && entry >= 0 ? at(a.slot_map, entry) : entry;
+}
+
+__device__ inline int64_t slot_of(const AttentionArguments& a, int64_t entry, int position) {
+    return a.holds_slots || entry < 0 ? entry : entry * a.page_size + position % a.page_size;
 }
 
 // One load warp. `Element`: of the caches. Tiles are numbered over all items of the block: 2 · i is the i-th of K, 2 · i + 1 the i-th of V.
@@ -80,12 +88,14 @@ public:
         const int64_t table_row = a.page_table_rows.values ? at(a.page_table_rows, item.request.index) : item.request.index;
         const int* row = a.page_table + table_row * a.row_stride;
         const int first = item.keys.first_tile * ATTENTION_TILE + warp * ATTENTION_WARP_KEYS + lane;
-        int64_t next = slot_of(a, row, first, item.keys);
+        int64_t next = mapped(a, entry_of(a, row, first, item.keys));
+        int second = entry_of(a, row, first + ATTENTION_TILE, item.keys);
         const int draws_at = draws() ? item.keys.tiles - 1 : -1;
         unsigned drawn = 0;
         for (int i = 0; i < item.keys.tiles; ++i) {
-            const int64_t slot = next;
-            next = i + 1 < item.keys.tiles ? slot_of(a, row, first + (i + 1) * ATTENTION_TILE, item.keys) : -1;
+            const int64_t slot = slot_of(a, next, first + i * ATTENTION_TILE);
+            next = mapped(a, second);
+            second = i + 2 < item.keys.tiles ? entry_of(a, row, first + (i + 2) * ATTENTION_TILE, item.keys) : -1;
             if (i == draws_at) drawn = draw(a, items);
             if constexpr (IS_FP8) {
                 load_codes(k, a.k_cache, slot, item.kv_head);
@@ -175,10 +185,11 @@ private:
     // Wait until all but the PENDING latest groups of copies are there, and tell of the one before the latest.
     template <int PENDING>
     __device__ void signal_after() {
+        if (!unsignalled) return;
         hopper::cp_async_wait<PENDING>();
         hopper::fence_async_proxy();
         __syncwarp();
-        if (lane == 0 && unsignalled) unsignalled->arrive();
+        if (lane == 0) unsignalled->arrive();
         unsignalled = nullptr;
     }
 

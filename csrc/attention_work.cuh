@@ -1,9 +1,10 @@
 // How a batch becomes items of work, from sequence lengths on the device: each block counts every request's items, takes the one of its own
 // number, and then draws from a counter whichever is next: a block of short items takes more of them.
 //
-// A request of many queries has an item per block of 128 rows, a row being a query and one of the heads of a KV head; a request of few
-// queries has an item per split of its keys. Which it is, and how its keys are split, follows from the request alone, so that its bits do
-// not depend on its neighbours.
+// A request of many queries has an item per block of 128 rows, a row being a query and one of the heads of a KV head, and, where all of them
+// see many keys, per split of these, or else the items of a long prefix would be few and equally long; a request of few
+// queries has its keys split, and an item per run of splits. Which it is, and how its keys are split, follows from the request alone, so that
+// its bits do not depend on its neighbours; how many splits a run has follows from the batch.
 #pragma once
 
 #include "attention.h"
@@ -13,7 +14,8 @@
 
 namespace llama4_kernels {
 
-constexpr int ATTENTION_ROWS = 128;
+constexpr int ATTENTION_ROUNDS = 3;      // items of few queries that a block is to have at least, before one takes several splits
+constexpr int ATTENTION_RUN_SPLITS = 4;  // that it takes at most
 
 __device__ inline int divide_up(int a, int b) { return (a + b - 1) / b; }
 
@@ -54,25 +56,46 @@ __device__ inline int tiles_per_split(const AttentionArguments& a, int tiles) {
     return max(ATTENTION_SPLIT_TILES, even_split);
 }
 
-// Items of one KV head.
-__device__ inline int count_items(const AttentionArguments& a, int index) {
-    const Request request(a, index);
-    if (request.queries <= 0) return 0;
-    if (!has_few_queries(a, request.queries)) return divide_up(request.queries * (a.num_heads / a.num_kv_heads), ATTENTION_ROWS);
-    const int tiles = KeyRange(a, request, 0, request.queries - 1).tiles;
-    return divide_up(tiles, tiles_per_split(a, tiles));
+// Splits of the keys of each block of rows, where there are many queries.
+__device__ inline int row_splits(const AttentionArguments& a, const Request& request) {
+    const bool one_chunk = chunk_start(request.before, a.chunk_size) == chunk_start(request.before + request.queries - 1, a.chunk_size);
+    const int least_tiles = one_chunk ? KeyRange(a, request, 0, 0).tiles : 1;
+    return max(1, min(least_tiles / ATTENTION_ROW_SPLIT_TILES, a.max_row_splits));
 }
 
-// ends[b]: items of requests 0 to b. By all threads of the block, with barriers.
-__device__ inline void count_all_items(const AttentionArguments& a, int* ends) {
+// Splits of few queries, negated, or items of many, of one KV head.
+__device__ inline int count_pieces(const AttentionArguments& a, int index) {
+    const Request request(a, index);
+    if (request.queries <= 0) return 0;
+    if (!has_few_queries(a, request.queries))
+        return divide_up(request.queries * (a.num_heads / a.num_kv_heads), ATTENTION_ROWS) * row_splits(a, request);
+    const int tiles = KeyRange(a, request, 0, request.queries - 1).tiles;
+    return -divide_up(tiles, tiles_per_split(a, tiles));
+}
+
+// Splits of few queries that one item takes, at most: several where there are many, as what an item costs beside its keys is then paid less
+// often. Each split leaves the same part, whoever computes it.
+__device__ inline int splits_per_run(int64_t splits, int blocks) {
+    return int(max(int64_t(1), min(splits / (int64_t(blocks) * ATTENTION_ROUNDS), int64_t(ATTENTION_RUN_SPLITS))));
+}
+
+__device__ inline int items_of_pieces(int pieces, int run) { return pieces < 0 ? divide_up(-pieces, run) : pieces; }
+
+// ends[b]: items of requests 0 to b, whose splits go to items by runs of `run`. By all threads of the block, with barriers.
+__device__ inline void count_all_items(const AttentionArguments& a, int* ends, int& run) {
     constexpr int WARP = 32;
-    for (int b = threadIdx.x; b < a.requests; b += blockDim.x) ends[b] = count_items(a, b);
+    for (int b = threadIdx.x; b < a.requests; b += blockDim.x) ends[b] = count_pieces(a, b);
     __syncthreads();
     if (threadIdx.x < WARP) {
+        int splits = 0;
+        for (int b = threadIdx.x; b < a.requests; b += WARP) splits -= min(ends[b], 0);
+        for (int distance = WARP / 2; distance > 0; distance /= 2) splits += __shfl_xor_sync(~0u, splits, distance);
+        const int run_of_all = splits_per_run(int64_t(splits) * a.num_kv_heads, gridDim.x);
+        if (threadIdx.x == 0) run = run_of_all;
         int before = 0;
         for (int first = 0; first < a.requests; first += WARP) {
             const int b = first + threadIdx.x;
-            int sum = b < a.requests ? ends[b] : 0;
+            int sum = b < a.requests ? items_of_pieces(ends[b], run_of_all) : 0;
             for (int distance = 1; distance < WARP; distance *= 2) {
                 const int other = __shfl_up_sync(~0u, sum, distance);
                 if (int(threadIdx.x) >= distance) sum += other;
@@ -89,8 +112,9 @@ struct Item {
     int kv_head;
     bool few;
     int first_row, rows;  // of request.queries · group
-    KeyRange keys;        // of a split: those of its tiles and of all its rows
-    int split, splits;
+    KeyRange keys;           // those of its tiles and of all its rows
+    int split, split_tiles;  // the first of the run, and how many tiles each has, save for the last
+    int splits, runs;        // of the request, or of the block of rows, whose runs are of one split
 };
 
 __device__ inline int first_request_past(const int* ends, int requests, int index) {
@@ -103,7 +127,7 @@ __device__ inline int first_request_past(const int* ends, int requests, int inde
     return low;
 }
 
-__device__ inline Item item_of(const AttentionArguments& a, const int* ends, int item) {
+__device__ inline Item item_of(const AttentionArguments& a, const int* ends, int run, int item) {
     const int index = item / a.num_kv_heads;
     const int b = first_request_past(ends, a.requests, index);
     const int group = a.num_heads / a.num_kv_heads;
@@ -112,15 +136,16 @@ __device__ inline Item item_of(const AttentionArguments& a, const int* ends, int
     const int place = index - (ends[b] - items);
     const bool few = has_few_queries(a, request.queries);
     // the last rows see the most keys: begin with them
-    const int first_row = few ? 0 : (items - 1 - place) * ATTENTION_ROWS;
+    const int of_rows = few ? 1 : row_splits(a, request), per_run = few ? run : 1;
+    const int first_row = few ? 0 : (items - 1 - place) / of_rows * ATTENTION_ROWS;
+    const int first_split = few ? place * run : place % of_rows;
     const int rows = min(request.queries * group - first_row, ATTENTION_ROWS);
     KeyRange keys(a, request, first_row / group, (first_row + rows - 1) / group);
-    if (few) {
-        const int size = tiles_per_split(a, keys.tiles);
-        keys.first_tile += place * size;
-        keys.tiles = min(size, keys.tiles - place * size);
-    }
-    return {request, item % a.num_kv_heads, few, first_row, rows, keys, few ? place : 0, few ? items : 1};
+    const int size = few ? tiles_per_split(a, keys.tiles) : divide_up(keys.tiles, of_rows);
+    const int splits = few ? divide_up(keys.tiles, size) : of_rows;
+    keys.first_tile += first_split * size;
+    keys.tiles = min(per_run * size, keys.tiles - first_split * size);
+    return {request, item % a.num_kv_heads, few, first_row, rows, keys, first_split, size, splits, few ? items : of_rows};
 }
 
 // ---- rows
@@ -137,12 +162,33 @@ __device__ inline int position_of(const AttentionArguments& a, const Item& item,
     return item.request.before + min((item.first_row + row) / group, item.request.queries - 1);
 }
 
-// Where, in lse, the parts of a row begin.
-__device__ inline int64_t parts_start(const AttentionArguments& a, const Item& item, int row) {
-    const int group = a.num_heads / a.num_kv_heads;
-    const bool by_token = a.tokens <= int64_t(a.requests) * ATTENTION_FEW_QUERIES;
-    const int64_t first = by_token ? item.request.first_token : int64_t(item.request.index) * ATTENTION_FEW_QUERIES;
-    return ((first + row / group) * a.num_heads + item.kv_head * group + row % group) * (a.max_splits * ATTENTION_PARTS);
+// What the splits of an item's rows leave.
+struct Parts {
+    float* lse;
+    float* partial;
+    int64_t first_token, per_row;
+
+    __device__ Parts(const AttentionArguments& a, const Item& item) {
+        const bool by_token = !item.few || a.tokens <= int64_t(a.requests) * ATTENTION_FEW_QUERIES;
+        lse = item.few ? a.lse : a.row_lse;
+        partial = item.few ? a.partial : a.row_partial;
+        first_token = by_token ? item.request.first_token : int64_t(item.request.index) * ATTENTION_FEW_QUERIES;
+        per_row = item.few ? a.max_splits * ATTENTION_PARTS : a.max_row_splits;
+    }
+
+    // Where, in lse, those of a row of the item begin.
+    __device__ int64_t start(const AttentionArguments& a, const Item& item, int row) const {
+        const int group = a.num_heads / a.num_kv_heads, of_request = item.first_row + row;
+        return ((first_token + of_request / group) * a.num_heads + item.kv_head * group + of_request % group) * per_row;
+    }
+};
+
+__device__ inline int parts_per_split(const Item& item) { return item.few ? ATTENTION_PARTS : 1; }
+
+__device__ inline unsigned* ticket_of(const AttentionArguments& a, const Item& item) {
+    if (item.few) return &a.tickets[item.request.index * a.num_kv_heads + item.kv_head];
+    const int64_t first = int64_t(item.request.first_token) * (a.num_heads / a.num_kv_heads) / ATTENTION_ROWS + item.request.index;
+    return &a.row_tickets[(first + item.first_row / ATTENTION_ROWS) * a.num_kv_heads + item.kv_head];
 }
 
 // ---- who takes which item

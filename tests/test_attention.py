@@ -255,6 +255,15 @@ def test_replays_in_a_cuda_graph(gpu_backend, lengths, cache_dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("cache_dtype", [None, FP8])
+@pytest.mark.parametrize("lengths", [[(2000, 1)] * 300, [(300, 20), (17000, 40)]], ids=["runs of splits", "split prefix"])
+def test_in_as_many_splits_as_a_gpu_makes(gpu_backend, lengths, cache_dtype):
+    """In CUDA several splits of few queries are one item of work, and those of many have their keys split after a long prefix."""
+    arguments, options = batch(lengths, chunk_size=None, page_size=64, heads=(5, 1, 128), dtype=torch.bfloat16, cache_dtype=cache_dtype)
+    assert_attention(gpu_backend, arguments, options)
+
+
+@pytest.mark.gpu
 def test_a_graph_of_many_requests_replays_after_a_launch_of_few(gpu_backend):
     """In CUDA they are launches of one kernel with more and with less shared memory."""
     (arguments, options), few = (batch([(9, 1)] * requests, chunk_size=8, heads=(5, 1, 128), dtype=torch.bfloat16) for requests in (900, 2))

@@ -35,7 +35,7 @@ def items() -> Callable[..., list[int]]:
             starts.append(starts[-1] + queries)
         tiles, seq_lens = (ctypes.c_int * CAPACITY)(), (ctypes.c_int * len(requests))(*(keys for keys, _ in requests))
         query_start_loc = (ctypes.c_int * len(starts))(*starts)
-        count = library.attention_items(len(requests), seq_lens, query_start_loc, *heads, chunk_size, MAX_SPLITS, tiles, CAPACITY)
+        count = library.attention_items(len(requests), seq_lens, query_start_loc, *heads, chunk_size, MAX_SPLITS, BLOCKS, tiles, CAPACITY)
         assert count <= CAPACITY
         return tiles[:count]
 
@@ -75,7 +75,12 @@ def mixed() -> list[tuple[int, int]]:
 
 
 BATCHES = {f"{keys // 1024}k": [(keys, keys)] for keys in (4096, 8192, 16384, 131072)}
-BATCHES |= {"8k after 56k": [(65536, 8192)], "64 mixed": mixed(), "64 mixed, long first": sorted(mixed(), reverse=True)}
+BATCHES |= {
+    "8k after 56k": [(65536, 8192)],
+    "8k after 120k": [(131072, 8192)],
+    "64 mixed": mixed(),
+    "64 mixed, long first": sorted(mixed(), reverse=True),
+}
 
 
 @pytest.mark.parametrize("heads", [(5, 1), (40, 8)], ids=str)

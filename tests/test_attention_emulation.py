@@ -25,7 +25,7 @@ TILE = 128
 LOAD, WORK, MAIN = "attention_load.cuh", "attention_work.cuh", "attention.cu"
 GIVE_BACK = "        if (threadIdx.x % 32 == 0) empty[count % SLOTS].arrive();\n"
 SEEN = f"        const int item = items[count % SLOTS];\n        __syncwarp();\n{GIVE_BACK}        return item;\n"
-PASS_K = "            pass_k(count + tile + 1);"
+RELEASE_FOR_BOTH = "                release<ATTENDING>(v.empty, count + tile);"
 LOAD_K, LOAD_V = (f"                load({ring}, {ring}_map, a.{ring}_cache, slot, item.kv_head);\n" for ring in "kv")
 SLOW_LANES = """
         if (threadIdx.x >= 128 && threadIdx.x % 32) {
@@ -39,17 +39,18 @@ PLANTED = {
     "codes not waited for": (LOAD, "hopper::cp_async_wait<2>();", "hopper::cp_async_wait<3>();"),
     "buffers not waited for": (LOAD, "«ring.wait_empty(count);»\n        }", ""),
     "no proxy fence": (LOAD, "        }\n        «hopper::fence_async_proxy();»", ""),
-    "one split too few": (WORK, "return divide_up(tiles, tiles_per_split(a, tiles));", "return max(tiles / tiles_per_split(a, tiles), 1);"),
+    "one split too few": (WORK, "return -divide_up(tiles, tiles_per_split(a, tiles));", "return -max(tiles / tiles_per_split(a, tiles), 1);"),
     "positions without the prefix": (WORK, "before = a.seq_lens[request] - queries;", "before = 0;"),
     "masks of boundary tiles left out": (MAIN, "if (start < seen_by_all_from || start + ATTENTION_TILE > seen_by_all_to) mask(start);", ""),
     "old output not corrected": (MAIN, "            «correct_output();»\n            pack_weights();", ""),
-    "parts unweighted": (MAIN, "«hopper::exp2_approximate(lse[part] - highest)»;", "1.0f"),
+    "parts unweighted": (MAIN, "«hopper::exp2_approximate(part_weights[part] - highest)»;", "1.0f"),
+    "tiles of few queries given back by one warpgroup for itself": (MAIN, RELEASE_FOR_BOTH, RELEASE_FOR_BOTH.replace("ATTENDING", "1")),
     "ticket not given back": (MAIN, "*ticket = 0;", ""),
     "counter of draws not turned back": (WORK, "«unsigned(items) - 1»);", "~0u"),
     "counter of draws turned back one draw late": (WORK, "«unsigned(items) - 1»);", "unsigned(items)"),
     "counter of draws turned back one draw early": (WORK, "«unsigned(items) - 1»);", "unsigned(max(items - 2, 0))"),
     "turns of the warpgroups not passed on": (MAIN, "if (TAKE_TURNS) pass_turn();", ""),
-    "turns where the warpgroups visit different tiles": (MAIN, PASS_K, f"{PASS_K} wait_for_turn(), pass_turn();"),
+    "turns where the warpgroups visit different tiles": (MAIN, RELEASE_FOR_BOTH, f"{RELEASE_FOR_BOTH} wait_for_turn(), pass_turn();"),
     "nobody passes the first turn": (MAIN, "attend.begin();", ""),
     "nobody takes the last turn": (MAIN, "attend.finish();", ""),
     "draws that overtake the block's warps": (MAIN, "shared.drawn.wait_empty(taken);", ""),
@@ -166,6 +167,39 @@ def test_bits_depend_on_the_request_alone(op, cache_dtype):
     assert_same_bits(run(op, arguments, options), together)
     for request, (start, end) in enumerate(zip(options["query_start_loc"].tolist(), options["query_start_loc"].tolist()[1:])):
         assert_same_bits(run(op, *alone(arguments, options, request)), together[start:end])
+
+
+@pytest.mark.parametrize("cache_dtype", [BF16, FP8])
+def test_bits_do_not_depend_on_how_many_splits_a_run_has(op, cache_dtype):
+    """One alone, four among many requests on three blocks; a request whose splits are no multiple of four, and one that ends in one tile."""
+    arguments, options = batch(
+        [(1500, 1), (1300, 8), (1100, 2), (700, 1), (1290, 3)] * 2, chunk_size=None, page_size=64, cache_dtype=cache_dtype, **SCOUT
+    )
+    together = run(op, arguments, options)
+    assert_attention(op, arguments, options)
+    for request, (start, end) in enumerate(zip(options["query_start_loc"].tolist(), options["query_start_loc"].tolist()[1:])):
+        assert_same_bits(run(op, *alone(arguments, options, request)), together[start:end])
+
+
+@pytest.mark.parametrize(("cache_dtype", "splits"), [(BF16, 2), (FP8, 3)])
+def test_many_queries_after_a_long_prefix(op, cache_dtype, splits):
+    """Their keys are split, whatever stands beside them."""
+    heads, prefix = (6, 2, 64), splits * 64 * TILE + 5
+    arguments, options = batch(
+        [(300, 20), (prefix + 50, 50), (prefix, 1)], chunk_size=None, page_size=64, heads=heads, dtype=BF16, cache_dtype=cache_dtype
+    )
+    assert op.__globals__["max_row_splits"](71 * 6, 64, options["page_table"].shape[1] * 64, 1 << 30) == splits
+    together = run(op, arguments, options)
+    assert_attention(op, arguments, options)
+    assert_same_bits(run(op, *alone(arguments, options, 1)), together[20:70])
+
+
+@pytest.mark.parametrize(
+    "rows, table_keys, chunk_size, want",
+    [(5 << 13, 1 << 20, 1 << 30, 4), (5 << 13, 1 << 20, 8192, 1), (5 << 13, 1 << 14, 1 << 30, 2), (40 << 13, 1 << 20, 1 << 30, 1), (0, 1 << 20, 1 << 30, 4)],
+)  # fmt: skip
+def test_how_many_splits_many_queries_may_have(op, rows, table_keys, chunk_size, want):
+    assert op.__globals__["max_row_splits"](rows, 128, table_keys, chunk_size) == want
 
 
 @pytest.mark.parametrize("slow_lanes", [False, True])
@@ -297,5 +331,6 @@ for head_dim in (64, 128):
                 row_stride=columns, requests=requests, page_table_rows=none, slot_map=none, seq_lens=ints(300, 9, 200, 1),
                 query_start_loc=ints(0, 5, 5, 17, 18), chunk_size=190, scale=0.1, k_scale=zeros(4), v_scale=zeros(4),
                 partial=zeros(tokens * 6 * splits * kernels.ATTENTION_PARTS * head_dim * 4),
-                lse=zeros(tokens * 6 * splits * kernels.ATTENTION_PARTS * 4), tickets=zeros(requests * 2 * 4), drawn=zeros(4), max_splits=splits, stream=0)
+                lse=zeros(tokens * 6 * splits * kernels.ATTENTION_PARTS * 4), tickets=zeros(requests * 2 * 4), row_partial=0, row_lse=0, row_tickets=0,
+                max_row_splits=1, drawn=zeros(4), max_splits=splits, stream=0)
 """

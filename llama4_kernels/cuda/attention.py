@@ -11,7 +11,7 @@ from llama4_kernels.counters import tickets
 from llama4_kernels.cuda import _C, launch
 
 HEAD_DIMS = (64, 128)
-PARTIAL_BYTES = 1 << 27  # where the splits' results could take more, there are fewer splits
+PARTIAL_BYTES = 1 << 27  # where the results of the splits of few or of many queries could take more, there are fewer splits
 
 
 def chunked_attention(
@@ -41,7 +41,12 @@ def chunked_attention(
     parts = splits * _C.ATTENTION_PARTS
     partial = torch.empty(rows, num_heads, parts, head_dim, dtype=torch.float32, device=device)
     lse = torch.empty(rows, num_heads, parts, dtype=torch.float32, device=device)
-    counters = tickets(device, 1 + requests * num_kv_heads)
+    row_splits = max_row_splits(tokens * num_heads, head_dim, table_keys, chunk_size)
+    row_parts = row_splits if row_splits > 1 else 0
+    row_partial = torch.empty(tokens, num_heads, row_parts, head_dim, dtype=torch.float32, device=device)
+    row_lse = torch.empty(tokens, num_heads, row_parts, dtype=torch.float32, device=device)
+    row_blocks = tokens * (num_heads // num_kv_heads) // _C.ATTENTION_ROWS + requests
+    counters = tickets(device, 1 + (requests + row_blocks) * num_kv_heads)
     with launch.on(device) as stream:
         _C.chunked_attention(
             q=q.data_ptr(),
@@ -70,6 +75,10 @@ def chunked_attention(
             partial=partial.data_ptr(),
             lse=lse.data_ptr(),
             tickets=counters[1:].data_ptr(),
+            row_partial=row_partial.data_ptr(),
+            row_lse=row_lse.data_ptr(),
+            row_tickets=counters[1 + requests * num_kv_heads :].data_ptr(),
+            max_row_splits=row_splits,
             drawn=counters.data_ptr(),
             max_splits=splits,
             stream=stream,
@@ -84,6 +93,13 @@ def max_splits(rows: int, head_dim: int, table_keys: int, chunk_size: int) -> in
     by_keys = -(-most_tiles // _C.ATTENTION_SPLIT_TILES)
     by_memory = PARTIAL_BYTES // max(4 * rows * head_dim * _C.ATTENTION_PARTS, 1)
     return max(min(_C.ATTENTION_MAX_SPLITS, by_keys, by_memory), 1)
+
+
+def max_row_splits(rows: int, head_dim: int, table_keys: int, chunk_size: int) -> int:
+    """Splits that the keys of many queries may have: as many as they can fill and memory allows, from shapes alone."""
+    by_keys = (min(table_keys, chunk_size) // _C.ATTENTION_TILE + 2) // _C.ATTENTION_ROW_SPLIT_TILES
+    by_memory = PARTIAL_BYTES // max(4 * rows * head_dim, 1)
+    return max(min(_C.ATTENTION_MAX_ROW_SPLITS, by_keys, by_memory), 1)
 
 
 def why_not_chunked_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, *, seq_lens: Tensor, scale: float, **_) -> str:

@@ -74,6 +74,14 @@ def test_routing_of_many_tokens_multiplies_on_wgmma_what_tma_loads():
     assert len(on_wgmma) == 3 and on_wgmma == {name for name in kernels if "route_wgmma_kernel<" in name}
 
 
+def test_softmax_of_attention_runs_beside_products():
+    """Between the wait for the scores and the one for P·V, before which ptxas likes to put it."""
+    for name, code in machine_code.compile_stem(NVCC, "attention").instructions.items():
+        waits = [i for i, text in enumerate(code) if text.startswith("WARPGROUP.DEPBAR")]
+        [(start, end)] = [pair for pair in zip(waits, waits[1:]) if code[pair[0]].endswith("0x1")]
+        assert sum(text.startswith("MUFU.EX2") for text in code[start:end]) >= 64, name
+
+
 def test_setmaxnreg_gives_out_no_more_than_a_launch_has(stem, compiled):
     """The warpgroups that ask for more registers wait for those that others leave: for ever, where ptxas launches with fewer."""
     found = 0
