@@ -1,4 +1,4 @@
-// Codes in e4m3: what a scale is made of.
+// Codes in e4m3: what a scale is made of, and what is divided by it.
 #pragma once
 
 #include "device.h"
@@ -9,5 +9,14 @@ constexpr float E4M3_MAX = 448.0f;
 
 // |value| as an integer: the order of the floats, with infinity above them and NaN on top, so that a NaN reaches the scale.
 __device__ inline unsigned magnitude(float value) { return __float_as_uint(value) & 0x7fffffffu; }
+
+// value / scale, to its last bit where nothing on the way is below the least normal number: a product and one correction. reciprocal: of
+// the scale, or 0 where that would be infinite; what a scale so small belongs to becomes 0.
+__device__ inline float divide(float value, float scale, float reciprocal) {
+    const float product = value * reciprocal;
+    return fmaf(fmaf(-product, scale, value), reciprocal, product);
+}
+
+__device__ inline float reciprocal_of(float scale) { return scale < 0x1p-126f ? 0.0f : 1.0f / scale; }
 
 }  // namespace llama4_kernels

@@ -169,7 +169,8 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) down_kernel(const __grid_co
     const MoeDownArguments& a = problem.a;
     auto& shared = *shared_memory<SharedMemory<Shape>>();
     prepare(shared.stages, shared_weights, routed_weights);
-    wait_for_dependencies();
+    launch_dependents();
+    ahead_has_waited();  // moe_gate_up, for route_top1: the routing may be read
     Tiles<Shape> tiles(problem, shared);
     if (threadIdx.x < WARP) {
         tiles.fill();
@@ -180,16 +181,23 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) down_kernel(const __grid_co
     if (threadIdx.x >= Shape::CONSUMERS) {
         decrease_registers<Shape::LOADER_REGISTERS>();
         StageLoader<Shape> loader(shared.stages);
+        const auto path_of = [&](bool is_shared) -> const MoePath& { return is_shared ? problem.shared : problem.routed; };
+        const auto map_of = [&](bool is_shared) -> const TensorMap& { return is_shared ? shared_weights : routed_weights; };
+        shared.stages.work.for_first_piece(tiles, [&](const Piece& piece) {
+            tiles.for_each_segment(tiles[piece.tile], piece, [&](bool is_shared, const Segment& segment, int begin, int end) {
+                loader.load_weights_ahead(path_of(is_shared), map_of(is_shared), segment, begin, end);
+            });
+        });
+        wait_for_dependencies();
         shared.stages.work.for_each_piece(tiles, [&](const Piece& piece) {
-            const Tile<Shape> tile = tiles[piece.tile];
-            tiles.for_each_segment(tile, piece, [&](bool is_shared, const Segment& segment, int begin, int end) {
-                const TensorMap& weights = is_shared ? shared_weights : routed_weights;
-                loader.load(is_shared ? problem.shared : problem.routed, weights, segment, nullptr, begin, end);
+            tiles.for_each_segment(tiles[piece.tile], piece, [&](bool is_shared, const Segment& segment, int begin, int end) {
+                loader.load(path_of(is_shared), map_of(is_shared), segment, nullptr, begin, end);
             });
         });
         loader.finish();
     } else {
         increase_registers<Shape::CONSUMER_REGISTERS>();
+        wait_for_dependencies();
         StageConsumer<Shape> consumer(shared.stages);
         shared.stages.work.for_each_piece(tiles, [&](const Piece& piece) {
             const Tile<Shape> tile = tiles[piece.tile];

@@ -24,14 +24,13 @@ struct SharedMemory {
     MoeStages<Shape> stages;
     alignas(16) uint8_t staging[Shape::PASS * (H_COLUMNS * 2 + 16)];
     unsigned warp_largest[Shape::CONSUMER_WARPS][Shape::TOKENS];
-    float h_scale[Shape::TOKENS];
+    float h_scale[Shape::TOKENS], h_reciprocal[Shape::TOKENS];  // of each token's codes
     int first_tile[];  // of each routed expert, and their number
 };
 
 // ---- which tile
 
 struct Tile {
-    bool is_shared;
     int column_tile;
     Segment segment;
 };
@@ -47,7 +46,8 @@ struct Tiles {
 
     __device__ int shared_tiles() const { return (a.tokens + Shape::TOKENS - 1) / Shape::TOKENS * column_tiles(a.h_shared); }
     __device__ int count() const { return shared_tiles() + int(routed_tiles.count()); }
-    __device__ int steps(int tile) const { return (tile < shared_tiles() ? problem.shared : problem.routed).steps; }
+    __device__ bool is_shared(int tile) const { return tile < shared_tiles(); }
+    __device__ int steps(int tile) const { return (is_shared(tile) ? problem.shared : problem.routed).steps; }
 
     __device__ int64_t first_stage(int tile) const {
         const int64_t shared = min(tile, shared_tiles());
@@ -63,13 +63,13 @@ struct Tiles {
 
     __device__ Tile operator[](int tile) const {
         const int shared = shared_tiles();
-        if (tile < shared) {
+        if (is_shared(tile)) {
             const int columns = column_tiles(a.h_shared), column = tile % columns, first_row = tile / columns * Shape::TOKENS;
-            return {true, column, segment(0, column, a.h_shared.width, first_row, a.tokens)};
+            return {column, segment(0, column, a.h_shared.width, first_row, a.tokens)};
         }
         const GroupTile routed = routed_tiles[tile - shared];
         const Segment part = segment(routed.group, routed.column_tile, a.h_routed.width, routed.first_row, routed.end_row);
-        return {false, routed.column_tile, part};
+        return {routed.column_tile, part};
     }
 
     __device__ static Segment segment(int group, int column_tile, int width, int first_row, int end_row) {
@@ -88,8 +88,9 @@ __device__ void store_hidden(SharedMemory<Shape>& shared, const MoeHidden& h, co
     const int64_t first = int64_t(first_row) * h.width + first_column;
 #pragma unroll
     for (int i = 0; i < Shape::TOKENS / 2; ++i) {
+        if (i / 4 * 8 >= rows) continue;
         const float gate = total[0][i];
-        total[0][i] = gate / (1.0f + expf(-gate)) * total[1][i];
+        total[0][i] = __fdividef(gate, 1.0f + __expf(-gate)) * total[1][i];
     }
     if (h.dtype == Dtype::bfloat16) {
         auto* out = static_cast<__nv_bfloat16*>(h.values) + first;
@@ -101,6 +102,7 @@ __device__ void store_hidden(SharedMemory<Shape>& shared, const MoeHidden& h, co
     if (!h.is_static) {
 #pragma unroll
         for (int i = 0; i < Shape::TOKENS / 2; i += 4) {
+            if (i / 4 * 8 >= rows) continue;
 #pragma unroll
             for (int pair = 0; pair < 2; ++pair) {
                 const unsigned low = magnitude(total[0][i + pair]), high = magnitude(total[0][i + pair + 2]);
@@ -123,12 +125,13 @@ __device__ void store_hidden(SharedMemory<Shape>& shared, const MoeHidden& h, co
             if (int(threadIdx.x) < rows) h.scale[int64_t(first_row + threadIdx.x) * blocks + tile.column_tile] = scale;
         }
         shared.h_scale[threadIdx.x] = scale;
+        shared.h_reciprocal[threadIdx.x] = reciprocal_of(scale);
     }
     consumers_sync<Shape>();
     auto* out = static_cast<uint8_t*>(h.values) + first;
     const auto code = [&](int, int i) {
-        const float scale = shared.h_scale[Consumer::token_of(i)];
-        return uint8_t(__nv_cvt_float_to_fp8(scale == 0.0f ? 0.0f : total[0][i] / scale, __NV_SATFINITE, __NV_E4M3));
+        const int token = Consumer::token_of(i);
+        return uint8_t(__nv_cvt_float_to_fp8(divide(total[0][i], shared.h_scale[token], shared.h_reciprocal[token]), __NV_SATFINITE, __NV_E4M3));
     };
     store_rows<Shape, 1, uint8_t>(shared.staging, rows, columns, code, [&](int token) { return out + int64_t(token) * h.width; });
 }
@@ -158,6 +161,7 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) gate_up_kernel(const __grid
         if (a.prefetch) prefetch_share(a.prefetch, a.prefetch_bytes, thread, Shape::LOADERS);
     }
     wait_for_dependencies();
+    launch_dependents();  // now, so that moe_down finds the routing complete before it waits
     Tiles<Shape> tiles{problem, a, {a.routing.offsets, a.experts, Tiles<Shape>::column_tiles(a.h_routed), shared.first_tile}};
     if (threadIdx.x < WARP) {
         tiles.routed_tiles.fill();
@@ -171,8 +175,8 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) gate_up_kernel(const __grid
         StageLoader<Shape> loader(shared.stages);
         shared.stages.work.for_each_piece(tiles, [&](const Piece& piece) {
             const Tile tile = tiles[piece.tile];
-            const TensorMap& weights = tile.is_shared ? shared_weights : routed_weights;
-            loader.load(tile.is_shared ? problem.shared : problem.routed, weights, tile.segment, a.routing.order, piece.begin, piece.end);
+            const TensorMap& weights = tiles.is_shared(piece.tile) ? shared_weights : routed_weights;
+            loader.load(tiles.is_shared(piece.tile) ? problem.shared : problem.routed, weights, tile.segment, a.routing.order, piece.begin, piece.end);
         });
         loader.finish();
     } else {
@@ -181,10 +185,10 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) gate_up_kernel(const __grid
         shared.stages.work.for_each_piece(tiles, [&](const Piece& piece) {
             const Tile tile = tiles[piece.tile];
             Sums<Shape> total = {};
-            consumer.template add<false>(tile.is_shared ? problem.shared : problem.routed, tile.segment, piece.begin, piece.end, total);
+            consumer.template add<false>(tiles.is_shared(piece.tile) ? problem.shared : problem.routed, tile.segment, piece.begin, piece.end, total);
             const auto is_real = [&](int token) { return token < tile.segment.end_row - tile.segment.first_row; };
             if (combine_pieces(shared.stages, a.sharing, tiles, piece, is_real, total)) {
-                store_hidden(shared, tile.is_shared ? a.h_shared : a.h_routed, tile, total);
+                store_hidden(shared, tiles.is_shared(piece.tile) ? a.h_shared : a.h_routed, tile, total);
             }
         });
     }

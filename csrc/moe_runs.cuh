@@ -60,15 +60,23 @@ struct Work {
 
     template <class Tiles, class Visit>
     __device__ void for_each_piece(const Tiles& tiles, Visit visit) const {
-        for (int tile = first_tile; tile < end_tile; tile += tile_stride) {
-            Piece piece{tile, 0, tiles.steps(tile)};
-            if (!whole) {
-                const int64_t first_stage = tiles.first_stage(tile);
-                piece.begin = int(max(begin - first_stage, int64_t(0)));
-                piece.end = int(min(end - first_stage, int64_t(piece.end)));
-            }
-            visit(piece);
-        }
+        for (int tile = first_tile; tile < end_tile; tile += tile_stride) visit(piece_of(tiles, tile));
+    }
+
+    template <class Tiles, class Visit>
+    __device__ void for_first_piece(const Tiles& tiles, Visit visit) const {
+        if (first_tile < end_tile) visit(piece_of(tiles, first_tile));
+    }
+
+private:
+    template <class Tiles>
+    __device__ Piece piece_of(const Tiles& tiles, int tile) const {
+        Piece piece{tile, 0, tiles.steps(tile)};
+        if (whole) return piece;
+        const int64_t first_stage = tiles.first_stage(tile);
+        piece.begin = int(max(begin - first_stage, int64_t(0)));
+        piece.end = int(min(end - first_stage, int64_t(piece.end)));
+        return piece;
     }
 };
 

@@ -39,8 +39,8 @@ struct MoeShape {
     static constexpr int SET_BYTES = SET_CHANNELS * ROW_BYTES;
     static constexpr int TOKEN_BYTES = TOKENS * ROW_BYTES;
     static constexpr int STAGE_BYTES = SETS * SET_BYTES + TOKEN_BYTES;
-    static constexpr int STAGES = (200 << 10) / (STAGE_BYTES + TOKENS * int(sizeof(float)));
-    static constexpr int LOADER_REGISTERS = 72, CONSUMER_REGISTERS = 216;
+    static constexpr int STAGES = (206 << 10) / (STAGE_BYTES + TOKENS * int(sizeof(float)));
+    static constexpr int LOADER_REGISTERS = TOKENS > 64 ? 72 : 88, CONSUMER_REGISTERS = TOKENS > 64 ? 216 : 208;
     static constexpr int LAG = 2;  // stages whose copies of activations are under way
     static constexpr hopper::Swizzle SWIZZLE = hopper::Swizzle::bytes_128;
     static constexpr int PASS = TOKENS < 32 ? TOKENS : 32;  // tokens that the epilogue transposes at a time
@@ -70,6 +70,11 @@ struct MoePath {
     int k, n, steps;  // of the weight; steps: stages along K
 
     __device__ int stage_k() const { return fp8 ? 128 : 64; }
+
+    // Whether no scale changes along K.
+    __device__ bool steady() const {
+        return form != ScaleForm::per_block && x.conversion != MoeConversion::per_block && x.scale_step_stride == 0;
+    }
 };
 
 // Part of a tile's sum: rows first_row to end_row are multiplied with channels first_channel + set · set_stride … of weight `group`.
@@ -83,7 +88,6 @@ struct Segment {
 // What comes first in a kernel, before it depends on the one ahead.
 template <class Shape>
 __device__ inline void prepare(MoeStages<Shape>& stages, const hopper::TensorMap& shared_weights, const hopper::TensorMap& routed_weights) {
-    hopper::launch_dependents();
     if (threadIdx.x != 0) return;
     stages.pipeline.init(1 + Shape::LOADERS, Shape::CONSUMER_WARPS);
     hopper::prefetch_tensor_map(shared_weights);
@@ -98,6 +102,13 @@ class StageLoader {
 public:
     __device__ explicit StageLoader(MoeStages<Shape>& stages) : stages_(stages) {}
 
+    // Ask for weights of the ring's first stages, before load() is called, which then goes on from there. begin and end: as of the first
+    // load().
+    __device__ void load_weights_ahead(const MoePath& path, const hopper::TensorMap& weights, const Segment& segment, int begin, int end) {
+        if (thread() != 0) return;
+        for (int step = begin; step < end && ahead_ < Shape::STAGES; ++step, ++ahead_) load_weights(path, weights, segment, step, ahead_);
+    }
+
     // rows: source row of each position, or null where it is the position.
     __device__ void load(const MoePath& path, const hopper::TensorMap& weights, const Segment& segment, const int* rows, int begin,
                          int end) {
@@ -110,12 +121,10 @@ public:
         for (int step = begin; step < end; ++step, at_.advance()) {
             stages_.pipeline.wait_until_empty(at_);
             if (thread() == 0) {
-                hopper::Barrier& full = stages_.pipeline.full[at_.stage];
-                full.arrive_expect(Shape::SETS * Shape::SET_BYTES);
-#pragma unroll
-                for (int set = 0; set < Shape::SETS; ++set) {
-                    const int channel = segment.first_channel + set * segment.set_stride;
-                    hopper::tma_load(stages_.weights[at_.stage][set], weights, full, step * path.stage_k(), channel, segment.group);
+                if (ahead_ > 0) {
+                    --ahead_;
+                } else {
+                    load_weights(path, weights, segment, step, at_.stage);
                 }
             }
             if (path.x.conversion == MoeConversion::none) {
@@ -152,6 +161,16 @@ private:
         const int position = segment.tile_row + row;
         if (position < segment.first_row || position >= segment.end_row) return -1;
         return rows ? rows[position] : position;
+    }
+
+    __device__ void load_weights(const MoePath& path, const hopper::TensorMap& weights, const Segment& segment, int step, int stage) {
+        hopper::Barrier& full = stages_.pipeline.full[stage];
+        full.arrive_expect(Shape::SETS * Shape::SET_BYTES);
+#pragma unroll
+        for (int set = 0; set < Shape::SETS; ++set) {
+            const int channel = segment.first_channel + set * segment.set_stride;
+            hopper::tma_load(stages_.weights[stage][set], weights, full, step * path.stage_k(), channel, segment.group);
+        }
     }
 
     __device__ uint8_t* chunk_at(int i) const {
@@ -228,6 +247,7 @@ private:
     MoeStages<Shape>& stages_;
     PipelinePosition<Shape::STAGES> at_, arriving_;
     int under_way_ = 0;
+    int ahead_ = 0;  // stages whose weights are asked for already; of the thread that asks
 };
 
 // ---- consumers
@@ -254,11 +274,72 @@ public:
     static __device__ int channel_of(int i) { return warpgroup() * 64 + hopper::accumulator_row(threadIdx.x % hopper::WARPGROUP, i); }
     static __device__ int token_of(int i) { return hopper::accumulator_column(threadIdx.x % hopper::WARPGROUP, i); }
 
-    // Add a segment's steps to `total`. MASKED: rows of the tile that are not the segment's stay as they are.
+    // Add a segment's steps to `total`. MASKED: rows of the tile that are not the segment's stay as they are; else they hold anything, and
+    // `total` is zero before.
     template <bool MASKED>
     __device__ void add(const MoePath& path, const Segment& segment, int begin, int end, Sums<Shape>& total) {
+        path.fp8 ? add_rows<MASKED, true>(path, segment, begin, end, total) : add_rows<MASKED, false>(path, segment, begin, end, total);
+    }
+
+private:
+    static __device__ int warpgroup() { return threadIdx.x / hopper::WARPGROUP; }
+
+    // As few columns as hold the segment's rows: a handful of tokens in a large tile costs no more than in a small one.
+    template <bool MASKED, bool FP8>
+    __device__ void add_rows(const MoePath& path, const Segment& segment, int begin, int end, Sums<Shape>& total) {
+        if constexpr (Shape::TOKENS > 16) {
+            if (in_window<16>(segment)) return add_window<16, MASKED, FP8>(path, segment, begin, end, total);
+        }
+        if constexpr (Shape::TOKENS > 64) {
+            if (in_window<32>(segment)) return add_window<32, MASKED, FP8>(path, segment, begin, end, total);
+        }
+        add_columns<Shape::TOKENS, MASKED, FP8>(path, segment, 0, begin, end, total);
+    }
+
+    // The eight of the tile's rows with which COLUMNS rows begin that are to hold the segment's.
+    template <int COLUMNS>
+    static __device__ int window_of(const Segment& segment) {
+        return min((segment.first_row - segment.tile_row) / 8, (Shape::TOKENS - COLUMNS) / 8);
+    }
+
+    template <int COLUMNS>
+    static __device__ bool in_window(const Segment& segment) {
+        return segment.end_row - segment.tile_row <= window_of<COLUMNS>(segment) * 8 + COLUMNS;
+    }
+
+    template <int COLUMNS, bool MASKED, bool FP8>
+    __device__ void add_window(const MoePath& path, const Segment& segment, int begin, int end, Sums<Shape>& total) {
+        if constexpr (!MASKED) {
+            add_columns<COLUMNS, MASKED, FP8>(path, segment, 0, begin, end, total);
+        } else {
+            const int window = window_of<COLUMNS>(segment);
+            const int first = segment.first_row - segment.tile_row, last = segment.end_row - segment.tile_row;
+            float part[Shape::SETS][COLUMNS / 2] = {};
+            add_columns<COLUMNS, false, FP8>(path, segment, window * 8, begin, end, part);
+#pragma unroll
+            for (int group = 0; group < Shape::TOKENS / 8; ++group) {
+#pragma unroll
+                for (int i = 0; i < Shape::SETS * 4; ++i) {
+                    float sum = 0.0f;
+#pragma unroll
+                    for (int from = 0; from < COLUMNS / 8; ++from) {
+                        if (group == window + from) sum = part[i / 4][from * 4 + i % 4];
+                    }
+                    const int row = token_of(group * 4) + i % 2;
+                    if (row >= first && row < last) total[i / 4][group * 4 + i % 4] += sum;
+                }
+            }
+        }
+    }
+
+    // wgmma's columns are COLUMNS rows of the tile from first_column on, whose sums come first in `total`.
+    template <int COLUMNS, bool MASKED, bool FP8, int VALUES>
+    __device__ void add_columns(const MoePath& path, const Segment& segment, int first_column, int begin, int end,
+                                float (&total)[Shape::SETS][VALUES]) {
+        constexpr bool TOGETHER = Shape::SETS * (Shape::TOKENS + COLUMNS) <= 256;  // registers for the products of all sets at once
+        const bool steady = !MASKED && path.steady();
         const int first = segment.first_row - segment.tile_row, last = segment.end_row - segment.tile_row;
-        float scales[Shape::SETS][2], sums[Shape::TOKENS / 2];
+        float scales[Shape::SETS][2], sums[TOGETHER ? Shape::SETS : 1][COLUMNS / 2];
         for (int step = begin; step < end; ++step, at_.advance()) {
             if (step == begin || path.form == ScaleForm::per_block) {
 #pragma unroll
@@ -271,17 +352,52 @@ public:
                 }
             }
             stages_.pipeline.wait_until_full(at_);
+            const float* token_scales = stages_.token_scales[at_.stage] + first_column;
+            const uint64_t weights = hopper::k_major(stages_.weights[at_.stage][0] + warpgroup_ * 64 * Shape::ROW_BYTES, Shape::SWIZZLE);
+            const uint64_t tokens = hopper::k_major(stages_.tokens[at_.stage] + first_column * Shape::ROW_BYTES, Shape::SWIZZLE);
+            const auto multiply_set = [&](int set, float(&sums_of_set)[COLUMNS / 2]) {
+                multiply<COLUMNS, FP8>(hopper::advanced(weights, set * Shape::SET_BYTES), tokens, sums_of_set);
+            };
+            hopper::wgmma_fence();
+            if constexpr (TOGETHER) {
+#pragma unroll
+                for (int set = 0; set < Shape::SETS; ++set) multiply_set(set, sums[set]);
+            }
 #pragma unroll
             for (int set = 0; set < Shape::SETS; ++set) {
-                multiply(path.fp8, stages_.weights[at_.stage][set] + warpgroup_ * 64 * Shape::ROW_BYTES, sums);
+                float(&products)[COLUMNS / 2] = sums[TOGETHER ? set : 0];
+                if constexpr (!TOGETHER) {
+                    if (set > 0) hopper::wgmma_fence();
+                    multiply_set(set, products);
+                }
+                if (TOGETHER && set + 1 < Shape::SETS) {
+                    hopper::wgmma_wait<1>();
+                } else {
+                    hopper::wgmma_wait<0>();
+                }
+                if (steady) {
 #pragma unroll
-                for (int i = 0; i < Shape::TOKENS / 8; ++i) {
-                    const float2 token = *reinterpret_cast<const float2*>(&stages_.token_scales[at_.stage][token_of(i * 4)]);
+                    for (int i = 0; i < COLUMNS / 2; ++i) total[set][i] += products[i];
+                    continue;
+                }
+#pragma unroll
+                for (int i = 0; i < COLUMNS / 8; ++i) {
+                    const float2 token = *reinterpret_cast<const float2*>(token_scales + token_of(i * 4));
 #pragma unroll
                     for (int j = 0; j < 4; ++j) {
                         const int row = token_of(i * 4) + j % 2;
-                        const float sum = total[set][i * 4 + j] + sums[i * 4 + j] * (scales[set][j / 2] * (j % 2 ? token.y : token.x));
+                        const float sum = total[set][i * 4 + j] + products[i * 4 + j] * (scales[set][j / 2] * (j % 2 ? token.y : token.x));
                         if (!MASKED || (row >= first && row < last)) total[set][i * 4 + j] = sum;
+                    }
+                }
+            }
+            if (steady && step + 1 == end) {
+#pragma unroll
+                for (int i = 0; i < COLUMNS / 8; ++i) {
+                    const float2 token = *reinterpret_cast<const float2*>(token_scales + token_of(i * 4));
+#pragma unroll
+                    for (int j = 0; j < Shape::SETS * 4; ++j) {
+                        total[j / 4][i * 4 + j % 4] *= scales[j / 4][j % 4 / 2] * (j % 2 ? token.y : token.x);
                     }
                 }
             }
@@ -290,28 +406,18 @@ public:
         }
     }
 
-private:
-    static __device__ int warpgroup() { return threadIdx.x / hopper::WARPGROUP; }
-
-    __device__ void multiply(bool fp8, const uint8_t* weights, float (&sums)[Shape::TOKENS / 2]) {
-        const uint64_t a = hopper::k_major(weights, Shape::SWIZZLE), b = hopper::k_major(stages_.tokens[at_.stage], Shape::SWIZZLE);
-        if (fp8) {
-            hopper::wgmma_fence();
+    template <int COLUMNS, bool FP8>
+    __device__ void multiply(uint64_t weights, uint64_t tokens, float (&sums)[COLUMNS / 2]) {
 #pragma unroll
-            for (int byte = 0; byte < Shape::ROW_BYTES; byte += 32) {
-                hopper::wgmma_e4m3<Shape::TOKENS>(sums, hopper::advanced(a, byte), hopper::advanced(b, byte), byte > 0);
+        for (int byte = 0; byte < Shape::ROW_BYTES; byte += 32) {
+            const uint64_t a = hopper::advanced(weights, byte), b = hopper::advanced(tokens, byte);
+            if constexpr (FP8) {
+                hopper::wgmma_e4m3<COLUMNS>(sums, a, b, byte > 0);
+            } else {
+                hopper::wgmma_bf16<COLUMNS>(sums, a, b, byte > 0);
             }
-            hopper::wgmma_commit();
-            hopper::wgmma_wait<0>();
-        } else {
-            hopper::wgmma_fence();
-#pragma unroll
-            for (int byte = 0; byte < Shape::ROW_BYTES; byte += 32) {
-                hopper::wgmma_bf16<Shape::TOKENS>(sums, hopper::advanced(a, byte), hopper::advanced(b, byte), byte > 0);
-            }
-            hopper::wgmma_commit();
-            hopper::wgmma_wait<0>();
         }
+        hopper::wgmma_commit();
     }
 
     MoeStages<Shape>& stages_;
@@ -333,7 +439,9 @@ __device__ bool combine_pieces(MoeStages<Shape>& stages, const MoeSharing& shari
     const int steps = tiles.steps(piece.tile);
     if (piece.end - piece.begin == steps) return true;
     constexpr int VALUES = Shape::TOKENS / 2, PART = Shape::SETS * VALUES * Shape::CONSUMERS;
-    constexpr int AT_ONCE = Shape::SETS * VALUES <= 64 ? 64 / (Shape::SETS * VALUES) : 1;  // parts on their way from L2
+    constexpr int CHUNK = Shape::SETS * VALUES <= 64 ? Shape::SETS * VALUES : 48;  // values on their way from L2, of so many parts
+    constexpr int AT_ONCE = 64 / CHUNK;
+    static_assert(Shape::SETS * VALUES % CHUNK == 0);
     const StageRuns& runs = stages.work.runs;
     const int64_t first_stage = tiles.first_stage(piece.tile);
     int first = blockIdx.x, last = blockIdx.x;  // the blocks that share the tile; found without dividing, which ptxas would make a call
@@ -362,19 +470,22 @@ __device__ bool combine_pieces(MoeStages<Shape>& stages, const MoeSharing& shari
     for (int i = 0; i < Shape::SETS * VALUES; ++i) total[i / VALUES][i % VALUES] = 0.0f;
 #pragma unroll 1
     for (int block = first; block <= last; block += AT_ONCE) {
-        float parts[AT_ONCE][Shape::SETS * VALUES];
 #pragma unroll
-        for (int j = 0; j < AT_ONCE; ++j) {
-            const float* part = part_of(block + j);
+        for (int chunk = 0; chunk < Shape::SETS * VALUES; chunk += CHUNK) {
+            float parts[AT_ONCE][CHUNK];
 #pragma unroll
-            for (int i = 0; i < Shape::SETS * VALUES; ++i) {
-                parts[j][i] = wanted(i) && block + j <= last ? __ldcg(part + i * Shape::CONSUMERS) : 0.0f;
+            for (int j = 0; j < AT_ONCE; ++j) {
+                const float* part = part_of(block + j);
+#pragma unroll
+                for (int i = 0; i < CHUNK; ++i) {
+                    parts[j][i] = wanted(chunk + i) && block + j <= last ? __ldcg(part + (chunk + i) * Shape::CONSUMERS) : 0.0f;
+                }
             }
-        }
 #pragma unroll
-        for (int j = 0; j < AT_ONCE; ++j) {
+            for (int j = 0; j < AT_ONCE; ++j) {
 #pragma unroll
-            for (int i = 0; i < Shape::SETS * VALUES; ++i) total[i / VALUES][i % VALUES] += parts[j][i];
+                for (int i = 0; i < CHUNK; ++i) total[(chunk + i) / VALUES][(chunk + i) % VALUES] += parts[j][i];
+            }
         }
     }
     return true;
@@ -389,11 +500,13 @@ __device__ inline void store_rows(void* staging, int tokens, int channels, Value
     T* rows = static_cast<T*>(staging);
 #pragma unroll
     for (int pass = 0; pass < Shape::TOKENS / Shape::PASS; ++pass) {
+        if (pass * Shape::PASS >= tokens) break;
         consumers_sync<Shape>();
 #pragma unroll
         for (int set = 0; set < SETS; ++set) {
 #pragma unroll
             for (int i = 0; i < Shape::PASS / 2; ++i) {
+                if (pass * Shape::PASS + i / 4 * 8 >= tokens) continue;
                 rows[StageConsumer<Shape>::token_of(i) * STRIDE + set * Shape::SET_CHANNELS + StageConsumer<Shape>::channel_of(i)] =
                     value(set, pass * Shape::PASS / 2 + i);
             }

@@ -58,12 +58,7 @@ def test_no_kernel_touches_what_the_one_ahead_may_still_write(monkeypatch, token
 
 WAIT = "    hopper::wait_for_dependencies();\n"
 EARLY = {  # the file, its text, the bug
-    "the experts' rows": (
-        "moe_down.cu",
-        "    wait_for_dependencies();\n    Tiles<Shape> tiles(problem, shared);\n    if (threadIdx.x < WARP) {\n        tiles.fill();\n",
-        "    Tiles<Shape> tiles(problem, shared);\n    if (threadIdx.x < WARP) tiles.fill();\n    wait_for_dependencies();\n"
-        "    if (threadIdx.x < WARP) {\n",
-    ),
+    "h": ("moe_down.cu", "        wait_for_dependencies();\n        shared.stages.work", "        shared.stages.work"),
     "x": (
         "routing_fp32.cuh",
         WAIT + "    const int row_fours = problem.columns / 4;\n",

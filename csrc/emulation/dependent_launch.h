@@ -10,6 +10,11 @@ inline void wait_for_dependencies(emulation::Site site = emulation::Site::here()
     emulation::stream.wait_for_ahead(site);
 }
 
-inline void launch_dependents() {}
+inline void launch_dependents(emulation::Site site = emulation::Site::here()) {
+    if (emulation::current().block->must_wait && emulation::stream.is_relied_on())
+        emulation::scheduler().fail(site, "launch_dependents before wait_for_dependencies, and the next launch takes it for the reverse");
+}
+
+inline void ahead_has_waited(emulation::Site site = emulation::Site::here()) { emulation::stream.ahead_has_waited(site); }
 
 }  // namespace llama4_kernels::hopper

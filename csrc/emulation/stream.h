@@ -13,7 +13,7 @@ namespace emulation {
 class Stream {
 public:
     void submit(bool dependent, std::function<void()> run) {
-        launches_.push_back({std::move(run), dependent, false});
+        launches_.push_back({std::move(run), dependent, false, false});
         if (!held_) finish();
     }
 
@@ -40,12 +40,25 @@ public:
         scheduler().wait_for_ahead(site, [this, ahead] { run_through(ahead); });
     }
 
+    // The running thread reads what was written before the launch ahead of its own, which is to wait before it launches dependents.
+    void ahead_has_waited(Site site) {
+        const int ahead = running_ - 1, before = ahead - 1;
+        if (ahead < 0 || !launches_[running_].dependent || launches_[ahead].begun) return;
+        launches_[ahead].relied_on = true;
+        if (before < 0 || launches_[before].begun) return;
+        scheduler().wait_for_ahead(site, [this, before] { run_through(before); });
+    }
+
+    // Whether the launch behind the running one takes it to have waited already.
+    bool is_relied_on() const { return launches_[running_].relied_on; }
+
 private:
     static constexpr int NONE = -1;
 
     struct Launch {
         std::function<void()> run;
         bool dependent, begun;
+        bool relied_on;  // see ahead_has_waited
     };
 
     // The launch that waits goes on afterwards as if nothing had been.
