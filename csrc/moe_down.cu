@@ -20,7 +20,8 @@ template <class Shape>
 struct SharedMemory {
     MoeStages<Shape> stages;
     alignas(16) uint8_t staging[Shape::PASS * (Shape::SETS * Shape::SET_CHANNELS * 2 + 16)];
-    int experts;  // that have tokens
+    int tokens[Shape::TOKENS];  // of the rows of the consumers' tile
+    int experts;                // that have tokens
     int lists[];  // see Tiles
 };
 
@@ -201,9 +202,11 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) down_kernel(const __grid_co
         StageConsumer<Shape> consumer(shared.stages);
         shared.stages.work.for_each_piece(tiles, [&](const Piece& piece) {
             const Tile<Shape> tile = tiles[piece.tile];
+            if (threadIdx.x < tile.end_row - tile.first_row) shared.tokens[threadIdx.x] = a.routing.order[tile.first_row + threadIdx.x];
             Sums<Shape> total = {};
             tiles.for_each_segment(tile, piece, [&](bool is_shared, const Segment& segment, int begin, int end) {
-                consumer.template add<true>(is_shared ? problem.shared : problem.routed, segment, begin, end, total);
+                const bool is_whole = segment.first_row == tile.first_row && segment.end_row == tile.end_row;
+                consumer.add(is_shared ? problem.shared : problem.routed, segment, is_whole, begin, end, total);
             });
             const int rows = tile.end_row - tile.first_row;
             // Large tiles are full, save the last; without the question ptxas keeps the sums in their registers over the loop above.
@@ -212,7 +215,7 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) down_kernel(const __grid_co
             auto* out = static_cast<__nv_bfloat16*>(a.out) + tile.first_channel;
             store_rows<Shape, Shape::SETS, __nv_bfloat16>(
                 shared.staging, rows, a.hidden - tile.first_channel, [&](int set, int i) { return __float2bfloat16(total[set][i]); },
-                [&](int token) { return out + int64_t(a.routing.order[tile.first_row + token]) * a.hidden; });
+                [&](int token) { return out + int64_t(shared.tokens[token]) * a.hidden; });
         });
     }
 }

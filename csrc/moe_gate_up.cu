@@ -184,8 +184,8 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) gate_up_kernel(const __grid
         StageConsumer<Shape> consumer(shared.stages);
         shared.stages.work.for_each_piece(tiles, [&](const Piece& piece) {
             const Tile tile = tiles[piece.tile];
-            Sums<Shape> total = {};
-            consumer.template add<false>(tiles.is_shared(piece.tile) ? problem.shared : problem.routed, tile.segment, piece.begin, piece.end, total);
+            Sums<Shape> total;
+            consumer.sum(tiles.is_shared(piece.tile) ? problem.shared : problem.routed, tile.segment, piece.begin, piece.end, total);
             const auto is_real = [&](int token) { return token < tile.segment.end_row - tile.segment.first_row; };
             if (combine_pieces(shared.stages, a.sharing, tiles, piece, is_real, total)) {
                 store_hidden(shared, tiles.is_shared(piece.tile) ? a.h_shared : a.h_routed, tile, total);

@@ -41,7 +41,7 @@ struct MoeShape {
     static constexpr int STAGE_BYTES = SETS * SET_BYTES + TOKEN_BYTES;
     static constexpr int STAGES = (206 << 10) / (STAGE_BYTES + TOKENS * int(sizeof(float)));
     static constexpr int LOADER_REGISTERS = TOKENS > 64 ? 72 : 88, CONSUMER_REGISTERS = TOKENS > 64 ? 216 : 208;
-    static constexpr int LAG = 2;  // stages whose copies of activations are under way
+    static constexpr int LAG = STAGES > 5 ? STAGES - 3 : 2;  // stages whose copies of activations are under way
     static constexpr hopper::Swizzle SWIZZLE = hopper::Swizzle::bytes_128;
     static constexpr int PASS = TOKENS < 32 ? TOKENS : 32;  // tokens that the epilogue transposes at a time
     static_assert(LAG < STAGES && TOKENS % 16 == 0);
@@ -117,6 +117,7 @@ public:
         for (int i = 0; i < SHARE; ++i) source[i] = source_row(segment, rows, row_of(i));
         const int scaled_row = thread() < Shape::TOKENS ? source_row(segment, rows, thread()) : -1;
         const float factor = path.x.factors && scaled_row >= 0 ? path.x.factors[scaled_row] : 1.0f;
+        prefetch_channel_scales(path, segment);
 
         for (int step = begin; step < end; ++step, at_.advance()) {
             stages_.pipeline.wait_until_empty(at_);
@@ -161,6 +162,14 @@ private:
         const int position = segment.tile_row + row;
         if (position < segment.first_row || position >= segment.end_row) return -1;
         return rows ? rows[position] : position;
+    }
+
+    // The consumers wait for them at the segment's first step, which is stages away.
+    __device__ void prefetch_channel_scales(const MoePath& path, const Segment& segment) {
+        constexpr int LINE = 32, LINES = Shape::SET_CHANNELS / LINE;
+        if (path.form != ScaleForm::per_row || thread() >= Shape::SETS * LINES) return;
+        const int channel = segment.first_channel + thread() / LINES * segment.set_stride + thread() % LINES * LINE;
+        hopper::prefetch_l2(path.w.scale + int64_t(segment.group) * path.n + min(channel, path.n - 1));
     }
 
     __device__ void load_weights(const MoePath& path, const hopper::TensorMap& weights, const Segment& segment, int step, int stage) {
@@ -274,26 +283,47 @@ public:
     static __device__ int channel_of(int i) { return warpgroup() * 64 + hopper::accumulator_row(threadIdx.x % hopper::WARPGROUP, i); }
     static __device__ int token_of(int i) { return hopper::accumulator_column(threadIdx.x % hopper::WARPGROUP, i); }
 
-    // Add a segment's steps to `total`. MASKED: rows of the tile that are not the segment's stay as they are; else they hold anything, and
-    // `total` is zero before.
-    template <bool MASKED>
-    __device__ void add(const MoePath& path, const Segment& segment, int begin, int end, Sums<Shape>& total) {
-        path.fp8 ? add_rows<MASKED, true>(path, segment, begin, end, total) : add_rows<MASKED, false>(path, segment, begin, end, total);
+    // The sums of a segment's steps. Rows of the tile that are not the segment's hold anything.
+    __device__ void sum(const MoePath& path, const Segment& segment, int begin, int end, Sums<Shape>& total) {
+#pragma unroll
+        for (int i = 0; i < Shape::SETS * Shape::TOKENS / 2; ++i) total[i % Shape::SETS][i / Shape::SETS] = 0.0f;
+        path.fp8 ? sum_rows<true>(path, segment, begin, end, total) : sum_rows<false>(path, segment, begin, end, total);
+    }
+
+    // Add a segment's steps to `total`. Rows of the tile that are not the segment's stay as they are; is_whole: there are none that count.
+    __device__ void add(const MoePath& path, const Segment& segment, bool is_whole, int begin, int end, Sums<Shape>& total) {
+        path.fp8 ? add_rows<true>(path, segment, is_whole, begin, end, total) : add_rows<false>(path, segment, is_whole, begin, end, total);
     }
 
 private:
     static __device__ int warpgroup() { return threadIdx.x / hopper::WARPGROUP; }
 
+    // What becomes of a segment's products: they are the sum; they are added to all rows, or to the segment's alone.
+    enum class Into { sum, all_rows, own_rows };
+
     // As few columns as hold the segment's rows: a handful of tokens in a large tile costs no more than in a small one.
-    template <bool MASKED, bool FP8>
-    __device__ void add_rows(const MoePath& path, const Segment& segment, int begin, int end, Sums<Shape>& total) {
+    template <bool FP8>
+    __device__ void sum_rows(const MoePath& path, const Segment& segment, int begin, int end, Sums<Shape>& total) {
+        const int rows = segment.end_row - segment.tile_row;
         if constexpr (Shape::TOKENS > 16) {
-            if (in_window<16>(segment)) return add_window<16, MASKED, FP8>(path, segment, begin, end, total);
+            if (rows <= 16) return add_columns<16, Into::sum, FP8>(path, segment, 0, begin, end, total);
         }
         if constexpr (Shape::TOKENS > 64) {
-            if (in_window<32>(segment)) return add_window<32, MASKED, FP8>(path, segment, begin, end, total);
+            if (rows <= 32) return add_columns<32, Into::sum, FP8>(path, segment, 0, begin, end, total);
         }
-        add_columns<Shape::TOKENS, MASKED, FP8>(path, segment, 0, begin, end, total);
+        add_columns<Shape::TOKENS, Into::sum, FP8>(path, segment, 0, begin, end, total);
+    }
+
+    template <bool FP8>
+    __device__ void add_rows(const MoePath& path, const Segment& segment, bool is_whole, int begin, int end, Sums<Shape>& total) {
+        if constexpr (Shape::TOKENS > 16) {
+            if (in_window<16>(segment)) return add_window<16, FP8>(path, segment, begin, end, total);
+        }
+        if constexpr (Shape::TOKENS > 64) {
+            if (in_window<32>(segment)) return add_window<32, FP8>(path, segment, begin, end, total);
+        }
+        if (is_whole) return add_columns<Shape::TOKENS, Into::all_rows, FP8>(path, segment, 0, begin, end, total);
+        add_columns<Shape::TOKENS, Into::own_rows, FP8>(path, segment, 0, begin, end, total);
     }
 
     // The eight of the tile's rows with which COLUMNS rows begin that are to hold the segment's.
@@ -307,40 +337,37 @@ private:
         return segment.end_row - segment.tile_row <= window_of<COLUMNS>(segment) * 8 + COLUMNS;
     }
 
-    template <int COLUMNS, bool MASKED, bool FP8>
+    template <int COLUMNS, bool FP8>
     __device__ void add_window(const MoePath& path, const Segment& segment, int begin, int end, Sums<Shape>& total) {
-        if constexpr (!MASKED) {
-            add_columns<COLUMNS, MASKED, FP8>(path, segment, 0, begin, end, total);
-        } else {
-            const int window = window_of<COLUMNS>(segment);
-            const int first = segment.first_row - segment.tile_row, last = segment.end_row - segment.tile_row;
-            float part[Shape::SETS][COLUMNS / 2] = {};
-            add_columns<COLUMNS, false, FP8>(path, segment, window * 8, begin, end, part);
+        const int window = window_of<COLUMNS>(segment);
+        const int first = segment.first_row - segment.tile_row, last = segment.end_row - segment.tile_row;
+        float part[Shape::SETS][COLUMNS / 2] = {};
+        add_columns<COLUMNS, Into::sum, FP8>(path, segment, window * 8, begin, end, part);
 #pragma unroll
-            for (int group = 0; group < Shape::TOKENS / 8; ++group) {
+        for (int group = 0; group < Shape::TOKENS / 8; ++group) {
 #pragma unroll
-                for (int i = 0; i < Shape::SETS * 4; ++i) {
-                    float sum = 0.0f;
+            for (int i = 0; i < Shape::SETS * 4; ++i) {
+                float sum = 0.0f;
 #pragma unroll
-                    for (int from = 0; from < COLUMNS / 8; ++from) {
-                        if (group == window + from) sum = part[i / 4][from * 4 + i % 4];
-                    }
-                    const int row = token_of(group * 4) + i % 2;
-                    if (row >= first && row < last) total[i / 4][group * 4 + i % 4] += sum;
+                for (int from = 0; from < COLUMNS / 8; ++from) {
+                    if (group == window + from) sum = part[i / 4][from * 4 + i % 4];
                 }
+                const int row = token_of(group * 4) + i % 2;
+                if (row >= first && row < last) total[i / 4][group * 4 + i % 4] += sum;
             }
         }
     }
 
-    // wgmma's columns are COLUMNS rows of the tile from first_column on, whose sums come first in `total`.
-    template <int COLUMNS, bool MASKED, bool FP8, int VALUES>
+    // wgmma's columns are COLUMNS rows of the tile from first_column on, whose sums come first in `total`; Into::sum finds zeros there.
+    template <int COLUMNS, Into INTO, bool FP8, int VALUES>
     __device__ void add_columns(const MoePath& path, const Segment& segment, int first_column, int begin, int end,
                                 float (&total)[Shape::SETS][VALUES]) {
         constexpr bool TOGETHER = Shape::SETS * (Shape::TOKENS + COLUMNS) <= 256;  // registers for the products of all sets at once
-        const bool steady = !MASKED && path.steady();
+        constexpr int PROMOTE_STEPS = COLUMNS > 64 ? 2 : 1;  // that wgmma may add up where no scale changes: half the promotions
+        const bool steady = INTO == Into::sum && path.steady();
         const int first = segment.first_row - segment.tile_row, last = segment.end_row - segment.tile_row;
         float scales[Shape::SETS][2], sums[TOGETHER ? Shape::SETS : 1][COLUMNS / 2];
-        for (int step = begin; step < end; ++step, at_.advance()) {
+        for (int step = begin; step < end;) {
             if (step == begin || path.form == ScaleForm::per_block) {
 #pragma unroll
                 for (int set = 0; set < Shape::SETS; ++set) {
@@ -351,28 +378,37 @@ private:
                     }
                 }
             }
+            PipelinePosition<Shape::STAGES> second = at_;
+            const bool has_second = PROMOTE_STEPS > 1 && steady && step + 1 < end;
             stages_.pipeline.wait_until_full(at_);
-            const float* token_scales = stages_.token_scales[at_.stage] + first_column;
-            const uint64_t weights = hopper::k_major(stages_.weights[at_.stage][0] + warpgroup_ * 64 * Shape::ROW_BYTES, Shape::SWIZZLE);
-            const uint64_t tokens = hopper::k_major(stages_.tokens[at_.stage] + first_column * Shape::ROW_BYTES, Shape::SWIZZLE);
-            const auto multiply_set = [&](int set, float(&sums_of_set)[COLUMNS / 2]) {
-                multiply<COLUMNS, FP8>(hopper::advanced(weights, set * Shape::SET_BYTES), tokens, sums_of_set);
-            };
-            hopper::wgmma_fence();
-            if constexpr (TOGETHER) {
-#pragma unroll
-                for (int set = 0; set < Shape::SETS; ++set) multiply_set(set, sums[set]);
+            if (has_second) {
+                second.advance();
+                stages_.pipeline.wait_until_full(second);
             }
+            if constexpr (TOGETHER) {
+                hopper::wgmma_fence();
+#pragma unroll
+                for (int set = 0; set < Shape::SETS; ++set) {
+                    multiply<COLUMNS, FP8>(at_, set, first_column, false, sums[set]);
+                    hopper::wgmma_commit();
+                }
+            }
+            const float* token_scales = stages_.token_scales[at_.stage] + first_column;
 #pragma unroll
             for (int set = 0; set < Shape::SETS; ++set) {
                 float(&products)[COLUMNS / 2] = sums[TOGETHER ? set : 0];
-                if constexpr (!TOGETHER) {
-                    if (set > 0) hopper::wgmma_fence();
-                    multiply_set(set, products);
-                }
-                if (TOGETHER && set + 1 < Shape::SETS) {
-                    hopper::wgmma_wait<1>();
+                if constexpr (TOGETHER) {
+                    set + 1 < Shape::SETS ? hopper::wgmma_wait<1>() : hopper::wgmma_wait<0>();
+                } else if (has_second) {
+                    hopper::wgmma_fence();
+                    multiply<COLUMNS, FP8>(at_, set, first_column, false, products);
+                    multiply<COLUMNS, FP8>(second, set, first_column, true, products);
+                    hopper::wgmma_commit();
+                    hopper::wgmma_wait<0>();
                 } else {
+                    hopper::wgmma_fence();
+                    multiply<COLUMNS, FP8>(at_, set, first_column, false, products);
+                    hopper::wgmma_commit();
                     hopper::wgmma_wait<0>();
                 }
                 if (steady) {
@@ -387,11 +423,12 @@ private:
                     for (int j = 0; j < 4; ++j) {
                         const int row = token_of(i * 4) + j % 2;
                         const float sum = total[set][i * 4 + j] + products[i * 4 + j] * (scales[set][j / 2] * (j % 2 ? token.y : token.x));
-                        if (!MASKED || (row >= first && row < last)) total[set][i * 4 + j] = sum;
+                        if (INTO != Into::own_rows || (row >= first && row < last)) total[set][i * 4 + j] = sum;
                     }
                 }
             }
-            if (steady && step + 1 == end) {
+            const int steps = has_second ? 2 : 1;
+            if (steady && step + steps == end) {
 #pragma unroll
                 for (int i = 0; i < COLUMNS / 8; ++i) {
                     const float2 token = *reinterpret_cast<const float2*>(token_scales + token_of(i * 4));
@@ -402,22 +439,26 @@ private:
                 }
             }
             __syncwarp();
-            if (threadIdx.x % hopper::WARP == 0) stages_.pipeline.empty[at_.stage].arrive();
+            for (int i = 0; i < steps; ++i, ++step, at_.advance()) {
+                if (threadIdx.x % hopper::WARP == 0) stages_.pipeline.empty[at_.stage].arrive();
+            }
         }
     }
 
+    // Between wgmma_fence and wgmma_commit.
     template <int COLUMNS, bool FP8>
-    __device__ void multiply(uint64_t weights, uint64_t tokens, float (&sums)[COLUMNS / 2]) {
+    __device__ void multiply(PipelinePosition<Shape::STAGES> at, int set, int first_column, bool accumulate, float (&sums)[COLUMNS / 2]) {
+        const uint64_t weights = hopper::k_major(stages_.weights[at.stage][set] + warpgroup_ * 64 * Shape::ROW_BYTES, Shape::SWIZZLE);
+        const uint64_t tokens = hopper::k_major(stages_.tokens[at.stage] + first_column * Shape::ROW_BYTES, Shape::SWIZZLE);
 #pragma unroll
         for (int byte = 0; byte < Shape::ROW_BYTES; byte += 32) {
             const uint64_t a = hopper::advanced(weights, byte), b = hopper::advanced(tokens, byte);
             if constexpr (FP8) {
-                hopper::wgmma_e4m3<COLUMNS>(sums, a, b, byte > 0);
+                hopper::wgmma_e4m3<COLUMNS>(sums, a, b, accumulate || byte > 0);
             } else {
-                hopper::wgmma_bf16<COLUMNS>(sums, a, b, byte > 0);
+                hopper::wgmma_bf16<COLUMNS>(sums, a, b, accumulate || byte > 0);
             }
         }
-        hopper::wgmma_commit();
     }
 
     MoeStages<Shape>& stages_;

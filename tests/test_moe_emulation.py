@@ -203,12 +203,12 @@ def test_nan_stays_in_its_row_and_its_expert(module, form):
     torch.testing.assert_close(spoilt[others], clean[others], rtol=2**-7, atol=1e-3)
 
 
-ADD_MASKED = "consumer.template add<true>(is_shared ? problem.shared : problem.routed, segment, begin, end, total);"
+WHOLE = "segment.first_row == tile.first_row && segment.end_row == tile.end_row"
 PLANTED = {
     "rows not gathered": ("moe_gate_up.cu", "«a.routing.order», piece.begin", "nullptr"),
     "up channels from the gate": ("moe_gate_up.cu", "column_tile * H_COLUMNS, «width», first_row", "0"),
-    "an expert's NaN for every row": ("moe_down.cu", f"«{ADD_MASKED}»", ADD_MASKED.replace("true", "false")),
-    "rows not scattered": ("moe_down.cu", "a.routing.order[tile.first_row + token]", "(tile.first_row + token)"),
+    "an expert's NaN for every row": ("moe_down.cu", f"is_whole = «{WHOLE}»;", "true"),
+    "rows not scattered": ("moe_down.cu", "= «a.routing.order[tile.first_row + threadIdx.x]»;", "tile.first_row + threadIdx.x"),
     "an expert left out": ("moe_down.cu", "below(«starts_», experts_, end_row(first_row))", "starts_ + 1"),
     "no proxy fence": ("moe_tile.cuh", "hopper::fence_async_proxy();", ""),
     "copies not waited for": ("moe_tile.cuh", "hopper::cp_async_wait<Shape::LAG>();", ""),
@@ -243,6 +243,7 @@ SHARING_PLANTED = {
     "a stage twice": ("moe_runs.cuh", "begin = «runs.begin(blockIdx.x)»;", "max(runs.begin(blockIdx.x) - 1, int64_t(0))"),
     "a run too short": ("moe_runs.cuh", "end = «runs.begin(blockIdx.x + 1)»;", "runs.begin(blockIdx.x + 1) - 1"),
     "experts of the first rows": ("moe_down.cu", "const int present = «tile.first_present + index»;", "index"),
+    "a few rows in others' place": ("moe_tile.cuh", "group == «window + from»", "window + from + 1"),
     "the last tile of a run": ("moe_runs.cuh", "tiles.tile_of(end - 1) + 1", "tiles.tile_of(end - 1)"),
 }  # fmt: skip
 

@@ -67,7 +67,7 @@ def moe_down(
 
 def fused_moe(x: Tensor, weights: MoEWeights) -> Tensor:
     dependent = os.environ.get(DEPENDENT_LAUNCH_VARIABLE, "1") != "0"
-    prefetch = os.environ.get(PREFETCH_VARIABLE, "1") != "0"
+    prefetch = os.environ.get(PREFETCH_VARIABLE, "0") != "0"
     routing, codes = route_top1(x, weights.router, quantize=_wants_codes(weights), dependent=dependent)
     shared, routed = _gate_up(x, codes, routing, weights, dependent=dependent, prefetch=prefetch)
     return moe_down(shared, routed, routing, weights, dependent=dependent)
