@@ -1,8 +1,9 @@
-// route_top1: many tokens of bfloat16 on the tensor cores, others on the fp32 units. Clusters of 8 blocks share the columns of some tokens;
-// the last block of the grid to finish sorts all of them.
+// route_top1: bfloat16 on the tensor cores, few tokens and many; what these cannot take on the fp32 units. Clusters of 8 blocks share the
+// columns of some tokens; one block, in general the last of the grid to finish, sorts all of them.
 
 #include "routing.h"
 
+#include "routing_few.cuh"
 #include "routing_fp32.cuh"
 #include "routing_wgmma.cuh"
 
@@ -34,6 +35,7 @@ void launch_many(const RouteArguments& a, cudaStream_t stream) {
 int route_slices(int experts) { return int(ceil_div(experts, EXPERTS)); }
 
 void route_top1(const RouteArguments& a, cudaStream_t stream) {
+    if (takes_few(a)) return a.experts <= 16 ? launch_few<FewShape<16>>(a, stream) : launch_few<FewShape<32>>(a, stream);
     if (takes_wgmma(a)) return launch_many(a, stream);
     a.x_dtype == Dtype::bfloat16 ? launch_x<__nv_bfloat16>(a, stream) : launch_x<float>(a, stream);
 }

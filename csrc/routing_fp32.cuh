@@ -77,7 +77,7 @@ struct SharedMemory {
     float logits[TOKENS][EXPERTS];  // this block's part of them
     unsigned largest[TOKENS];       // magnitude in this block's columns
     float scale[TOKENS];
-    int ids[ROUTE_FEW_TOKENS];
+    SortEntries entries;
     int is_last;
     float column_logits[MAX_COLUMN_WARPS][TOKENS][EXPERTS];
     unsigned column_largest[MAX_COLUMN_WARPS][TOKENS];
@@ -224,8 +224,8 @@ __global__ void __launch_bounds__(EXPERT_WARPS* MAX_COLUMN_WARPS* WARP) route_fp
         a.expert_ids[token] = expert_of(best);
         a.scores[token] = score_of(best);
     }
-    if (!is_last_block(a.tickets, shared.is_last)) return;
-    few ? sort_few_tokens(shared.ids, a, int(gridDim.y)) : sort_many_tokens(reinterpret_cast<int*>(shared.x), a);
+    if (!is_last_block(a.tickets, shared.is_last, gridDim.x * gridDim.y)) return;
+    few ? sort_few_tokens(shared.entries, a, int(gridDim.y)) : sort_many_tokens(reinterpret_cast<int*>(shared.x), a);
 }
 
 // ---- launch

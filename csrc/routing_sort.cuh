@@ -1,6 +1,8 @@
 // The last step of route_top1: the block of the grid that ends last sorts all tokens by their experts.
 #pragma once
 
+#include <limits>
+
 #include "hopper/layout.cuh"
 #include "hopper/memory.cuh"
 #include "routing.h"
@@ -13,38 +15,61 @@ using hopper::WARP;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int IDS_AT_ONCE = 8;  // that a thread asks L2 for
 
-// Whether this block is the grid's last, in all of its threads. What the sort reads is written before, by thread 0 or ahead of a barrier of
-// the block. flag: in shared memory.
-__device__ inline bool is_last_block(unsigned* tickets, int& flag) {
+// Whether this block is the last of `blocks`, in all of its threads. What the sort reads is written before, by thread 0 or ahead of a
+// barrier of the block. flag: in shared memory.
+__device__ inline bool is_last_block(unsigned* tickets, int& flag, unsigned blocks) {
     if (threadIdx.x == 0) {
-        flag = hopper::add_acquire_release(tickets, 1) == gridDim.x * gridDim.y - 1;
+        flag = hopper::add_acquire_release(tickets, 1) == blocks - 1;
         if (flag) *tickets = 0;
     }
     __syncthreads();
     return flag;
 }
 
-// ids: in shared memory. Each token's best key of each slice of the experts is in a.best.
-__device__ inline void sort_few_tokens(int (&ids)[ROUTE_FEW_TOKENS], const RouteArguments& a, int slices) {
+// A token and its expert as an integer, in the order of the sort; NO_ENTRY is past all of them.
+__device__ inline int sort_entry(int expert, int token) { return expert * ROUTE_FEW_TOKENS + token; }
+constexpr int NO_ENTRY = std::numeric_limits<int>::max();
+
+// In shared memory, of each token; each thread writes its own, and all wait for the block before place_few_tokens.
+struct alignas(16) SortEntries {
+    int values[ROUTE_FEW_TOKENS];
+};
+
+// What lies below an entry is its place, and what lies below an expert's first is its offset.
+__device__ inline void place_few_tokens(const SortEntries& entries, const RouteArguments& a) {
+    constexpr int AT_ONCE = 4;  // of four entries
+    for (int i = threadIdx.x; i <= ROUTE_FEW_TOKENS + a.experts; i += blockDim.x) {
+        const int expert = i - ROUTE_FEW_TOKENS, limit = expert < 0 ? entries.values[i] : sort_entry(expert, 0);
+        int below = 0;
+        for (int first = 0; first < a.tokens; first += 4 * AT_ONCE) {
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; ++j) {
+                const int4 four = reinterpret_cast<const int4*>(entries.values + first)[j];
+                below += (four.x < limit) + (four.y < limit) + (four.z < limit) + (four.w < limit);
+            }
+        }
+        if (expert >= 0) {
+            a.offsets[expert] = below;
+        } else if (i < a.tokens) {
+            a.order[below] = i;
+        }
+    }
+}
+
+// Each token's best key of each slice of the experts is in a.best. By at least ROUTE_FEW_TOKENS threads.
+__device__ inline void sort_few_tokens(SortEntries& entries, const RouteArguments& a, int slices) {
     const int thread = threadIdx.x;
     if (thread < a.tokens) {
         Key best = 0;
         for (int slice = 0; slice < slices; ++slice) best = max(best, __ldcg(a.best + thread * slices + slice));
-        ids[thread] = expert_of(best);
+        entries.values[thread] = sort_entry(expert_of(best), thread);
         a.expert_ids[thread] = expert_of(best);
         a.scores[thread] = score_of(best);
+    } else if (thread < ROUTE_FEW_TOKENS) {
+        entries.values[thread] = NO_ENTRY;
     }
     __syncthreads();
-    for (int expert = thread; expert <= a.experts; expert += blockDim.x) {
-        int lower = 0;
-        for (int token = 0; token < a.tokens; ++token) lower += ids[token] < expert;
-        a.offsets[expert] = lower;
-    }
-    if (thread < a.tokens) {
-        int ahead = 0;
-        for (int token = 0; token < a.tokens; ++token) ahead += ids[token] < ids[thread] || (ids[token] == ids[thread] && token < thread);
-        a.order[ahead] = thread;
-    }
+    place_few_tokens(entries, a);
 }
 
 constexpr int64_t count_bytes(int warps, int experts) { return int64_t(warps + 1) * (experts + 1) * sizeof(int); }
@@ -66,12 +91,23 @@ __device__ inline void sort_many_tokens(int* memory, const RouteArguments& a) {
                 const int token = start + i * WARP + lane;
                 ids[i] = token < end ? __ldcg(a.expert_ids + token) : a.experts;
             }
+            // A ballot for each bit: __match_any_sync takes a turn for each different id
+            unsigned peers[IDS_AT_ONCE];
+#pragma unroll
+            for (unsigned& lanes : peers) lanes = ALL_LANES;
+            for (int bit = 1; bit <= a.experts; bit *= 2) {
+#pragma unroll
+                for (int i = 0; i < IDS_AT_ONCE; ++i) {
+                    const unsigned lanes = __ballot_sync(ALL_LANES, ids[i] & bit);
+                    peers[i] &= ids[i] & bit ? lanes : ~lanes;
+                }
+            }
 #pragma unroll
             for (int i = 0; i < IDS_AT_ONCE; ++i) {
-                const unsigned peers = __match_any_sync(ALL_LANES, ids[i]);
-                const int ahead = __popc(peers & ((1u << lane) - 1)), place = own[ids[i]] + ahead;
+                if (start + i * int(WARP) >= end) break;
+                const int ahead = __popc(peers[i] & ((1u << lane) - 1)), place = own[ids[i]] + ahead;
                 __syncwarp();
-                if (ahead == 0) own[ids[i]] = place + __popc(peers);
+                if (ahead == 0) own[ids[i]] = place + __popc(peers[i]);
                 __syncwarp();
                 if (order && ids[i] < a.experts) order[place] = start + i * WARP + lane;
             }

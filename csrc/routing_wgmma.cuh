@@ -4,13 +4,13 @@
 #pragma once
 
 #include <cuda_bf16.h>
-#include <cuda_fp8.h>
 
 #include "hopper/cluster.cuh"
 #include "hopper/dependent_launch.cuh"
 #include "hopper/tma.cuh"
 #include "hopper/wgmma.cuh"
 #include "pipeline.cuh"
+#include "routing_codes.cuh"
 #include "routing_sort.cuh"
 
 namespace llama4_kernels::routing {
@@ -123,10 +123,7 @@ __device__ inline void find_largest(TileMemory<Shape>& shared, int steps) {
     for (int step = 0; step < steps; ++step) {
         shared.x_full[step].wait(0);
 #pragma unroll
-        for (int i = 0; i < CHUNKS; ++i) {
-            const uint4 x = shared.x_chunk(step, token, half * CHUNKS + i);
-            for (const unsigned pair : {x.x, x.y, x.z, x.w}) most = __vmaxu2(most, pair & 0x7fff7fffu);
-        }
+        for (int i = 0; i < CHUNKS; ++i) most = larger(most, shared.x_chunk(step, token, half * CHUNKS + i));
     }
     most = max(most & 0xffffu, most >> 16);
     most = max(most, __shfl_xor_sync(ALL_LANES, most, WARP_TOKENS));
@@ -166,19 +163,6 @@ __device__ inline float scale_of(TileMemory<Shape>& shared, int token) {
 
 // ---- codes
 
-// The 8 codes of 8 columns of x.
-template <class Divide>
-__device__ inline uint2 codes_of(uint4 x, Divide divide) {
-    const unsigned pairs[] = {x.x, x.y, x.z, x.w};
-    unsigned codes[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const float2 values = make_float2(divide(__uint_as_float(pairs[i] << 16)), divide(__uint_as_float(pairs[i] & 0xffff0000u)));
-        codes[i] = __nv_cvt_float2_to_fp8x2(values, __NV_SATFINITE, __NV_E4M3);
-    }
-    return make_uint2(codes[0] | codes[1] << 16, codes[2] | codes[3] << 16);
-}
-
 // Of this block's columns. A row is one of 8 lanes', in turns of 64 columns.
 template <class Shape>
 __device__ inline void write_codes(const TileMemory<Shape>& shared, const TileProblem& problem, int first_token, int first_column) {
@@ -186,24 +170,14 @@ __device__ inline void write_codes(const TileMemory<Shape>& shared, const TilePr
     const RouteArguments& a = problem.a;
     const int chunk = threadIdx.x % CHUNKS;
     for (int token = threadIdx.x / CHUNKS; token < min(Shape::TOKENS, a.tokens - first_token); token += TOKENS_AT_ONCE) {
-        const float scale = shared.scale[token], reciprocal = 1.0f / scale;
         uint8_t* row = a.codes + int64_t(first_token + token) * a.hidden;
-        const auto write = [&](auto divide) {
+        divide_by(shared.scale[token], [&](auto divide) {
             for (int step = 0; step < problem.steps; ++step) {
                 const int column = first_column + step * Shape::STEP + chunk * 8;
                 if (column >= a.hidden) return;
                 *reinterpret_cast<uint2*>(row + column) = codes_of(shared.x_chunk(step, token, chunk), divide);
             }
-        };
-        // Far from what overflows or loses bits below the least normal number, one correction of the product gives the quotient's own bits
-        if (scale > 0x1p-60f && scale < 0x1p60f) {
-            write([=](float value) {
-                const float product = value * reciprocal;
-                return fmaf(fmaf(-product, scale, value), reciprocal, product);
-            });
-        } else {
-            write([=](float value) { return scale == 0.0f ? 0.0f : value / scale; });
-        }
+        });
     }
 }
 
@@ -272,7 +246,7 @@ __global__ void __launch_bounds__(Shape::WARPS* WARP, Shape::BLOCKS_PER_SM)
     if (a.codes && warp < Shape::CODE_WARPS) write_codes(shared, problem, first_token, first_column);
     hopper::cluster_wait();
 
-    if (!is_last_block(a.tickets, shared.is_last)) return;
+    if (!is_last_block(a.tickets, shared.is_last, gridDim.x * gridDim.y)) return;
     sort_many_tokens(reinterpret_cast<int*>(shared.router), a);
 }
 

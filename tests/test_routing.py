@@ -111,6 +111,20 @@ def test_replays_in_a_cuda_graph(gpu_backend, tokens):
     assert_replays(gpu_backend, "route_top1", torch.randn(tokens, 512).bfloat16(), torch.randn(128, 512).bfloat16(), quantize=True)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 16), (9, 16), (64, 16), (1, 128), (9, 128), (64, 128), (65, 128)])
+def test_gives_the_same_bits_many_times_at_llama4s_width(gpu_backend, tokens, experts):
+    """What blocks send one another may come in any order."""
+    rng = np.random.default_rng(tokens)
+    x, router = rng.integers(-1, 2, (tokens, 5120)), rng.integers(-1, 2, (experts, 5120))
+    arguments = [torch.tensor(each).bfloat16() for each in (x, router)]
+    first = compute(gpu_backend, "route_top1", *arguments, quantize=True)
+    assert_routing(first[0], (x @ router.T).astype(float))
+    torch.testing.assert_close(activation_value(first[1]), quantized_value(arguments[0], "channel"), rtol=1e-6, atol=0)
+    for _ in range(50):
+        assert_same_bits(compute(gpu_backend, "route_top1", *arguments, quantize=True), first)
+
+
 @pytest.mark.parametrize("quantize", [False, True])
 def test_opcheck(quantize):
     opcheck(torch.ops.llama4_kernels.route_top1.default, (torch.randn(7, 48), torch.randn(4, 48), quantize))

@@ -14,6 +14,8 @@ inline void cluster_arrive() {
     emulation::scheduler().arrive(cluster);
 }
 
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
+
 inline void cluster_wait(emulation::Site site = emulation::Site::here()) {
     emulation::Rendezvous& cluster = emulation::scheduler().cluster().rendezvous;
     if (cluster.generation >= emulation::current().cluster_phase) return;

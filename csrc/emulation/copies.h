@@ -1,4 +1,4 @@
-// Host twin of hopper/tma.cuh and hopper/cp_async.cuh.
+// Host twin of hopper/tma.cuh, hopper/cp_async.cuh and hopper/remote_store.cuh.
 //
 // The bytes that a copy will write hold NaN until it is complete. Loads complete in any order, when no thread can go on without them; cp.async
 // when its thread waits for it; stores read shared memory when their thread waits for that, and write global memory when it waits for all.
@@ -210,6 +210,24 @@ void tma_load(void* to, const TensorMap& map, BarrierAt barrier, Coordinates... 
     emulation::check_aligned(to, emulation::alignment(map), barrier.site, "the destination");
     emulation::begin_load(to, map.box_bytes(), &barrier.barrier, barrier.site,
                           [map, at](emulation::Block& block, uint32_t address) { emulation::load_box(map, at, block, address); });
+}
+
+// Without an owner meanwhile: its 8 bytes share their chunk with other stores.
+template <class T>
+void store_async(T* local, unsigned rank, T value, BarrierAt barrier) {
+    const emulation::Site site = barrier.site;
+    T* to = remote_shared(local, rank, site);
+    const Barrier* counter = remote_shared(&barrier.barrier, rank, site);
+    emulation::check_aligned(to, 8, site, "the destination");
+    if (!emulation::memory_barrier(counter, site).visible)
+        emulation::scheduler().fail(site, "the mbarrier was not made visible to the cluster: fence_barrier_init is missing");
+    emulation::Block& block = emulation::shared_range(to, sizeof value, site, "the destination");
+    block.write(block.address(to), nullptr, sizeof value);
+    const auto complete = [&block, to, value, counter, site] {
+        block.write(block.address(to), &value, sizeof value);
+        emulation::complete_bytes(counter, sizeof value, site);
+    };
+    emulation::scheduler().loads.push_back({complete, &block, site});
 }
 
 template <class... Coordinates>

@@ -24,6 +24,8 @@ __device__ inline unsigned cluster_size() {
 
 // A barrier of all threads of the cluster, in two halves: what is written before the arrival is seen after the wait.
 __device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// An arrival that publishes no plain writes, and does not wait for them: only barriers made visible by fence_barrier_init are seen.
+__device__ inline void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 __device__ inline void cluster_sync() {

@@ -82,6 +82,14 @@ def test_softmax_of_attention_runs_beside_products():
         assert sum(text.startswith("MUFU.EX2") for text in code[start:end]) >= 64, name
 
 
+def test_routing_of_few_tokens_multiplies_on_wgmma_and_waits_for_no_fence_of_the_gpu_but_a_tickets():
+    compiled = machine_code.compile_stem(NVCC, "routing")
+    few = [name for name in compiled.kernels if "route_few_kernel<" in name]
+    assert len(few) == 2 and all(compiled.kernels[name]["wgmma"] for name in few)
+    fences = [sum("MEMBAR" in text and "GPU" in text for text in compiled.instructions[name]) for name in few]
+    assert sorted(fences) == [0, 1]
+
+
 def test_setmaxnreg_gives_out_no_more_than_a_launch_has(stem, compiled):
     """The warpgroups that ask for more registers wait for those that others leave: for ever, where ptxas launches with fewer."""
     found = 0
