@@ -26,7 +26,7 @@ T* pointer(uintptr_t address) {
 
 #ifdef LLAMA4_KERNELS_EMULATION
 
-std::vector<int64_t> moe_run_begins(int64_t stages, int grid) {
+std::vector<int64_t> moe_run_begins(int stages, int grid) {
     const StageRuns runs = StageRuns::of(stages, grid);
     std::vector<int64_t> begins;
     for (int block = 0; block <= grid; ++block) begins.push_back(runs.begin(block));

@@ -96,15 +96,15 @@ public:
     __device__ int count() const { return row_tiles() * columns(); }
     __device__ int steps(int tile) const { return steps_of(tile / columns() * Shape::TOKENS); }
 
-    __device__ int64_t first_stage(int tile) const {
+    __device__ int first_stage(int tile) const {
         const int row_tile = tile / columns(), column = tile % columns(), first = first_step_[row_tile];
-        return int64_t(first) * columns() + int64_t(column) * (first_step_[row_tile + 1] - first);
+        return first * columns() + column * (first_step_[row_tile + 1] - first);
     }
-    __device__ int64_t stages() const { return int64_t(first_step_[row_tiles()]) * columns(); }
+    __device__ int stages() const { return first_step_[row_tiles()] * columns(); }
 
-    __device__ int tile_of(int64_t stage) const {
-        const int row_tile = below(first_step_ + 1, row_tiles(), int(stage / columns()) + 1), first = first_step_[row_tile];
-        return row_tile * columns() + int((stage - int64_t(first) * columns()) / (first_step_[row_tile + 1] - first));
+    __device__ int tile_of(int stage) const {
+        const int row_tile = below(first_step_ + 1, row_tiles(), stage / columns() + 1), first = first_step_[row_tile];
+        return row_tile * columns() + (stage - first * columns()) / (first_step_[row_tile + 1] - first);
     }
 
     __device__ Tile<Shape> operator[](int tile) const {

@@ -49,16 +49,15 @@ struct Tiles {
     __device__ bool is_shared(int tile) const { return tile < shared_tiles(); }
     __device__ int steps(int tile) const { return (is_shared(tile) ? problem.shared : problem.routed).steps; }
 
-    __device__ int64_t first_stage(int tile) const {
-        const int64_t shared = min(tile, shared_tiles());
+    __device__ int first_stage(int tile) const {
+        const int shared = min(tile, shared_tiles());
         return shared * problem.shared.steps + (tile - shared) * problem.routed.steps;
     }
-    __device__ int64_t stages() const { return first_stage(count()); }
+    __device__ int stages() const { return first_stage(count()); }
 
-    __device__ int tile_of(int64_t stage) const {
-        const int shared = shared_tiles();
-        const int64_t routed_stage = stage - first_stage(shared);
-        return routed_stage < 0 ? int(stage / problem.shared.steps) : shared + int(routed_stage / problem.routed.steps);
+    __device__ int tile_of(int stage) const {
+        const int shared = shared_tiles(), routed_stage = stage - first_stage(shared);
+        return routed_stage < 0 ? stage / problem.shared.steps : shared + routed_stage / problem.routed.steps;
     }
 
     __device__ Tile operator[](int tile) const {

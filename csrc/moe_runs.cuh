@@ -11,20 +11,19 @@ namespace llama4_kernels {
 
 __host__ __device__ constexpr bool whole_tiles(int64_t tiles, int blocks) { return tiles >= MOE_MANY_ROUNDS * blocks; }
 
-// Stages cut into runs that differ by one at most, the longer ones first.
+// Stages cut into runs that differ by one at most, the longer ones first. Where tiles are shared they are few, and their stages an int.
 struct StageRuns {
-    int64_t length;
+    int length;
     int blocks;  // that have a run
     int longer;  // of them, by one stage
 
-    __host__ __device__ static StageRuns of(int64_t stages, int grid) {
-        const int blocks = int(min(int64_t(grid), (stages + MOE_MIN_RUN - 1) / MOE_MIN_RUN));
-        const int64_t length = stages / blocks;
-        return {length, blocks, int(stages - length * blocks)};
+    __host__ __device__ static StageRuns of(int stages, int grid) {
+        const int blocks = min(grid, (stages + MOE_MIN_RUN - 1) / MOE_MIN_RUN), length = stages / blocks;
+        return {length, blocks, stages - length * blocks};
     }
 
     // The first stage of a block's run, and so the end of the one before; of blocks without a run, the end of all.
-    __host__ __device__ int64_t begin(int block) const { return min(block, blocks) * length + min(block, longer); }
+    __host__ __device__ int begin(int block) const { return min(block, blocks) * length + min(block, longer); }
 };
 
 // Stages `begin` to `end` of a tile, counted within it.
@@ -38,7 +37,7 @@ struct Work {
     bool whole;
     int first_tile, end_tile, tile_stride;
     StageRuns runs;
-    int64_t begin, end;  // this block's run
+    int begin, end;  // this block's run
 
     // By one thread, before a barrier of the block.
     template <class Tiles>
@@ -73,9 +72,9 @@ private:
     __device__ Piece piece_of(const Tiles& tiles, int tile) const {
         Piece piece{tile, 0, tiles.steps(tile)};
         if (whole) return piece;
-        const int64_t first_stage = tiles.first_stage(tile);
-        piece.begin = int(max(begin - first_stage, int64_t(0)));
-        piece.end = int(min(end - first_stage, int64_t(piece.end)));
+        const int first_stage = tiles.first_stage(tile);
+        piece.begin = max(begin - first_stage, 0);
+        piece.end = min(end - first_stage, piece.end);
         return piece;
     }
 };

@@ -42,8 +42,8 @@ struct MoeShape {
     static constexpr int TOKEN_BYTES = TOKENS * ROW_BYTES;
     static constexpr int STAGE_BYTES = SETS * SET_BYTES + TOKEN_BYTES;
     static constexpr int STAGES = ((BLOCKS_PER_SM == 1 ? 206 : 104) << 10) / (STAGE_BYTES + TOKENS * int(sizeof(float)));
-    static constexpr int LOADER_REGISTERS = BLOCKS_PER_SM == 2 ? 64 : TOKENS > 64 ? 72 : 88;
-    static constexpr int CONSUMER_REGISTERS = BLOCKS_PER_SM == 2 ? 88 : TOKENS > 64 ? 216 : 208;
+    static constexpr int LOADER_REGISTERS = BLOCKS_PER_SM == 2 ? 48 : TOKENS > 64 ? 72 : 88;
+    static constexpr int CONSUMER_REGISTERS = BLOCKS_PER_SM == 2 ? 96 : TOKENS > 64 ? 216 : 208;
     static constexpr int LAG = STAGES > 5 ? STAGES - 3 : 2;  // stages whose copies of activations are under way
     static constexpr hopper::Swizzle SWIZZLE = hopper::Swizzle::bytes_128;
     static constexpr int PASS = TOKENS < 32 ? TOKENS : 32;  // tokens that the epilogue transposes at a time
@@ -487,7 +487,7 @@ __device__ bool combine_pieces(MoeStages<Shape>& stages, const MoeSharing& shari
     constexpr int AT_ONCE = 64 / CHUNK;
     static_assert(Shape::SETS * VALUES % CHUNK == 0);
     const StageRuns& runs = stages.work.runs;
-    const int64_t first_stage = tiles.first_stage(piece.tile);
+    const int first_stage = tiles.first_stage(piece.tile);
     int first = blockIdx.x, last = blockIdx.x;  // the blocks that share the tile; found without dividing, which ptxas would make a call
     while (runs.begin(first) > first_stage) --first;
     while (runs.begin(last + 1) < first_stage + steps) ++last;

@@ -151,7 +151,7 @@ def cuts(tiles: list[int], grid: int, kernels) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("stages", [1, 3, 4, 5, 75, 640, 5443, 2**40 + 1])
+@pytest.mark.parametrize("stages", [1, 3, 4, 5, 75, 640, 5443, 2**31 - 5])
 @pytest.mark.parametrize("grid", [1, 2, 7, 132])
 def test_runs_are_equal_and_leave_nothing_out(module, stages, grid):
     begins = module._C.moe_run_begins(stages, grid)
@@ -240,7 +240,7 @@ SHARING_PLANTED = {
     "a ticket too early": ("moe_tile.cuh", "== «unsigned(last - first)»", "unsigned(last - first - 1)"),
     "a ticket too late": ("moe_tile.cuh", "== «unsigned(last - first)»", "unsigned(last - first + 1)"),
     "tickets left behind": ("moe_tile.cuh", "if (stages.is_last) sharing.tickets[piece.tile] = 0;", ""),
-    "a stage twice": ("moe_runs.cuh", "begin = «runs.begin(blockIdx.x)»;", "max(runs.begin(blockIdx.x) - 1, int64_t(0))"),
+    "a stage twice": ("moe_runs.cuh", "begin = «runs.begin(blockIdx.x)»;", "max(runs.begin(blockIdx.x) - 1, 0)"),
     "a run too short": ("moe_runs.cuh", "end = «runs.begin(blockIdx.x + 1)»;", "runs.begin(blockIdx.x + 1) - 1"),
     "experts of the first rows": ("moe_down.cu", "const int present = «tile.first_present + index»;", "index"),
     "a few rows in others' place": ("moe_tile.cuh", "group == «window + from»", "window + from + 1"),
