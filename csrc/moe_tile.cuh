@@ -366,11 +366,10 @@ private:
     __device__ void add_columns(const MoePath& path, const Segment& segment, int first_column, int begin, int end,
                                 float (&total)[Shape::SETS][VALUES]) {
         constexpr bool TOGETHER = Shape::SETS * (Shape::TOKENS + COLUMNS) <= 256;  // registers for the products of all sets at once
-        constexpr int PROMOTE_STEPS = COLUMNS > 64 ? 2 : 1;  // that wgmma may add up where no scale changes: half the promotions
         const bool steady = INTO == Into::sum && path.steady();
         const int first = segment.first_row - segment.tile_row, last = segment.end_row - segment.tile_row;
         float scales[Shape::SETS][2], sums[TOGETHER ? Shape::SETS : 1][COLUMNS / 2];
-        for (int step = begin; step < end;) {
+        for (int step = begin; step < end; ++step, at_.advance()) {
             if (step == begin || path.form == ScaleForm::per_block) {
 #pragma unroll
                 for (int set = 0; set < Shape::SETS; ++set) {
@@ -381,18 +380,12 @@ private:
                     }
                 }
             }
-            PipelinePosition<Shape::STAGES> second = at_;
-            const bool has_second = PROMOTE_STEPS > 1 && steady && step + 1 < end;
             stages_.pipeline.wait_until_full(at_);
-            if (has_second) {
-                second.advance();
-                stages_.pipeline.wait_until_full(second);
-            }
             if constexpr (TOGETHER) {
                 hopper::wgmma_fence();
 #pragma unroll
                 for (int set = 0; set < Shape::SETS; ++set) {
-                    multiply<COLUMNS, FP8>(at_, set, first_column, false, sums[set]);
+                    multiply<COLUMNS, FP8>(set, first_column, sums[set]);
                     hopper::wgmma_commit();
                 }
             }
@@ -402,15 +395,9 @@ private:
                 float(&products)[COLUMNS / 2] = sums[TOGETHER ? set : 0];
                 if constexpr (TOGETHER) {
                     set + 1 < Shape::SETS ? hopper::wgmma_wait<1>() : hopper::wgmma_wait<0>();
-                } else if (has_second) {
-                    hopper::wgmma_fence();
-                    multiply<COLUMNS, FP8>(at_, set, first_column, false, products);
-                    multiply<COLUMNS, FP8>(second, set, first_column, true, products);
-                    hopper::wgmma_commit();
-                    hopper::wgmma_wait<0>();
                 } else {
                     hopper::wgmma_fence();
-                    multiply<COLUMNS, FP8>(at_, set, first_column, false, products);
+                    multiply<COLUMNS, FP8>(set, first_column, products);
                     hopper::wgmma_commit();
                     hopper::wgmma_wait<0>();
                 }
@@ -430,8 +417,7 @@ private:
                     }
                 }
             }
-            const int steps = has_second ? 2 : 1;
-            if (steady && step + steps == end) {
+            if (steady && step + 1 == end) {
 #pragma unroll
                 for (int i = 0; i < COLUMNS / 8; ++i) {
                     const float2 token = *reinterpret_cast<const float2*>(token_scales + token_of(i * 4));
@@ -442,24 +428,22 @@ private:
                 }
             }
             __syncwarp();
-            for (int i = 0; i < steps; ++i, ++step, at_.advance()) {
-                if (threadIdx.x % hopper::WARP == 0) stages_.pipeline.empty[at_.stage].arrive();
-            }
+            if (threadIdx.x % hopper::WARP == 0) stages_.pipeline.empty[at_.stage].arrive();
         }
     }
 
     // Between wgmma_fence and wgmma_commit.
     template <int COLUMNS, bool FP8>
-    __device__ void multiply(PipelinePosition<Shape::STAGES> at, int set, int first_column, bool accumulate, float (&sums)[COLUMNS / 2]) {
-        const uint64_t weights = hopper::k_major(stages_.weights[at.stage][set] + warpgroup_ * 64 * Shape::ROW_BYTES, Shape::SWIZZLE);
-        const uint64_t tokens = hopper::k_major(stages_.tokens[at.stage] + first_column * Shape::ROW_BYTES, Shape::SWIZZLE);
+    __device__ void multiply(int set, int first_column, float (&sums)[COLUMNS / 2]) {
+        const uint64_t weights = hopper::k_major(stages_.weights[at_.stage][set] + warpgroup_ * 64 * Shape::ROW_BYTES, Shape::SWIZZLE);
+        const uint64_t tokens = hopper::k_major(stages_.tokens[at_.stage] + first_column * Shape::ROW_BYTES, Shape::SWIZZLE);
 #pragma unroll
         for (int byte = 0; byte < Shape::ROW_BYTES; byte += 32) {
             const uint64_t a = hopper::advanced(weights, byte), b = hopper::advanced(tokens, byte);
             if constexpr (FP8) {
-                hopper::wgmma_e4m3<COLUMNS>(sums, a, b, accumulate || byte > 0);
+                hopper::wgmma_e4m3<COLUMNS>(sums, a, b, byte > 0);
             } else {
-                hopper::wgmma_bf16<COLUMNS>(sums, a, b, accumulate || byte > 0);
+                hopper::wgmma_bf16<COLUMNS>(sums, a, b, byte > 0);
             }
         }
     }
