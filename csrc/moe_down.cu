@@ -4,6 +4,7 @@
 
 #include "hopper/dependent_launch.cuh"
 #include "hopper/registers.cuh"
+#include "moe_load.cuh"
 #include "moe_tile.cuh"
 
 namespace llama4_kernels {

@@ -2,8 +2,10 @@
 // tokens, in one launch. A stage holds 128 gate channels and the same 128 up channels, so that SwiGLU and the scales of 128 columns of h stay
 // inside the block. Rows of x are gathered by routing.order as they are loaded.
 
+#include "e4m3.cuh"
 #include "hopper/dependent_launch.cuh"
 #include "hopper/registers.cuh"
+#include "moe_load.cuh"
 #include "moe_tile.cuh"
 #include "tile_scheduler.cuh"
 
