@@ -165,7 +165,7 @@ private:
 // ---- the kernel
 
 template <class Shape>
-__global__ void __launch_bounds__(Shape::THREADS, Shape::BLOCKS_PER_SM) down_kernel(const __grid_constant__ TensorMap shared_weights,
+__global__ void __launch_bounds__(Shape::THREADS, 1) down_kernel(const __grid_constant__ TensorMap shared_weights,
                                                                  const __grid_constant__ TensorMap routed_weights,
                                                                  const __grid_constant__ Problem problem) {
     const MoeDownArguments& a = problem.a;
@@ -246,7 +246,7 @@ int moe_down_part(int tokens) { return moe_down_columns(tokens) * moe_tile_token
 void moe_down(const MoeDownArguments& a, cudaStream_t stream) {
     if (a.tokens == 0) return;
     switch (moe_tile_tokens(a.tokens)) {
-        case 16: return launch_shape<MoeShape<16, 1, 2>>(a, stream);
+        case 16: return launch_shape<MoeShape<16, 1>>(a, stream);
         case 64: return launch_shape<MoeShape<64, 1>>(a, stream);
         default: return launch_shape<MoeShape<96, MANY_TOKENS_SETS>>(a, stream);
     }

@@ -149,7 +149,7 @@ __device__ inline void prefetch_share(const void* from, int64_t bytes, int threa
 }
 
 template <class Shape>
-__global__ void __launch_bounds__(Shape::THREADS, Shape::BLOCKS_PER_SM) gate_up_kernel(const __grid_constant__ TensorMap shared_weights,
+__global__ void __launch_bounds__(Shape::THREADS, 1) gate_up_kernel(const __grid_constant__ TensorMap shared_weights,
                                                                     const __grid_constant__ TensorMap routed_weights,
                                                                     const __grid_constant__ Problem problem) {
     const MoeGateUpArguments& a = problem.a;
@@ -218,7 +218,7 @@ int moe_gate_up_part(int tokens) { return 2 * 128 * moe_tile_tokens(tokens); }
 void moe_gate_up(const MoeGateUpArguments& a, cudaStream_t stream) {
     if (a.tokens == 0) return;
     switch (moe_tile_tokens(a.tokens)) {
-        case 16: return launch_shape<MoeShape<16, 2, 2>>(a, stream);
+        case 16: return launch_shape<MoeShape<16, 2>>(a, stream);
         case 64: return launch_shape<MoeShape<64, 2>>(a, stream);
         default: return launch_shape<MoeShape<96, 2>>(a, stream);
     }

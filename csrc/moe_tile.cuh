@@ -22,12 +22,10 @@ namespace llama4_kernels {
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int SCALE_BLOCK = 128;
 
-// BLOCKS_PER_SM: 2 leaves room on a multiprocessor for a block of the next kernel, which gets ready and loads its first weights meanwhile.
-template <int TOKENS_, int SETS_, int BLOCKS_PER_SM_ = 1>
+template <int TOKENS_, int SETS_>
 struct MoeShape {
     static constexpr int TOKENS = TOKENS_;
     static constexpr int SETS = SETS_;
-    static constexpr int BLOCKS_PER_SM = BLOCKS_PER_SM_;
     static constexpr int SET_CHANNELS = 128;
     static constexpr int CONSUMERS = 2 * hopper::WARPGROUP;
     static constexpr int CONSUMER_WARPS = CONSUMERS / hopper::WARP;
@@ -37,9 +35,8 @@ struct MoeShape {
     static constexpr int SET_BYTES = SET_CHANNELS * ROW_BYTES;
     static constexpr int TOKEN_BYTES = TOKENS * ROW_BYTES;
     static constexpr int STAGE_BYTES = SETS * SET_BYTES + TOKEN_BYTES;
-    static constexpr int STAGES = ((BLOCKS_PER_SM == 1 ? 206 : 104) << 10) / (STAGE_BYTES + TOKENS * int(sizeof(float)));
-    static constexpr int LOADER_REGISTERS = BLOCKS_PER_SM == 2 ? 48 : TOKENS > 64 ? 72 : 88;
-    static constexpr int CONSUMER_REGISTERS = BLOCKS_PER_SM == 2 ? 96 : TOKENS > 64 ? 216 : 208;
+    static constexpr int STAGES = (206 << 10) / (STAGE_BYTES + TOKENS * int(sizeof(float)));
+    static constexpr int LOADER_REGISTERS = TOKENS > 64 ? 72 : 88, CONSUMER_REGISTERS = TOKENS > 64 ? 216 : 208;
     static constexpr int LAG = STAGES > 5 ? STAGES - 3 : 2;  // stages whose copies of activations are under way
     static constexpr hopper::Swizzle SWIZZLE = hopper::Swizzle::bytes_128;
     static constexpr int PASS = TOKENS < 32 ? TOKENS : 32;  // tokens that the epilogue transposes at a time
