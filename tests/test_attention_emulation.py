@@ -22,7 +22,7 @@ BF16 = torch.bfloat16
 SCOUT = dict(heads=(5, 1, 128), dtype=BF16)
 TILE = 128
 
-LOAD, WORK, MAIN = "attention_load.cuh", "attention_work.cuh", "attention.cu"
+LOAD, WORK, ATTEND, MAIN = "attention_load.cuh", "attention_work.cuh", "attention_attend.cuh", "attention.cu"
 GIVE_BACK = "        if (threadIdx.x % 32 == 0) empty[count % SLOTS].arrive();\n"
 SEEN = f"        const int item = items[count % SLOTS];\n        __syncwarp();\n{GIVE_BACK}        return item;\n"
 RELEASE_FOR_BOTH = "                release<ATTENDING>(v.empty, count + tile);"
@@ -41,16 +41,16 @@ PLANTED = {
     "no proxy fence": (LOAD, "        }\n        «hopper::fence_async_proxy();»", ""),
     "one split too few": (WORK, "return -divide_up(tiles, tiles_per_split(a, tiles));", "return -max(tiles / tiles_per_split(a, tiles), 1);"),
     "positions without the prefix": (WORK, "before = a.seq_lens[request] - queries;", "before = 0;"),
-    "masks of boundary tiles left out": (MAIN, "if (start < seen_by_all_from || start + ATTENTION_TILE > seen_by_all_to) mask(start);", ""),
-    "old output not corrected": (MAIN, "            «correct_output();»\n            pack_weights();", ""),
-    "parts unweighted": (MAIN, "«hopper::exp2_approximate(part_weights[part] - highest)»;", "1.0f"),
-    "tiles of few queries given back by one warpgroup for itself": (MAIN, RELEASE_FOR_BOTH, RELEASE_FOR_BOTH.replace("ATTENDING", "1")),
-    "ticket not given back": (MAIN, "*ticket = 0;", ""),
+    "masks of boundary tiles left out": (ATTEND, "if (start < seen_by_all_from || start + ATTENTION_TILE > seen_by_all_to) mask(start);", ""),
+    "old output not corrected": (ATTEND, "            «correct_output();»\n            pack_weights();", ""),
+    "parts unweighted": (ATTEND, "«hopper::exp2_approximate(part_weights[part] - highest)»;", "1.0f"),
+    "tiles of few queries given back by one warpgroup for itself": (ATTEND, RELEASE_FOR_BOTH, RELEASE_FOR_BOTH.replace("ATTENDING", "1")),
+    "ticket not given back": (ATTEND, "*ticket = 0;", ""),
     "counter of draws not turned back": (WORK, "«unsigned(items) - 1»);", "~0u"),
     "counter of draws turned back one draw late": (WORK, "«unsigned(items) - 1»);", "unsigned(items)"),
     "counter of draws turned back one draw early": (WORK, "«unsigned(items) - 1»);", "unsigned(max(items - 2, 0))"),
-    "turns of the warpgroups not passed on": (MAIN, "if (TAKE_TURNS) pass_turn();", ""),
-    "turns where the warpgroups visit different tiles": (MAIN, RELEASE_FOR_BOTH, f"{RELEASE_FOR_BOTH} wait_for_turn(), pass_turn();"),
+    "turns of the warpgroups not passed on": (ATTEND, "if (TAKE_TURNS) pass_turn();", ""),
+    "turns where the warpgroups visit different tiles": (ATTEND, RELEASE_FOR_BOTH, f"{RELEASE_FOR_BOTH} wait_for_turn(), pass_turn();"),
     "nobody passes the first turn": (MAIN, "attend.begin();", ""),
     "nobody takes the last turn": (MAIN, "attend.finish();", ""),
     "draws that overtake the block's warps": (MAIN, "shared.drawn.wait_empty(taken);", ""),
