@@ -176,8 +176,9 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) gate_up_kernel(const __grid
         StageLoader<Shape> loader(shared.stages);
         shared.stages.work.for_each_piece(tiles, [&](const Piece& piece) {
             const Tile tile = tiles[piece.tile];
-            const TensorMap& weights = tiles.is_shared(piece.tile) ? shared_weights : routed_weights;
-            loader.load(tiles.is_shared(piece.tile) ? problem.shared : problem.routed, weights, tile.segment, a.routing.order, piece.begin, piece.end);
+            const bool is_shared = tiles.is_shared(piece.tile);
+            const TensorMap& weights = is_shared ? shared_weights : routed_weights;
+            loader.load(is_shared ? problem.shared : problem.routed, weights, tile.segment, a.routing.order, piece.begin, piece.end);
         });
         loader.finish();
     } else {
