@@ -112,7 +112,7 @@ def assert_sorted(op, x: Tensor, router: Tensor) -> None:
 MANY = [(65, 16), (65, 200), (127, 1), (127, 128), (128, 16), (128, 200), (300, 1), (300, 16), (300, 128), (1000, 1), (1000, 16)]
 
 
-@pytest.mark.parametrize(("tokens", "experts"), [*MANY, (1000, 200)])
+@pytest.mark.parametrize(("tokens", "experts"), [*MANY, (400, 200)])
 def test_many_tokens_are_sorted(op, tokens, experts):
     assert_sorted(op, integers(tokens, 8), integers(experts, 8))
 
