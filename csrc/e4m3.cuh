@@ -10,11 +10,18 @@ constexpr float E4M3_MAX = 448.0f;
 // |value| as an integer: the order of the floats, with infinity above them and NaN on top, so that a NaN reaches the scale.
 __device__ inline unsigned magnitude(float value) { return __float_as_uint(value) & 0x7fffffffu; }
 
-// value / scale, to its last bit where nothing on the way is below the least normal number: a product and one correction. reciprocal: of
-// the scale, or 0 where that would be infinite; what a scale so small belongs to becomes 0.
-__device__ inline float divide(float value, float scale, float reciprocal) {
+// value / scale from the reciprocal, to its last bit where nothing on the way overflows or is below the least normal number: a product and
+// one correction.
+__device__ inline float quotient(float value, float scale, float reciprocal) {
     const float product = value * reciprocal;
     return fmaf(fmaf(-product, scale, value), reciprocal, product);
+}
+
+// The same, infinite where the quotient is too large for a float. With reciprocal_of(scale), what a scale below the least normal number belongs
+// to becomes 0.
+__device__ inline float divide(float value, float scale, float reciprocal) {
+    const float product = value * reciprocal;
+    return magnitude(product) == 0x7f800000u ? product : quotient(value, scale, reciprocal);
 }
 
 __device__ inline float reciprocal_of(float scale) { return scale < 0x1p-126f ? 0.0f : 1.0f / scale; }

@@ -32,10 +32,7 @@ __device__ inline void divide_by(float scale, Write write) {
     // Far from what overflows or loses bits below the least normal number, one correction of the product gives the quotient's own bits
     if (scale > 0x1p-60f && scale < 0x1p60f) {
         const float reciprocal = 1.0f / scale;
-        write([=](float value) {
-            const float product = value * reciprocal;
-            return fmaf(fmaf(-product, scale, value), reciprocal, product);
-        });
+        write([=](float value) { return quotient(value, scale, reciprocal); });
     } else {
         write([=](float value) { return scale == 0.0f ? 0.0f : value / scale; });
     }

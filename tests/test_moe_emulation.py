@@ -187,6 +187,17 @@ def test_layer(module, tokens, forms):
     assert error(y, want) <= 4e-3
 
 
+def test_what_a_static_scale_is_too_small_for_saturates(module):
+    """Even where the quotient is no float: the reference clamps."""
+    weights, x = moe_weights("tensor static", "tensor static", experts=2, hidden=144, inner=48), 1e3 * torch.randn(9, 144).to(BF16)
+    small = {name: dataclasses.replace(getattr(weights, name), input_scale=torch.tensor(1e-37)) for name in ("w2", "shared_w2")}
+    weights, routing = dataclasses.replace(weights, **small), random_routing(9, 2)
+    for got, want in zip(run(module.moe_gate_up, x, routing, weights), reference.moe_gate_up(x, routing, weights), strict=True):
+        saturated = want.codes.float().abs() == 448
+        assert saturated.float().mean() > 0.3
+        assert torch.equal(got.codes.float()[saturated], want.codes.float()[saturated])
+
+
 @pytest.mark.parametrize("form", ["bf16", "channel"])
 def test_nan_stays_in_its_row_and_its_expert(module, form):
     weights, x = moe_weights(form, form, experts=5, hidden=144, inner=48), torch.randn(9, 144).to(BF16)
