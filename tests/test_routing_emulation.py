@@ -26,7 +26,7 @@ PLANTED = {
     "a bit of the experts left out": ("routing_sort.cuh", "«bit <= a.experts»; bit", "bit < 8"),
     "equal experts of a warp counted once": ("routing_sort.cuh", "own[ids[i]] = place + __popc(peers[i]);", "own[ids[i]] = place + 1;"),
     "the last expert left out": ("routing_fp32.cuh", "if (lane < EXPERTS && «expert < a.experts»)", "expert < a.experts - 1"),
-    "quotients not corrected": ("routing_codes.cuh", "return fmaf(fmaf(-product, scale, value), reciprocal, product);", "return product;"),
+    "quotients not corrected": ("routing_codes.cuh", "quotient(value, scale, reciprocal)", "value * reciprocal"),
     "barrier left out": ("routing_fp32.cuh", "value % WARP_EXPERTS] = sum;\n        }«»", "if (lane) __syncthreads();"),
 }  # fmt: skip
 PLANTED_ON_TENSOR_CORES = {  # in routing_wgmma.cuh
