@@ -5,7 +5,7 @@
 # usage: scripts/gpu_check.sh OUT_DIR
 # PYTHON: the interpreter (python3). STEP_SECONDS, FILE_SECONDS, TEST_SECONDS: the most that a step may take (600), the tests of a file where
 # files run one by one (120), and a test (60). JOBS: tests at a time (8).
-# PEERS: folder of rivals' packages, to measure them.
+# PEERS: folder of other projects' packages, to measure them.
 # STEPS: the steps to run where time is short, say "build tests"; what an earlier run built in OUT_DIR is used again without "build".
 #
 # A step that fails does not stop the next; the exit code is 1 if any failed. What this host cannot run is skipped, and the table says why.

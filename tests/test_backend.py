@@ -117,6 +117,15 @@ def test_a_forced_backend_that_cannot_run_is_an_error_with_the_reason(monkeypatc
         backend.implementation(op, CPU)
 
 
+def test_auto_is_no_request(triton_on_cpu, monkeypatch):
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "reference,routing=auto")
+    assert (chosen("route_top1"), chosen("fused_moe")) == ("triton", "reference")
+    with use_backend("auto"):
+        assert chosen("fused_moe") == "triton"
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "auto")
+    assert not any(choice.asked_by for choice in backend.choices("cpu"))
+
+
 def test_a_forced_backend_without_the_op_is_an_error(monkeypatch):
     import llama4_kernels.cuda as cuda
 
@@ -130,8 +139,8 @@ def test_a_forced_backend_without_the_op_is_an_error(monkeypatch):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("cutlass", "names the backend 'cutlass', needs one of cuda, triton, reference"),
-        ("attention=", "names the backend '', needs one of cuda, triton, reference"),
+        ("cutlass", "names the backend 'cutlass', needs one of auto, cuda, triton, reference"),
+        ("attention=", "names the backend '', needs one of auto, cuda, triton, reference"),
         ("softmax=triton", "names the op 'softmax', needs one of quantization, routing, .*, chunked_attention"),
     ],
 )

@@ -95,7 +95,7 @@ def test_without_a_record_it_says_that_nothing_was_measured(tmp_path):
     text = page.page([dataclasses.replace(record, machine=CPU) for record in CEILINGS], tmp_path)
     assert "**No record of a GPU is committed: nothing on this page was measured.**" in " ".join(text.split())
     assert {row[2] for row in rows(text, "Ceilings in use")} == {"an H200's datasheet"}
-    assert "Rivals" not in text and not list(tmp_path.iterdir())
+    assert "### Peers" not in text and not list(tmp_path.iterdir())
 
 
 def test_ceilings_are_those_of_large_copies_and_square_products(tmp_path):
@@ -109,7 +109,7 @@ def test_ceilings_are_those_of_large_copies_and_square_products(tmp_path):
 
 def test_without_one_ceiling_the_floors_rest_on_the_datasheet_and_it_says_so(tmp_path):
     text = page.page(CEILINGS[:3], tmp_path)
-    assert "so the floors rest on the datasheet of an H200" in " ".join(text.split()) and "4800 GB/s" in text and "4000 GB/s" not in text
+    assert "so its floors rest on the datasheet of an H200" in " ".join(text.split()) and "4800 GB/s" in text and "4000 GB/s" not in text
 
 
 def test_floors_are_bytes_or_flops_over_the_ceilings(tmp_path):
@@ -134,10 +134,10 @@ def test_rivals_are_set_against_the_floor_and_failures_are_counted(tmp_path):
     ]
     text = page.page(records, tmp_path)
     floor = workloads.work(workloads.parse("fused_moe/fp8/scout/tp8/t8")).bytes / COPY / 1e3
-    table = rows(text.partition("### Rivals")[2], "`fused_moe`")
+    table = rows(text.partition("### Peers")[2], "`fused_moe`")
     assert [row[0] for row in table] == ["fused_moe/fp8/scout/tp8/t8", "fused_moe/fp8/scout/tp8/t64"]
     assert table[0][1:] == [f"{floor:.3g}", f"100 ({floor / 100:.2f})"]
-    assert "- fbgemm_cutlass: wrong for 1 workloads: its error is 0.5" in text
+    assert "- fbgemm_cutlass: wrong for 1 workload: its error is 0.5" in text
     assert "- deep_gemm: unavailable for 2 workloads: not installed" in text
     assert "- sglang: its own tiles" in text
 

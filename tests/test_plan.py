@@ -180,7 +180,7 @@ def test_what_the_plugin_does_not_serve_gets_no_launch_line(options, says):
     "arguments, says",
     [
         (["--model", "scout", "--gpu", "h300"], "--gpu h300 is not known: give one of a100, h100"),
-        (["--model", "behemoth"], "--model behemoth is neither scout nor maverick nor a folder"),
+        (["--model", "behemoth"], "--model behemoth is not a folder: give that of a checkpoint, or one of scout, maverick, meta-llama/"),
         (["--model", "scout", "--gpus", "3"], "--tp 3 does not divide the 40 query and 8 KV heads: give one of 1, 2, 4, 8, 40"),
         (["--model", "scout", "--gpus", "16"], "--tp 16 does not divide"),
         (["--model", "scout", "--tp", "5", "--gpus", "8"], "--tp 5 does not divide --gpus 8"),

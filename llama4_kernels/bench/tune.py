@@ -148,7 +148,7 @@ def _call(op: str, weights: MoEWeights, x: torch.Tensor) -> Callable[[], object]
 
 
 def run(ops: list[str] | None, workloads: list[str], tokens: list[int] | None, out: Path | None) -> int:
-    """The command `llama4-kernels tune`: exit code 0, or 1 where it cannot run, saying why."""
+    """The command `llama4-kernels tune`: exit code 0, or where it cannot run 2 for a name it does not know, else 1, saying why."""
     try:
         unknown = [op for op in ops or () if op not in CANDIDATES]
         if unknown:
@@ -158,7 +158,7 @@ def run(ops: list[str] | None, workloads: list[str], tokens: list[int] | None, o
             raise RuntimeError("needs an NVIDIA GPU, and torch finds none here")
     except (ValueError, RuntimeError) as error:
         print(f"tune: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ValueError) else 1
     path = out or config.table_path(torch.cuda.get_device_name())
     tune(ops or CANDIDATES, layers, path, tokens=tokens or TOKENS)
     print(f"tune: wrote {path}")

@@ -18,6 +18,7 @@ logger = logging.getLogger("llama4_kernels")
 ENVIRONMENT_VARIABLE = "LLAMA4_KERNELS_BACKEND"
 
 BACKENDS = ("cuda", "triton", "reference")
+AUTO = "auto"  # in a request: the first of BACKENDS that can run
 
 # op -> stem: the module of that name here in ops/ and in the folder of every backend that has the op
 OPS = {
@@ -49,7 +50,8 @@ _in_context: contextvars.ContextVar[str] = contextvars.ContextVar("llama4_kernel
 def use_backend(default: str | None = None, **per_op: str) -> Iterator[None]:
     """Force backends within a `with` block; takes precedence over the environment variable LLAMA4_KERNELS_BACKEND.
 
-    default: backend for every op ("cuda", "triton", "reference"), or None to leave the others as they were.
+    default: backend for every op ("cuda", "triton", "reference"), "auto" for the first of them that can run, or None to leave the others
+    as they were.
     per_op: backend by op name or by stem (routing, quantization, grouped_gemm, moe, attention, rope).
     Raises ValueError for an unknown backend or op.
 
@@ -124,6 +126,8 @@ def _choose(op: str, device: torch.device, environment: str, context: str) -> Ch
         backend = _parse(spec, source).get(op)
         if backend is None:
             continue
+        if backend == AUTO:
+            break
         reason = _why_not(backend, op, device)
         if reason:
             raise RuntimeError(f"{source} asks for {backend} to compute {op} on {device}, but {reason}")
@@ -145,8 +149,8 @@ def _parse(spec: str, source: str) -> dict[str, str]:
     by_op: dict[str, str] = {}
     for part in filter(None, (part.strip() for part in spec.split(","))):
         name, _, backend = part.rpartition("=")
-        if backend not in BACKENDS:
-            raise ValueError(f"{source} names the backend {backend!r}, needs one of {', '.join(BACKENDS)}")
+        if backend not in (AUTO, *BACKENDS):
+            raise ValueError(f"{source} names the backend {backend!r}, needs one of {', '.join((AUTO, *BACKENDS))}")
         if not name:
             default = dict.fromkeys(OPS, backend)
         elif name in OPS:

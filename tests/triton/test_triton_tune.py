@@ -63,7 +63,7 @@ def test_what_was_tuned_before_is_kept(tmp_path, monkeypatch):
     ],
 )
 def test_bad_arguments(arguments, error, capsys):
-    assert tune.run(*arguments) == 1
+    assert tune.run(*arguments) == 2
     assert error in capsys.readouterr().err
 
 

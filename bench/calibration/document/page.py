@@ -33,12 +33,12 @@ PREFILLS = (8192, 32768, 131072)
 INTRODUCTION = (
     f"Written by `{COMMAND}` from the records in `bench/results`; not by hand. `python -m bench.calibration --list` names the questions, "
     "`--dry-run` prints every case with its bytes and flops, and `--out DIR` measures on a Hopper GPU: each question in a process with a "
-    "time box, the chip in under 8 minutes. `--peers DIR`, a folder of the rivals' packages, measures those as well, in under 10 minutes "
+    "time box, the chip in under 8 minutes. `--peers DIR`, a folder of other projects' packages, measures those as well, in under 10 minutes "
     "more."
 )
 NOTHING_MEASURED = (
     "**No record of a GPU is committed: nothing on this page was measured.** The floors below rest on the datasheet of an H200, which no "
-    "kernel reaches, and there is neither a table of rivals nor advice. On an H200 host, `python -m bench.calibration --peers DIR --out "
+    "kernel reaches, and there is neither a table of peers nor advice. On an H200 host, `python -m bench.calibration --peers DIR --out "
     f"bench/results` measures both, and `{COMMAND}` writes this page anew."
 )
 
@@ -46,7 +46,7 @@ NOTHING_MEASURED = (
 def page(records: Iterable[Record], folder: Path) -> str:
     """The document's text. Plots are written into folder/hardware."""
     known = results.gpus(records)
-    parts = ["# What the hardware gives, and what the rivals reach", INTRODUCTION]
+    parts = ["# What the hardware gives, and what other projects' kernels reach", INTRODUCTION]
     if not known:
         parts += ["## Without a record", NOTHING_MEASURED, *_ceilings(DATASHEET, "an H200's datasheet"), *_floors(DATASHEET)]
     for gpu in known:
@@ -63,11 +63,14 @@ def _wrapped(part: str) -> str:
 
 def _gpu(gpu: Gpu, folder: Path) -> list[str]:
     machine, measured = gpu.machine, gpu.ceilings
-    runs = ", ".join(sorted({each.run for each in gpu.latest})) or "of rivals only"
+    runs = ", ".join(sorted({each.run for each in (*gpu.latest, *gpu.rivals)}))
     parts = [f"## {machine.device}"]
     parts += [f"Driver {machine.driver}, torch {machine.torch}, power limit {machine.power_limit_w} W; runs {runs}."]
     if measured is None:
-        parts += ["Copy and matrix products were not both measured on it, so the floors rest on the datasheet of an H200."]
+        parts += [
+            "Copy and matrix products are not both among the measurements of this page, so its floors rest on the datasheet of an H200. "
+            "Benchmarks measure ceilings of their own, lower than the datasheet's, so ratios elsewhere are higher than here."
+        ]
     used = measured or DATASHEET
     parts += _ceilings(used, "this GPU" if measured else "an H200's datasheet")
     if said := findings.of(gpu):
@@ -117,21 +120,22 @@ def _us(value: float) -> str:
 
 
 def _rivals(rivals: Sequence[Benchmark], used: Ceilings) -> list[str]:
-    """A table per op: of each workload the floor, and each rival's time and floor / time. Below, why others have none."""
+    """A table per op: of each workload the floor, and each peer's time and floor / time. Below, why others have none."""
     if not rivals:
-        return ["### Rivals", "No rival was measured on this GPU."]
-    parts = ["### Rivals", "Time in µs and floor / time, by CUDA-graph replay with a cold L2, of those whose result was right."]
+        return ["### Peers", "No peer was measured on this GPU."]
+    parts = ["### Peers", "Time in µs and floor / time, by CUDA-graph replay with a cold L2, of those whose result was right."]
     for op in sorted({each.op for each in rivals}):
         of_op = [each for each in rivals if each.op == op]
         names = sorted({each.backend for each in of_op if each.status == "ok"})
         times = {(each.workload, each.backend): each for each in of_op if each.status == "ok"}
+        parts.append(f"`{op}`")
         if names:
             rows = []
             for workload in sorted({each.workload for each in of_op}, key=_natural):
                 floor = floors.floor(workloads.work(workloads.parse(workload)), used, median_us=1.0).us
                 cells = [_time(times.get((workload, name)), floor) for name in names]
                 rows.append((workload, _us(floor), *cells))
-            parts += [f"`{op}`", _table(("workload", "floor", *names), rows)]
+            parts.append(_table(("workload", "floor", *names), rows))
         parts += _failures([each for each in of_op if each.status != "ok"])
         notes = {(each.backend, note) for each in of_op if each.status == "ok" for note in each.notes}
         parts += ["\n".join(f"- {name}: {note}" for name, note in sorted(notes))] if notes else []
@@ -148,7 +152,10 @@ def _failures(failed: Sequence[Benchmark]) -> list[str]:
     for each in failed:
         key = each.backend, each.status, each.reason
         counts[key] = counts.get(key, 0) + 1
-    lines = [f"- {name}: {status} for {count} workloads: {reason}" for (name, status, reason), count in sorted(counts.items())]
+    lines = [
+        f"- {name}: {status} for {count} workload{'s' if count > 1 else ''}: {reason}"
+        for (name, status, reason), count in sorted(counts.items())
+    ]
     return ["\n".join(lines)] if lines else []
 
 

@@ -300,7 +300,8 @@ def _vision(v: dict[str, Any]) -> Vision:
 def _read(model: str, name: str) -> dict[str, Any]:
     folder = Path(model)
     if not folder.is_dir():
-        raise PlanError(f"--model {model} is neither {' nor '.join(PRESETS)} nor a folder: give one of them, or the checkpoint's folder")
+        published = [repository for preset in PRESETS.values() for repository in preset.repositories.values()]
+        raise PlanError(f"--model {model} is not a folder: give that of a checkpoint, or one of {', '.join((*PRESETS, *published))}")
     try:
         config = json.loads((folder / name).read_text())
     except FileNotFoundError:
