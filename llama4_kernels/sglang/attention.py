@@ -59,11 +59,10 @@ class Llama4AttentionBackend(AttentionBackend):
 
     def __init__(self, runner):
         super().__init__()
+        self.device = runner.device
         self.req_to_token_pool = runner.req_to_token_pool
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.forward_metadata: StepMetadata | None = None
-        max_requests = self.req_to_token_pool.req_to_token.shape[0]
-        self._one_query_each = torch.arange(max_requests + 1, dtype=torch.int32, device=runner.device)
 
     @functools.cached_property
     def verify_mask(self) -> VerifyMask:
@@ -72,10 +71,10 @@ class Llama4AttentionBackend(AttentionBackend):
         return maybe_create_verify_mask(
             is_draft_runner=False,
             skip_prefill=False,
-            max_bs=self._one_query_each.shape[0] - 1,
+            max_bs=self.req_to_token_pool.req_to_token.shape[0],
             max_context_len=0,
             num_draft_tokens=get_spec().speculative_num_draft_tokens,
-            device=self._one_query_each.device,
+            device=self.device,
             is_read=False,
         )
 
@@ -104,17 +103,21 @@ class Llama4AttentionBackend(AttentionBackend):
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
         seq_lens = forward_batch.seq_lens
         if forward_batch.forward_mode.is_decode_or_idle():
-            query_start_loc = self._one_query_each[: forward_batch.batch_size + 1]
+            query_start_loc = self._starts(forward_batch.batch_size, 1)
         elif forward_batch.forward_mode.is_target_verify():
             if forward_batch.spec_info.tree_topk != 1:
                 raise ValueError("llama4_kernels verifies drafts that are one chain (--speculative-eagle-topk 1), these are a tree")
             drafted = forward_batch.spec_info.draft_token_num
-            query_start_loc = self._one_query_each[: forward_batch.batch_size + 1] * drafted
+            query_start_loc = self._starts(forward_batch.batch_size, drafted)
             seq_lens = seq_lens + drafted  # SGLang counts them when they are accepted
         else:
             ends = forward_batch.extend_seq_lens.cumsum(0, dtype=torch.int32)
             query_start_loc = torch.nn.functional.pad(ends, (1, 0))
         self.forward_metadata = StepMetadata(seq_lens.to(torch.int32), query_start_loc)
+
+    def _starts(self, requests: int, queries: int) -> Tensor:
+        """query_start_loc of requests that have as many queries each. Data-parallel attention pads a batch to more of them than there can be."""
+        return torch.arange(0, (requests + 1) * queries, queries, dtype=torch.int32, device=self.device)
 
     def forward_extend(
         self,

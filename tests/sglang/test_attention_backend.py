@@ -89,6 +89,18 @@ def test_each_mode(mode, queries, page_size):
     torch.testing.assert_close(got, expected(run, q, keys, queries))
 
 
+def test_a_batch_padded_past_the_request_table():
+    """As data-parallel attention pads one to a multiple of its ranks: with requests of one key in the row that no request has."""
+    run, requests = runner(), 8
+    padded = batch(ForwardMode.DECODE, [67, 130, 70], [1, 1, 1])
+    padded.batch_size = requests
+    padded.seq_lens = torch.nn.functional.pad(padded.seq_lens, (0, requests - 3), value=1)
+    padded.req_pool_indices = torch.nn.functional.pad(padded.req_pool_indices, (0, requests - 3))
+    q = torch.randn(requests, HEADS, HEAD_DIM)
+    got = attend(Llama4AttentionBackend(run), q, padded)
+    torch.testing.assert_close(got[:3], expected(run, q[:3], [67, 130, 70], [1, 1, 1]))
+
+
 @pytest.mark.parametrize("mode, queries", [*MODES, (ForwardMode.IDLE, [])])
 def test_a_step_reads_nothing_back(mode, queries):
     """Tensors on the meta device have no values: whatever reads one on the host fails."""
