@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
-from llama4_kernels.bench import ceilings, measure, timing
+from llama4_kernels import use_backend
+from llama4_kernels.bench import ceilings, inputs, measure, timing, workloads
 from llama4_kernels.bench.measure import Job, Options
 
 pytestmark = pytest.mark.gpu
@@ -42,6 +45,20 @@ def test_what_cannot_be_captured_is_timed_without_a_graph_and_says_so(session):
     done = measure.run(Job("fused_moe/fp8/tiny/tp1/t4", "reference"), session)
     assert done.status == "ok" and done.timing.method == "cuda_events"
     assert any("without a CUDA graph" in note for note in done.notes)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_graph_holds_what_the_op_launches_and_nothing_else(backend):
+    """Ops whose blocks draw tickets find their counters there."""
+    problem = inputs.make(workloads.parse("fused_moe/fp8/tiny/tp1/t4"), GPU)
+    with use_backend(backend):
+        call = functools.partial(problem.call, **problem.arguments)
+        assert timing.count_launches(timing.captured(call, GPU), GPU) == timing.count_launches(call, GPU)
+
+
+def test_short_calls_share_a_replay(session):
+    done = measure.run(Job("quantize_per_token/fp8/scout/tp8/t64", "triton"), session)
+    assert done.timing.calls == timing.MAX_CALLS
 
 
 def test_launches_are_counted():

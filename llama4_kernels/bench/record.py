@@ -32,7 +32,7 @@ class Timing:
 
     method: "cuda_graph" (a replayed graph between CUDA events), "cuda_events" (calls between events, where no graph can be captured) or
     "wall_clock" (calls on a CPU). cold_l2: whether the inputs were out of the GPU's L2 cache before each call.
-    samples_us: the mean time of a call in each round.
+    samples_us: the mean time of a call in each round. calls: how many a round has; None in records from before it was kept.
     """
 
     method: str
@@ -42,6 +42,7 @@ class Timing:
     p90_us: float
     rounds: int
     samples_us: tuple[float, ...]
+    calls: int | None = None
 
 
 @dataclass(frozen=True)

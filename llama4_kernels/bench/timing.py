@@ -15,6 +15,8 @@ GPU_ROUNDS, CPU_ROUNDS = 50, 10
 CPU_SECONDS = 1.0
 REPLAY_US = 500.0
 MAX_CALLS = 32
+ESTIMATED_CALLS = 4
+CACHE_READS = 4  # before each replay: they take longer than the host needs to launch it
 Call = Callable[[], Any]
 
 
@@ -22,7 +24,8 @@ def time_calls(calls: Sequence[Call], device: torch.device, rounds: int | None =
     """The time of one of `calls`, which do the same on inputs in different memory, and what a reader must know about it.
 
     On a GPU the calls are captured into one CUDA graph. Before each replay a buffer larger than the L2 cache is read, untimed, so that
-    no input of any call is in the cache when it starts; each call has its own inputs, so that none finds another's. Calls that cannot
+    no input of any call is in the cache when it starts, and nothing of the replay waits for the host; each call has its own inputs, so
+    that none finds another's. Calls that cannot
     be captured run one after another between events, and the note says why.
     graph: whether to capture; False for what is something else in a graph, as torch's copy_ is, there a copy node and slower.
     """
@@ -41,54 +44,67 @@ def calls_per_replay(single_us: float, footprint: int, device: torch.device) -> 
 
 
 def estimate_us(call: Call, device: torch.device) -> float:
-    """Roughly, of a call that is warm."""
+    """Roughly, of a call that is warm; on a GPU without what the host takes to launch it, where it can be captured."""
     if device.type != "cuda":
         start = time.perf_counter()
         call()
         return (time.perf_counter() - start) * 1e6
+    replay, _ = _capture_or_not([call] * ESTIMATED_CALLS, device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    replay()
     start.record()
-    for _ in range(3):
-        call()
+    replay()
     end.record()
     torch.cuda.synchronize(device)
-    return start.elapsed_time(end) * 1e3 / 3
+    return start.elapsed_time(end) * 1e3 / ESTIMATED_CALLS
 
 
-def summary(method: str, cold_l2: bool, samples_us: Sequence[float]) -> Timing:
-    """The statistics of samples; the tenth and ninetieth percentile interpolate between them."""
+def summary(method: str, cold_l2: bool, samples_us: Sequence[float], calls: int = 1) -> Timing:
+    """The statistics of samples, each the mean of `calls` calls; the tenth and ninetieth percentile interpolate between them."""
     tenths = statistics.quantiles(samples_us, n=10, method="inclusive") if len(samples_us) > 1 else [samples_us[0]] * 9
     samples = tuple(float(f"{sample:.6g}") for sample in samples_us)
-    return Timing(method, cold_l2, statistics.median(samples_us), tenths[0], tenths[-1], len(samples), samples)
+    return Timing(method, cold_l2, statistics.median(samples_us), tenths[0], tenths[-1], len(samples), samples, calls)
 
 
 def _time_gpu(calls: Sequence[Call], device: torch.device, rounds: int, graph: bool) -> tuple[Timing, list[str]]:
-    def run_all() -> None:
-        for call in calls:
-            call()
-
-    notes = []
-    replay, method = run_all, "cuda_events"
     if graph:
-        try:
-            replay, method = _captured(run_all, device), "cuda_graph"
-        except Exception as error:  # whatever capture does not allow
-            torch.cuda.synchronize(device)
-            notes.append(f"timed without a CUDA graph, launches included, because it cannot be captured: {one_line(error)}")
+        replay, notes = _capture_or_not(calls, device)
+    else:
+        replay, notes = _all(calls), []
     cache = torch.zeros(2 * torch.cuda.get_device_properties(device).L2_cache_size // 4, device=device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     samples = []
     for _ in range(rounds + 2):
-        cache.sum()  # reads only, so that no dirty line is written back while the clock runs
+        for _ in range(CACHE_READS):
+            cache.sum()  # reads only, so that no dirty line is written back while the clock runs
         start.record()
         replay()
         end.record()
         torch.cuda.synchronize(device)
         samples.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return summary(method, True, samples[2:]), notes
+    return summary("cuda_graph" if graph and not notes else "cuda_events", True, samples[2:], len(calls)), notes
 
 
-def _captured(run: Call, device: torch.device) -> Call:
+def _all(calls: Sequence[Call]) -> Call:
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
+
+
+def _capture_or_not(calls: Sequence[Call], device: torch.device) -> tuple[Call, list[str]]:
+    """The calls as one graph's replay, or as they are with a note that says why they cannot be captured."""
+    run = _all(calls)
+    try:
+        return captured(run, device), []
+    except Exception as error:  # whatever capture does not allow
+        torch.cuda.synchronize(device)
+        return run, [f"timed without a CUDA graph, launches included, because it cannot be captured: {one_line(error)}"]
+
+
+def captured(run: Call, device: torch.device) -> Call:
+    """`run`, warm and captured: the replay of its CUDA graph. Raises what capture does not allow."""
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
@@ -96,7 +112,8 @@ def _captured(run: Call, device: torch.device) -> Call:
     torch.cuda.current_stream(device).wait_stream(side)
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # On the stream that is warm: on another, ops would make their counters anew, with a fill in the graph before every launch of theirs.
+    with torch.cuda.graph(graph, stream=side):
         run()
     return graph.replay
 

@@ -50,7 +50,8 @@ def test_every_field_of_the_dataclasses_is_in_the_schema():
     }
     for name, cls in classes.items():
         fields = {field.name for field in dataclasses.fields(cls)} | ({"schema", "kind"} if name in ("benchmark", "calibration") else set())
-        assert set(definitions[name]["properties"]) == set(definitions[name]["required"]) == fields, name
+        later = {"calls"} if cls is record.Timing else set()  # than the first records of this version
+        assert set(definitions[name]["properties"]) == set(definitions[name]["required"]) | later == fields, name
 
 
 def changed(**fields) -> str:
