@@ -12,7 +12,7 @@ import multiprocessing
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -79,20 +79,11 @@ def recorded(calls: Iterable[Callable[[], object]], architecture: str) -> Record
 
 
 def measure(kernels: Recorded, architecture: str, workers: int = 2) -> dict[str, dict[str, int]]:
-    """Name -> registers, spills, shared memory and instruction counts of every recorded kernel."""
-    return _of_each(_measure, kernels, architecture, workers)
-
-
-def unwritten(kernels: Recorded, architecture: str, workers: int = 2) -> dict[str, list[str]]:
-    """Name -> the uniform registers that a recorded kernel reads and has not written: see `unwritten_registers`."""
-    return _of_each(_unwritten, kernels, architecture, workers)
-
-
-def _of_each(work: Callable[[str, str], object], kernels: Recorded, architecture: str, workers: int) -> dict:
+    """Name -> registers, spills, shared memory, instruction counts and the number of `unwritten_registers` of every recorded kernel."""
     global _work
     _work = kernels
     with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
-        return dict(zip(_work, pool.map(work, _work, [architecture] * len(_work))))
+        return dict(zip(_work, pool.map(_measure, _work, [architecture] * len(_work))))
 
 
 def opcodes(disassembly: str) -> list[str]:
@@ -186,29 +177,19 @@ def _compile(name: str, architecture: str) -> CompiledKernel:
     return triton.compile(source, target=GPUTarget("cuda", ARCHITECTURES[architecture], 32), options=options.__dict__)
 
 
-@contextlib.contextmanager
-def _cubin(kernel: CompiledKernel) -> Iterator[str]:
+def _measure(name: str, architecture: str) -> dict[str, int]:
+    kernel = _compile(name, architecture)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        yield file.name
-
-
-def _unwritten(name: str, architecture: str) -> list[str]:
-    with _cubin(_compile(name, architecture)) as path:
-        return unwritten_registers(_run("nvdisasm", "-c", "-ndf", path))
-
-
-def _measure(name: str, architecture: str) -> dict[str, int]:
-    kernel = _compile(name, architecture)
-    with _cubin(kernel) as path:
-        usage = _run("cuobjdump", "--dump-resource-usage", path)
-        code = _run("nvdisasm", "-c", "-ndf", path)
+        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
+        code = _run("nvdisasm", "-c", "-ndf", file.name)
     counted = {key: int(re.search(rf"{key.upper()}:(\d+)", usage).group(1)) for key in ("reg", "stack", "local")}
     return {
         "registers": counted["reg"],
         "spill_bytes": counted["stack"] + counted["local"],
         "shared_bytes": kernel.metadata.shared,
+        "unwritten_registers": len(unwritten_registers(code)),
     } | count(opcodes(code))
 
 

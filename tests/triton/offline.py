@@ -14,9 +14,8 @@ import triton
 
 from llama4_kernels.triton.offline import ARCHITECTURES, SHARED_KIB, recorded
 from llama4_kernels.triton.offline import measure as measure_kernels
-from llama4_kernels.triton.offline import unwritten as unwritten_of_kernels
 
-__all__ = ["ARCHITECTURES", "LISTS", "SHARED_KIB", "baseline", "measure", "module", "unwritten"]
+__all__ = ["ARCHITECTURES", "LISTS", "SHARED_KIB", "baseline", "measure", "module"]
 
 HERE = Path(__file__).parent
 LISTS = sorted(path.stem.removeprefix("shipped_") for path in HERE.glob("shipped_*.py"))
@@ -33,13 +32,8 @@ def baseline(shipped_list: str) -> Path:
 
 
 def measure(architecture: str, shipped_list: str) -> dict[str, dict[str, int]]:
-    """Name -> registers, spills, shared memory and instruction counts of every kernel of a list."""
+    """Name -> what llama4_kernels.triton.offline.measure says of every kernel of a list."""
     return measure_kernels(recorded(module(shipped_list).calls(architecture), architecture), architecture)
-
-
-def unwritten(architecture: str, shipped_list: str) -> dict[str, list[str]]:
-    """Name -> uniform registers that a kernel of a list reads without having written them."""
-    return unwritten_of_kernels(recorded(module(shipped_list).calls(architecture), architecture), architecture)
 
 
 if __name__ == "__main__":
