@@ -160,14 +160,13 @@ private:
     }
 
     // The tensor cores compute a tile's scores, then multiply the weights of the one before with V; the softmax of the new scores runs
-    // beside that. Waiting for the next V between the two keeps ptxas from moving the wait for the products before the softmax.
+    // beside that. Behind it stands a wait for the V that is there, which keeps ptxas from moving the wait for the products before it.
     __device__ void attend_all(int count, int first_tile, int tiles) {
         begin_scores(count);
         hopper::wgmma_wait<0>();
         release<1>(k.empty, count);
         softmax(first_tile);
         pack_weights();
-        v.wait_full(count);
         for (const int last = count + tiles - 1; count < last; ++count) {
             if (TAKE_TURNS) wait_for_turn();
             begin_scores(count + 1);
@@ -176,7 +175,7 @@ private:
             hopper::wgmma_wait<1>();
             release<1>(k.empty, count + 1);
             softmax(++first_tile);
-            v.wait_full(count + 1);
+            v.wait_full(count);
             hopper::wgmma_wait<0>();
             release<1>(v.empty, count);
             correct_output();
@@ -200,7 +199,6 @@ private:
                 softmax(item.keys.first_tile + tile);
                 correct_output();
                 pack_weights();
-                v.wait_full(count + tile);
                 begin_output(count + tile);
                 hopper::wgmma_wait<0>();
                 release<ATTENDING>(v.empty, count + tile);
@@ -238,8 +236,9 @@ private:
         hopper::wgmma_commit();
     }
 
-    // output += weights · V, which is there
+    // output += weights · V
     __device__ void begin_output(int count) {
+        v.wait_full(count);
         hopper::wgmma_fence();
         const uint64_t keys = hopper::mn_major(v.tile(count), Swizzle::bytes_128, Ring<HEAD_DIM>::HALF_BYTES);
 #pragma unroll

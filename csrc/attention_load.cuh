@@ -68,7 +68,8 @@ __device__ inline int64_t slot_of(const AttentionArguments& a, int64_t entry, in
     return a.holds_slots || entry < 0 ? entry : entry * a.page_size + position % a.page_size;
 }
 
-// One load warp. `Element`: of the caches. Tiles are numbered over all items of the block: 2 · i is the i-th of K, 2 · i + 1 the i-th of V.
+// One load warp. `Element`: of the caches. Tiles come in the order in which they are needed: the next of K before one of V. Codes of fp8
+// alternate, as the place of one is free again when the second after it comes.
 template <int HEAD_DIM, class Element>
 class Loader {
 public:
@@ -88,21 +89,24 @@ public:
         const int64_t table_row = a.page_table_rows.values ? at(a.page_table_rows, item.request.index) : item.request.index;
         const int* row = a.page_table + table_row * a.row_stride;
         const int first = item.keys.first_tile * ATTENTION_TILE + warp * ATTENTION_WARP_KEYS + lane;
-        int64_t next = mapped(a, entry_of(a, row, first, item.keys));
-        int second = entry_of(a, row, first + ATTENTION_TILE, item.keys);
-        const int draws_at = draws() ? item.keys.tiles - 1 : -1;
+        const int tiles = item.keys.tiles;
+        const auto entry = [&](int i) { return i < tiles ? entry_of(a, row, first + i * ATTENTION_TILE, item.keys) : -1; };
+        int64_t slot = -1, next = mapped(a, entry(0));
+        int second = entry(1);
         unsigned drawn = 0;
-        for (int i = 0; i < item.keys.tiles; ++i) {
-            const int64_t slot = slot_of(a, next, first + i * ATTENTION_TILE);
+        for (int i = 0; i < tiles + !IS_FP8; ++i) {
+            const int64_t slot_before = slot;
+            slot = slot_of(a, next, first + i * ATTENTION_TILE);
             next = mapped(a, second);
-            second = i + 2 < item.keys.tiles ? entry_of(a, row, first + (i + 2) * ATTENTION_TILE, item.keys) : -1;
-            if (i == draws_at) drawn = draw(a, items);
+            second = entry(i + 2);
+            if (draws() && i == tiles - 1) drawn = draw(a, items);
             if constexpr (IS_FP8) {
                 load_codes(k, a.k_cache, slot, item.kv_head);
                 load_codes(v, a.v_cache, slot, item.kv_head);
             } else {
-                load(k, k_map, a.k_cache, slot, item.kv_head);
-                load(v, v_map, a.v_cache, slot, item.kv_head);
+                if (i < tiles) load(k, k_map, a.k_cache, slot, item.kv_head, number);
+                if (i > 0) load(v, v_map, a.v_cache, slot_before, item.kv_head, number - 1);
+                number += i < tiles;
             }
         }
         return drawn;
@@ -126,7 +130,7 @@ private:
     const int warp = threadIdx.x / WARP % ATTENTION_LOAD_WARPS;
     const int lane = threadIdx.x % WARP;
     uint8_t* const codes;
-    int number = 0;                          // of the next tile
+    int number = 0;                          // of the block's next tile of K; of fp8 2 · i is its i-th of K, 2 · i + 1 its i-th of V
     hopper::Barrier* unsignalled = nullptr;  // of the copies under way
 
     // This lane's chunk of its key of a step, in global memory.
@@ -146,8 +150,7 @@ private:
 
     // ---- bfloat16
 
-    __device__ void load(const Ring<HEAD_DIM>& ring, const hopper::TensorMap& map, const void* cache, int64_t slot, int kv_head) {
-        const int count = number++ / 2;
+    __device__ void load(const Ring<HEAD_DIM>& ring, const hopper::TensorMap& map, const void* cache, int64_t slot, int kv_head, int count) {
         hopper::Barrier& full = ring.full[count % ATTENTION_STAGES];
         if (!__all_sync(~0u, ring.is_empty(count))) {  // do not keep from the attending warps what they may wait for
             signal_after<0>();

@@ -80,12 +80,12 @@ __device__ inline void store_tile(const float (&sums)[TOKENS / 2], OutputTile<__
         hopper::named_barrier_sync(barrier, hopper::WARPGROUP);
 
         for (int token = thread / CHUNKS; token < min(PASS, out.rows - first); token += hopper::WARPGROUP / CHUNKS) {
-            const uint4 chunk = *chunk_at(token, thread % CHUNKS);
+            const uint4* chunk = chunk_at(token, thread % CHUNKS);
             __nv_bfloat16* to = out.first + (first + token) * out.stride + channel;
             if (whole) {
-                *reinterpret_cast<uint4*>(to) = chunk;
+                *reinterpret_cast<uint4*>(to) = *chunk;
             } else {
-                const auto* values = reinterpret_cast<const __nv_bfloat16*>(&chunk);
+                const auto* values = reinterpret_cast<const __nv_bfloat16*>(chunk);
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
                     if (channel + i < out.columns) to[i] = values[i];

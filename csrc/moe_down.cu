@@ -64,8 +64,8 @@ public:
         int present = 0;
         for (int start = 0; start < a.experts; start += WARP) {
             const int expert = start + lane;
-            const int first = expert < a.experts ? a.routing.offsets[expert] : 0;
-            const int end = expert < a.experts ? a.routing.offsets[expert + 1] : 0;
+            const int first = expert < a.experts ? __ldcg(a.routing.offsets + expert) : 0;
+            const int end = expert < a.experts ? __ldcg(a.routing.offsets + expert + 1) : 0;
             const unsigned votes = __ballot_sync(ALL_LANES, first < end);
             const int place = present + __popc(votes & ((1u << lane) - 1));
             if (first < end) present_[place] = expert;

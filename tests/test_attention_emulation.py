@@ -26,7 +26,8 @@ LOAD, WORK, ATTEND, MAIN = "attention_load.cuh", "attention_work.cuh", "attentio
 GIVE_BACK = "        if (threadIdx.x % 32 == 0) empty[count % SLOTS].arrive();\n"
 SEEN = f"        const int item = items[count % SLOTS];\n        __syncwarp();\n{GIVE_BACK}        return item;\n"
 RELEASE_FOR_BOTH = "                release<ATTENDING>(v.empty, count + tile);"
-LOAD_K, LOAD_V = (f"                load({ring}, {ring}_map, a.{ring}_cache, slot, item.kv_head);\n" for ring in "kv")
+LOAD_K = "                if (i < tiles) load(k, k_map, a.k_cache, slot, item.kv_head, number);\n"
+LOAD_V = "                if (i > 0) load(v, v_map, a.v_cache, slot_before, item.kv_head, number - 1);\n"
 SLOW_LANES = """
         if (threadIdx.x >= 128 && threadIdx.x % 32) {
             for (int i = 0; i < 200; ++i) emulation::scheduler().poll(emulation::Site::here(), "its turn");
@@ -37,6 +38,7 @@ PLANTED = {
     "boxes one key late": (LOAD, "load_boxes(map, «int(first_slot)»,", "int(first_slot) + 1"),
     "copies not waited for": (LOAD, "unsignalled = &full;", "if (lane == 0) full.arrive();"),
     "codes not waited for": (LOAD, "hopper::cp_async_wait<2>();", "hopper::cp_async_wait<3>();"),
+    "V not waited for": (ATTEND, "v.wait_full(count);", ""),
     "buffers not waited for": (LOAD, "«ring.wait_empty(count);»\n        }", ""),
     "no proxy fence": (LOAD, "        }\n        «hopper::fence_async_proxy();»", ""),
     "one split too few": (WORK, "return -divide_up(tiles, tiles_per_split(a, tiles));", "return -max(tiles / tiles_per_split(a, tiles), 1);"),

@@ -30,8 +30,8 @@ __device__ inline void cp_async_arrive(Barrier& barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
 
-// Orders this thread's plain and cp.async accesses to shared memory before later ones by TMA and wgmma. Follows the writes, precedes the
-// barrier.
+// Orders plain and cp.async accesses to shared memory that this thread has done, or has waited for at a barrier, before later ones by TMA and
+// wgmma. ptxas makes a MEMBAR of the block of it, which may wait for copies that the thread has under way.
 __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 }  // namespace llama4_kernels::hopper

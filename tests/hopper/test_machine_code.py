@@ -62,6 +62,11 @@ def test_every_grouped_gemm_multiplies_on_wgmma_what_tma_loads():
     assert len(kernels) == 24 and all(kernel["wgmma"] and kernel["tma_load"] for kernel in kernels.values())
 
 
+def test_grouped_gemm_writes_bfloat16_in_chunks_of_16_bytes():
+    for name, code in machine_code.compile_stem(NVCC, "grouped_gemm").instructions.items():
+        assert any(text.startswith("STG.E.128") for text in code), name
+
+
 @pytest.mark.parametrize("stem", ["moe_gate_up", "moe_down"])
 def test_every_half_of_the_moe_layer_multiplies_on_wgmma_what_tma_loads(stem):
     kernels = machine_code.compile_stem(NVCC, stem).kernels
