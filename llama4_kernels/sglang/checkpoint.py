@@ -1,4 +1,5 @@
-"""Checks a Llama 4 checkpoint while SGLang loads it: every tensor there, whole, and of the shape that config.json implies."""
+"""Checks a Llama 4 checkpoint while SGLang loads it: every tensor there, whole, of the shape that config.json implies, and with a place in
+the model."""
 
 from __future__ import annotations
 
@@ -6,15 +7,18 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import Llama4Config, Llama4TextConfig
 
-_LAYER_TENSOR = re.compile(r"(?:language_model\.)?model\.(layers\.\d+\..*|embed_tokens\.weight|norm\.weight)$|(?:language_model\.)?(lm_head\.weight)$")
-_KV_SCALE = re.compile(r"\.self_attn\.(?:[kv]_proj\.)?([kv])_scale$")
+_LAYER_TENSOR = re.compile(
+    r"(?:language_model\.)?model\.(layers\.\d+\..*|embed_tokens\.weight|norm\.weight)$|(?:language_model\.)?(lm_head\.weight)$"
+)
+_KV_SCALE = re.compile(r"\.self_attn\.(?:[kv]_proj\.|attn\.)?([kv])_scale$")
 _FUSED_EXPERTS = re.compile(r"\.experts\.(gate_up|down)_proj$")
 
 
@@ -23,34 +27,49 @@ class CheckpointError(ValueError):
 
 
 class CheckedWeights:
-    """Iterates over (name, tensor) of a checkpoint and raises CheckpointError for what does not fit `config`.
+    """Iterates over (name, tensor) of a checkpoint and raises CheckpointError for what does not fit `config` and `parameters`. Tensors
+    without data, on the meta device, are checked but for what their values say. What is in vain is left out: the vision tower where the
+    model has none, KV-cache scales where it has no place for them.
 
+    parameters: dtype of each of the model's parameters by name.
+    path: where the checkpoint is, for errors in reading it.
+    complete: whether a weight or scale that never came is an error.
     current: the name given last, for errors of whoever loads it.
-    complete: whether a tensor that never came is an error.
-    has_kv_scales: whether the model has a place for KV-cache scales; without one they are left out.
     """
 
     def __init__(
-        self, weights: Iterable[tuple[str, Tensor]], config: Llama4Config | Llama4TextConfig, *, complete: bool, has_kv_scales: bool
+        self,
+        weights: Iterable[tuple[str, Tensor]],
+        config: Llama4Config | Llama4TextConfig,
+        parameters: Mapping[str, torch.dtype],
+        *,
+        path: str | os.PathLike,
+        complete: bool,
     ):
         self.current = ""
         self._weights = weights
-        self._path = getattr(config, "_name_or_path", "")
+        self._parameters = parameters
+        self._has_vision = any(_is_vision(name) for name in parameters)
+        self._path = path
         self._shapes = expected_shapes(config.get_text_config())
         self._is_tied = config.get_text_config().tie_word_embeddings
         self._complete = complete
-        self._has_kv_scales = has_kv_scales
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         missing = set(self._shapes)
+        is_fp8 = torch.float8_e4m3fn in self._parameters.values()  # else scales are those of weights quantised at load
+        untouched = {name for name in self._parameters if not _KV_SCALE.search(name) and (is_fp8 or "scale" not in name)}
         scales: set[str] = set()
         fp8: set[str] = set()
         tied: dict[str, Tensor] = {}
         for name, tensor in self._read():
             self.current = name
             if _KV_SCALE.search(name):
-                if self._has_kv_scales:
-                    yield _KV_SCALE.sub(r".self_attn.attn.\1_scale", name), tensor
+                name = _KV_SCALE.sub(r".self_attn.attn.\1_scale", name)
+                if parameter_name(name) in self._parameters:
+                    yield name, tensor
+                continue
+            if _is_vision(name) and not self._has_vision:
                 continue
             if "scale" in name:
                 scales.add(re.sub(r"[._]weight_scale(_inv)?$", "", name))
@@ -59,7 +78,7 @@ class CheckedWeights:
             match = _LAYER_TENSOR.match(name)
             if match and self._is_tied and (match[1] or match[2]) in ("embed_tokens.weight", "lm_head.weight"):
                 tied[name] = tensor
-                if not all(torch.equal(tensor, other) for other in tied.values()):
+                if not all(tensor.is_meta or torch.equal(tensor, other) for other in tied.values()):
                     raise CheckpointError(f"checkpoint tensors {' and '.join(tied)} differ, config.json has tie_word_embeddings")
                 if match[2]:
                     continue
@@ -69,12 +88,26 @@ class CheckedWeights:
                         implied = f"implies {list(self._shapes[part])} for" if part in self._shapes else "has no place for"
                         raise CheckpointError(f"checkpoint tensor {name} has shape {list(tensor.shape)}, config.json {implied} {part}")
                     missing.discard(part)
+            self._check_place(name, tensor)
+            untouched.discard(parameter_name(name))
             yield name, tensor
-        if self._complete and missing:
+        if not self._complete:
+            return
+        if missing := missing or untouched:
             some = ", ".join(sorted(missing)[:3])
             raise CheckpointError(f"checkpoint lacks {len(missing)} tensors that config.json implies: {some}{' …' * (len(missing) > 3)}")
         if fp8 - scales:
             raise CheckpointError(f"checkpoint tensor {min(fp8 - scales)} is fp8, but has no weight_scale beside it")
+
+    def _check_place(self, name: str, tensor: Tensor) -> None:
+        """CheckpointError where SGLang would have no parameter for the tensor, or would round it to fp8 without a scale."""
+        parameter = parameter_name(name)
+        if parameter not in self._parameters:
+            raise CheckpointError(f"checkpoint tensor {name} has no place in the model, needs a parameter {parameter}")
+        held = self._parameters[parameter]
+        if (tensor.dtype == torch.float8_e4m3fn) != (held == torch.float8_e4m3fn):
+            is_, needs = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, held))
+            raise CheckpointError(f"checkpoint tensor {name} is {is_}, the model holds {needs}")
 
     def _read(self) -> Iterator[tuple[str, Tensor]]:
         try:
@@ -83,6 +116,31 @@ class CheckedWeights:
             raise CheckpointError(
                 f"checkpoint {self._path} cannot be read after tensor {self.current or '(none)'}: {error}{truncated_tensor(self._path)}"
             ) from error
+
+
+def without_data(files: Iterable[str | os.PathLike]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor on the meta device) of every tensor of safetensors files, as their headers tell."""
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():
+                tensor = opened.get_slice(name)
+                shape = tensor.get_shape()
+                dtype = (tensor[:0] if shape else opened.get_tensor(name)).dtype
+                yield name, torch.empty(shape, dtype=dtype, device="meta")
+
+
+def parameter_name(name: str) -> str:
+    """The parameter of SGLang's Llama 4 that checkpoint tensor `name` goes into, alone or beside others."""
+    if "vision" in name:
+        name = name.replace(".self_attn.o_proj", ".self_attn.proj")
+    elif not _is_vision(name) and not name.startswith("language_model."):
+        name = f"language_model.{name}"
+    name = re.sub(r"\.self_attn\.[qkv]_proj\.", ".self_attn.qkv_proj.", name)
+    if ".experts." not in name:
+        return re.sub(r"\.(?:gate|up)_proj\.", ".gate_up_proj.", name)
+    name = re.sub(r"\.experts\.(?:\d+\.)?(?:gate_up|gate|up)_proj[._]?", ".experts.w13_", name)
+    name = re.sub(r"\.experts\.(?:\d+\.)?down_proj[._]?", ".experts.w2_", name)
+    return f"{name}weight" if name.endswith("_") else name
 
 
 def expected_shapes(config: Llama4TextConfig) -> dict[str, tuple[int, ...]]:
@@ -122,19 +180,26 @@ def expected_shapes(config: Llama4TextConfig) -> dict[str, tuple[int, ...]]:
 
 
 def truncated_tensor(path: str | os.PathLike) -> str:
-    """" (FILE ends within tensor NAME)" for the first safetensors file under `path` that is cut off, else ""."""
+    """ " (FILE ends within tensor NAME)" for the first safetensors file under `path` that is cut off, else ""."""
     for file in sorted(Path(path).glob("*.safetensors")) if os.path.isdir(path) else ():
         size = file.stat().st_size
         with open(file, "rb") as stream:
             length = struct.unpack("<Q", stream.read(8).ljust(8, b"\0"))[0]
             if 8 + length > size:
                 return f" ({file.name} ends within its header)"
-            header = json.loads(stream.read(length))
-        ends = {name: 8 + length + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+            header = stream.read(length)
+        try:
+            ends = {name: 8 + length + entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"}
+        except (ValueError, AttributeError, LookupError, TypeError):
+            return f" ({file.name} has a header that is not one of safetensors)"
         cut = [name for name, end in ends.items() if end > size]
         if cut:
             return f" ({file.name} ends within tensor {min(cut, key=ends.__getitem__)})"
     return ""
+
+
+def _is_vision(name: str) -> bool:
+    return "vision" in name or "multi_modal_projector" in name
 
 
 def _parts(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -226,25 +226,33 @@ class Llama4ForConditionalGeneration(mllama4.Llama4ForConditionalGeneration):
             self.multi_modal_projector = mllama4.Llama4MultiModalProjector(config)
         self.language_model = _LanguageModel(text_config, quant_config, add_prefix("language_model", prefix))
         self.logits_processor = LogitsProcessor(text_config)
-        self.is_loaded = False
+        self.source = getattr(config, "_name_or_path", "")
+        self.expects_all = True
         adopt(self)
         logger.info("llama4_kernels: serving %s", type(self).__name__)
         for choice in backend.choices(self.language_model.lm_head.weight.device):
             logger.info("llama4_kernels: %s -> %s (%s)", choice.op, choice.backend, choice.why)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Load a checkpoint, or part of one into a model already loaded; CheckpointError names the tensor that is missing, unknown, cut
-        off or of the wrong shape."""
-        checked = CheckedWeights(weights, self.config, complete=not self.is_loaded, has_kv_scales=self.has_kv_scales)
+        """Load the checkpoint at `self.source`, all of it where `self.expects_all`, else a part; CheckpointError names the tensor that is
+        missing, unknown, cut off or of the wrong shape or dtype. The next load may bring a part."""
+        checked = self.checked(weights, self.source, self.expects_all)
         try:
             super().load_weights(checked)
-        except (KeyError, RuntimeError, AssertionError, IndexError) as error:
+        except CheckpointError:
+            raise
+        except Exception as error:
             raise CheckpointError(f"checkpoint tensor {checked.current} does not fit this model: {error!r}") from error
-        self.is_loaded = True
+        self.expects_all = False
 
-    @property
-    def has_kv_scales(self) -> bool:
-        return any(layer.self_attn.attn.k_scale is not None for layer in self.language_model.model.layers)
+    def post_load_weights(self) -> None:
+        """SGLang calls it where the model has got its weights without load_weights: --load-format dummy."""
+        self.expects_all = False
+
+    def checked(self, weights: Iterable[tuple[str, Tensor]], path: str, complete: bool) -> CheckedWeights:
+        """`weights` of the checkpoint at `path`, checked against this model as they are iterated over."""
+        parameters = {name: parameter.dtype for name, parameter in self.named_parameters()}
+        return CheckedWeights(weights, self.config, parameters, path=path, complete=complete)
 
     def permute_qk_weight_for_rotary(self, name: str, loaded_weight: Tensor) -> tuple[str, Tensor]:
         """SGLang's permutation of the rows of q and k, from RoPE's interleaved to its half-split form, for scales per row too."""
@@ -257,12 +265,6 @@ class Llama4ForConditionalGeneration(mllama4.Llama4ForConditionalGeneration):
     def _handle_scale_remapping(self, name: str, params_dict: dict) -> bool:
         """Names are remapped by CheckedWeights; SGLang's own remapping drops the scale that it has remapped."""
         return False
-
-    def _handle_expert_scale_params(self, name: str, loaded_weight: Tensor, params_dict: dict, *args) -> bool:
-        transformed, _, _ = self._transform_expert_name(name)
-        if transformed not in params_dict:
-            raise KeyError(transformed)
-        return super()._handle_expert_scale_params(name, loaded_weight, params_dict, *args)
 
 
 class Llama4ForCausalLM(Llama4ForConditionalGeneration):
