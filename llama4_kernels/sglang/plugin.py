@@ -25,6 +25,8 @@ def register() -> None:
         ("sglang.srt.model_loader.weight_utils.get_quant_config", _get_quant_config, HookType.AROUND),
         (f"{_RUNNER}.attention_backend_setup._build_full_attention_backend_from_str", _build_attention_backend, HookType.AROUND),
         (f"{_RUNNER}.weight_updater.WeightUpdater.update_weights_from_disk", _update_weights_from_disk, HookType.AROUND),
+        (f"{_RUNNER}.weight_updater.WeightUpdater.update_weights_from_tensor", _update_weights_from_tensor, HookType.AROUND),
+        ("sglang.srt.managers.tp_worker.BaseTpWorker.deserialize_own_rank", _deserialize_own_rank, HookType.AROUND),
         ("sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request", _check_request, HookType.AFTER),
         ("sglang.srt.model_executor.model_runner.adjust_config_with_unaligned_cpu_tp", _adjust_config_on_cpu, HookType.AROUND),
     ):
@@ -39,7 +41,12 @@ def is_registered() -> bool:
 
 def is_ours(model_config) -> bool:
     """Whether the server was started with --model-impl llama4_kernels. The draft model of speculative decoding is SGLang's own."""
-    return str(model_config.model_impl).lower() == MODEL_IMPL and not model_config.is_draft_model
+    return _is_asked_for(model_config) and not model_config.is_draft_model
+
+
+def _is_asked_for(model_config) -> bool:
+    """Whether `model_config` is of a server started with --model-impl llama4_kernels: of its model or of the draft."""
+    return str(model_config.model_impl).lower() == MODEL_IMPL
 
 
 def _derive_layers(result, model_config) -> None:
@@ -91,25 +98,31 @@ def _build_attention_backend(original, *, model_runner, **kwargs):
     return Llama4AttentionBackend(model_runner)
 
 
-def _update_weights_from_disk(original, updater, model_path, *args, **kwargs):
-    """Go back to the weights that were served where those at `model_path` do not fit: SGLang loads the ones that have just failed again,
-    which ends the server."""
-    config = updater.model_config
-    if not is_ours(config):
-        return original(updater, model_path, *args, **kwargs)
-    served = config.model_path
-    try:
-        is_updated, message = original(updater, model_path, *args, **kwargs)
-    except Exception as error:
-        from sglang.srt.runtime_context import get_model
+def _update_weights_from_disk(original, updater, *args, **kwargs):
+    if not _is_asked_for(updater.model_config):
+        return original(updater, *args, **kwargs)
+    from llama4_kernels.sglang.updates import update_draft_from_disk, update_from_disk
 
-        is_restored, why = original(updater, served, get_model().load_format)
-        if not is_restored:
-            raise RuntimeError(f"llama4_kernels cannot load {served} again: {why}") from error
-        is_updated, message = False, f"Failed to update weights: {error}"
-    if not is_updated:
-        config.model_path = served
-    return is_updated, message
+    update = update_from_disk if is_ours(updater.model_config) else update_draft_from_disk
+    return update(original, updater, *args, **kwargs)
+
+
+def _update_weights_from_tensor(original, updater, *args, **kwargs):
+    if not _is_asked_for(updater.model_config):
+        return original(updater, *args, **kwargs)
+    from llama4_kernels.sglang.updates import update_from_tensors
+
+    return update_from_tensors(original, updater, *args, **kwargs)
+
+
+def _deserialize_own_rank(original, worker, serialized_named_tensors):
+    """Have update_weights_from_tensor, which can answer, be given the error in place of the tensors."""
+    if not _is_asked_for(worker.model_runner.model_config):
+        return original(worker, serialized_named_tensors)
+    try:
+        return original(worker, serialized_named_tensors)
+    except Exception as error:
+        return error
 
 
 def _check_request(result, manager, request, input_ids) -> None:
