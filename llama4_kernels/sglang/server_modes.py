@@ -52,6 +52,11 @@ def check_server() -> None:
         ),
         (get_lora().enable_lora, "--enable-lora", "weights without adapters: the MoE layer reads those of its experts itself"),
         (model.load_format not in LOAD_FORMATS, f"--load-format {model.load_format}", " or ".join(LOAD_FORMATS)),
+        (
+            model.weight_cache_mode != "off",
+            f"--weight-cache-mode {model.weight_cache_mode}",
+            "off: the MoE layer's weights are made where the checkpoint is loaded",
+        ),
         (model.is_embedding, "--is-embedding", "a model with a pooling layer"),
         (get_memory().enable_unified_memory, "--enable-unified-memory", "K and V of a layer in one piece, at the slots of the page table"),
         (model.kv_cache_dtype not in KV_CACHE_DTYPES, f"--kv-cache-dtype {model.kv_cache_dtype}", " or ".join(KV_CACHE_DTYPES)),

@@ -6,6 +6,8 @@ kernels of their own, is replaced here: each method's parameters become one ops.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
@@ -19,10 +21,11 @@ from llama4_kernels import ops
 FP8 = torch.float8_e4m3fn
 DTYPES = (torch.bfloat16, torch.float32, FP8)
 QUANTISATIONS = ("fp8", "compressed_tensors", "modelopt_fp8")
-# SGLang answers a request to update weights with it
+# SGLang answers a request to update weights with these
 REQUANTISED = (
     "llama4_kernels has quantised the weights at load (--quantization fp8) and does not load others into them: start a server anew"
 )
+REPACKED = "SGLang has repacked FP8 weights outside of the MoE layers for its own kernels, and others cannot be loaded into them: start a server anew"
 
 
 def adapt_quant_config(quant_config: QuantizationConfig) -> None:
@@ -30,6 +33,14 @@ def adapt_quant_config(quant_config: QuantizationConfig) -> None:
     capability: the ops check their own. ValueError for a format whose parameters are not known here."""
     if (name := quant_config.get_name()) not in QUANTISATIONS:
         raise ValueError(f"--model-impl llama4_kernels does not serve Llama 4 quantised as {name}, needs {' or '.join(QUANTISATIONS)}")
+    for target, scheme in getattr(quant_config, "target_scheme_map", {}).items():
+        for part in ("weights", "input_activations"):
+            found = scheme[part]
+            if found is None or (found.type, found.num_bits) != ("float", 8):
+                has = "none" if found is None else f"{found.type} of {found.num_bits} bits"
+                raise ValueError(
+                    f"--model-impl llama4_kernels does not serve Llama 4 with {part} of {target} quantised as {has}, needs float of 8 bits"
+                )
     dtypes = [*quant_config.get_supported_act_dtypes(), torch.float32]
     quant_config.get_supported_act_dtypes = lambda: dtypes
     if not torch.cuda.is_available() and hasattr(quant_config, "_check_scheme_supported"):
@@ -38,16 +49,20 @@ def adapt_quant_config(quant_config: QuantizationConfig) -> None:
 
 def adopt(model: nn.Module) -> None:
     """Have routers, experts, shared experts and, where there is no GPU for SGLang's own kernels, every fp8 linear layer keep their weights
-    as ops.Linear when SGLang has loaded them, and not as SGLang's kernels want them."""
+    as ops.Linear when SGLang has loaded them, and not as SGLang's kernels want them. The fp8 layers that do run SGLang's kernels refuse
+    updates where nothing can be loaded into what these want."""
     for name, layer in model.named_modules():
         if isinstance(layer, FusedMoE):
             layer.quant_method.process_weights_after_loading = _keep_experts
         elif isinstance(layer, LinearBase):
             is_read_by_moe = not {"router", "shared_expert"}.isdisjoint(name.split("."))
             is_plain = isinstance(layer.quant_method, UnquantizedLinearMethod)
-            if is_read_by_moe or not (is_plain or torch.cuda.is_available()):
+            runs_ours = not (is_plain or torch.cuda.is_available())
+            if is_read_by_moe or runs_ours:
                 layer.quant_method.process_weights_after_loading = _keep_linear
-            if not (is_plain or torch.cuda.is_available()):
+            elif not is_plain:
+                layer.quant_method.process_weights_after_loading = _repack_once(layer.quant_method.process_weights_after_loading)
+            if runs_ours:
                 layer.quant_method.apply = _apply
 
 
@@ -62,7 +77,25 @@ def moe_weights(router: LinearBase, experts: FusedMoE, shared_expert: LlamaMLP) 
     )
 
 
+def _repack_once(process: Callable[[LinearBase], None]) -> Callable[[LinearBase], None]:
+    """SGLang's `process`, which may put other parameters in the place of those that weights are loaded into. It would take these for a
+    checkpoint's the next time, so there is none."""
+
+    def process_once(layer: LinearBase) -> None:
+        if getattr(layer, "_derived_weight_cache_error", None):
+            return
+        is_quantised_at_load = _is_quantised_at_load(layer, layer.weight.data)
+        loaded = dict(layer.named_parameters(recurse=False))
+        process(layer)
+        if any(getattr(layer, name, None) is not parameter for name, parameter in loaded.items()):
+            layer._derived_weight_cache_error = REQUANTISED if is_quantised_at_load else REPACKED
+
+    return process_once
+
+
 def _keep_linear(layer: LinearBase) -> None:
+    """Set layer.ops_weight. An fp8 weight's scale, float32: one for each of the layer's logical widths, [N, 1] per output channel, or
+    [ceil(N / 128), ceil(K / 128)] per block."""
     if getattr(layer, "_derived_weight_cache_error", None):
         return
     weight = layer.weight.data
@@ -75,7 +108,7 @@ def _keep_linear(layer: LinearBase) -> None:
     elif weight.dtype == FP8:
         if scale.dim() == 1 and scale.numel() == len(layer.logical_widths):
             scale = scale.repeat_interleave(torch.tensor(layer.logical_widths, device=scale.device))
-        elif scale.dim() == 2 and scale.shape[-1] == 1 and _block_size(layer) is None:
+        elif _is_per_channel(scale, weight):
             scale = scale.squeeze(-1)
         _keep(layer, "ops_weight", ops.Linear(weight, scale.contiguous(), _static_scale(layer, "input_scale")))
     else:
@@ -83,6 +116,8 @@ def _keep_linear(layer: LinearBase) -> None:
 
 
 def _keep_experts(layer: FusedMoE) -> None:
+    """Set layer.ops_w13 and layer.ops_w2. fp8 weights' scales, float32: per tensor [E, 2] of w13, for gate and up, and [E] of w2,
+    [E, N, 1] per output channel, or [E, ceil(N / 128), ceil(K / 128)] per block."""
     if getattr(layer, "_derived_weight_cache_error", None):
         return
     for name in ("w13", "w2"):
@@ -100,7 +135,7 @@ def _keep_experts(layer: FusedMoE) -> None:
         elif weight.dtype == FP8:
             if name == "w13" and scale.dim() == 2 and scale.shape[1] == 2:
                 scale = scale.repeat_interleave(weight.shape[1] // 2, 1)
-            elif scale.dim() == 3 and scale.shape[-1] == 1 and _block_size(layer) is None:
+            elif _is_per_channel(scale, weight):
                 scale = scale.squeeze(-1)
             linear = ops.Linear(weight, scale.contiguous(), _static_scale(layer, f"{name}_input_scale"))
         else:
@@ -149,11 +184,6 @@ def _static_scale(layer: nn.Module, name: str) -> Tensor | None:
     return None if scale is None else scale.max()
 
 
-def _block_size(layer: nn.Module) -> list[int] | None:
-    config = getattr(layer.quant_method, "quant_config", None)
-    scheme = getattr(layer, "scheme", None)
-    return (
-        getattr(layer, "weight_block_size", None)
-        or getattr(config, "weight_block_size", None)
-        or getattr(scheme, "weight_block_size", None)
-    )
+def _is_per_channel(scale: Tensor, weight: Tensor) -> bool:
+    """Whether scale is [.., N, 1] of a weight [.., N, K]; per block it is [.., ceil(N / 128), ceil(K / 128)]."""
+    return scale.shape == (*weight.shape[:-1], 1)

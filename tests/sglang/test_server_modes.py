@@ -4,6 +4,7 @@ import copy
 from types import SimpleNamespace
 
 import pytest
+from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 
 from llama4_kernels.sglang import server_modes
 from llama4_kernels.sglang.weights import adapt_quant_config
@@ -12,7 +13,7 @@ PLAIN = SimpleNamespace(
     parallel=SimpleNamespace(
         tp_size=2, moe_ep_size=1, pp_size=1, attn_cp_size=1, attn_dcp_size=1, moe_dp_size=1, dwdp_size=1, moe_dense_tp_size=None
     ),
-    model=SimpleNamespace(is_embedding=False, kv_cache_dtype="auto", load_format="auto"),
+    model=SimpleNamespace(is_embedding=False, kv_cache_dtype="auto", load_format="auto", weight_cache_mode="off"),
     spec=SimpleNamespace(speculative_algorithm=None, speculative_eagle_topk=None),
     lora=SimpleNamespace(enable_lora=None),
     memory=SimpleNamespace(enable_unified_memory=False),
@@ -66,6 +67,7 @@ def test_what_the_model_serves(monkeypatch, changes):
     ({"memory": {"enable_unified_memory": True}}, "--enable-unified-memory, needs K and V of a layer in one piece"),
     ({"lora": {"enable_lora": True}}, "--enable-lora, needs weights without adapters"),
     ({"model": {"load_format": "sharded_state"}}, "--load-format sharded_state, needs auto or safetensors or"),
+    ({"model": {"weight_cache_mode": "client"}}, "--weight-cache-mode client, needs off: the MoE layer's weights"),
     ({"model": {"is_embedding": True}}, "--is-embedding, needs a model with a pooling layer"),
     ({"model": {"kv_cache_dtype": "fp8_e5m2"}}, "--kv-cache-dtype fp8_e5m2, needs auto or bf16 or bfloat16 or fp8_e4m3"),
     ({"model": {"kv_cache_dtype": "mxfp8"}}, "--kv-cache-dtype mxfp8, needs auto"),
@@ -83,3 +85,34 @@ def test_quantisations_that_the_model_refuses(name):
     needs = "needs fp8 or compressed_tensors or modelopt_fp8"
     with pytest.raises(ValueError, match=f"does not serve Llama 4 quantised as {name}, {needs}"):
         adapt_quant_config(SimpleNamespace(get_name=lambda: name))
+
+
+FLOAT = {"num_bits": 8, "type": "float", "strategy": "channel"}
+PER_TOKEN = FLOAT | {"strategy": "token", "dynamic": True}
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
+INT8 = {"num_bits": 8, "type": "int", "strategy": "channel"}
+
+
+def groups(*groups):
+    """The quantization_config of compressed-tensors with a group for each (format, targets, weights, input activations)."""
+    names = ("format", "targets", "weights", "input_activations")
+    return {"format": groups[0][0], "config_groups": {f"group_{i}": dict(zip(names, group)) for i, group in enumerate(groups)}}
+
+
+@pytest.mark.parametrize("config, refused", [
+    (groups(("float-quantized", ["Linear"], FLOAT, PER_TOKEN)), None),
+    (groups(("pack-quantized", ["Linear"], INT4, None)), "weights of Linear quantised as int of 4 bits"),
+    (groups(("float-quantized", ["Linear"], FLOAT, None)), "input_activations of Linear quantised as none"),
+    (groups(("int-quantized", ["Linear"], INT8, INT8 | {"strategy": "token", "dynamic": True})), "weights of Linear quantised as int of 8 bits"),
+    (
+        groups(("float-quantized", ["re:.*self_attn.*"], FLOAT, PER_TOKEN), ("pack-quantized", ["re:.*mlp.*"], INT4, None)),
+        r"weights of re:\.\*mlp\.\* quantised as int of 4 bits",
+    ),
+], ids=["fp8", "w4a16", "w8a16", "int8", "mixed"])  # fmt: skip
+def test_compressed_tensors_that_the_model_refuses(config, refused):
+    quant_config = CompressedTensorsConfig.from_config(config)
+    if refused is None:
+        adapt_quant_config(quant_config)
+        return
+    with pytest.raises(ValueError, match=f"does not serve Llama 4 with {refused}, needs float of 8 bits"):
+        adapt_quant_config(quant_config)
