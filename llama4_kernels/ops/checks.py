@@ -147,10 +147,10 @@ def routing_values(op: str, value: Routing) -> None:
 
 def _scale(op: str, name: str, value: object, forms: dict[str, Sequence[int]], device: torch.device) -> None:
     """Check an fp32 scale whose shape is one of `forms`."""
-    needs = ", ".join(f"{_shape(shape)} {form}" for form, shape in forms.items())
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} is {type(value).__name__}, needs a float32 Tensor: {needs}")
-    if tuple(value.shape) not in map(tuple, forms.values()):
+    if not isinstance(value, Tensor) or tuple(value.shape) not in map(tuple, forms.values()):
+        needs = ", ".join(f"{_shape(shape)} {form}" for form, shape in forms.items())
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} is {type(value).__name__}, needs a float32 Tensor: {needs}")
         raise ValueError(f"{op}: {name} has shape {list(value.shape)}, needs {needs}")
     tensor(op, name, value, dtype=torch.float32, shape=tuple(value.shape), device=device)
 
