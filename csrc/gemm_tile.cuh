@@ -44,7 +44,7 @@ struct GemmShape {
 
 // This thread's accumulators of one tile, per set.
 template <class Shape>
-using Sums = float[Shape::SETS][Shape::TOKENS / 2];
+using GemmSums = float[Shape::SETS][Shape::TOKENS / 2];
 
 // At the start of the block's shared memory, so that tiles lie at multiples of 1024 bytes, as their swizzle has it.
 template <class Shape>
@@ -137,12 +137,12 @@ private:
 
 // A consumer warpgroup's view of the stages: it multiplies its sets of 64 channels, which follow one another, and hands stages back.
 template <class Shape>
-class StageConsumer {
+class GemmConsumer {
 public:
     using Position = PipelinePosition<Shape::STAGES>;
 
     // warpgroup: which WARPGROUP_CHANNELS of the tile's channels are the caller's.
-    __device__ StageConsumer(GemmStages<Shape>& stages, int warpgroup)
+    __device__ GemmConsumer(GemmStages<Shape>& stages, int warpgroup)
         : stages_(stages), first_byte_(warpgroup * Shape::WARPGROUP_CHANNELS * Shape::ROW_BYTES), turns_(warpgroup) {}
 
     // The stage that the next sum begins with, once it is full.
@@ -155,7 +155,7 @@ public:
     // of the set, …_column the token). weight_scale(step): this warpgroup's factor for the step, with GemmKind::fp8_scaled_steps. The last
     // stage is the caller's until it calls hand_back.
     template <class WeightScale>
-    __device__ void sum(int steps, Sums<Shape>& total, WeightScale weight_scale) {
+    __device__ void sum(int steps, GemmSums<Shape>& total, WeightScale weight_scale) {
         if constexpr (Shape::KIND == GemmKind::bf16) {
             sum_all(steps, total);
         } else {
@@ -188,7 +188,7 @@ private:
     static constexpr int VALUES = Shape::TOKENS / 2;
 
     // All sets in wgmma's own accumulators; one product group stays under way while the stage before it is handed back.
-    __device__ void sum_all(int steps, Sums<Shape>& sums) {
+    __device__ void sum_all(int steps, GemmSums<Shape>& sums) {
         for (int step = 0; step < steps; ++step) {
             stages_.pipeline.wait_until_full(at_);
             hopper::wgmma_fence();
@@ -207,7 +207,7 @@ private:
 
     // STEPS stages, set by set. more: whether stages follow.
     template <int STEPS>
-    __device__ void add_run(bool more, Sums<Shape>& total) {
+    __device__ void add_run(bool more, GemmSums<Shape>& total) {
         Position at[STEPS];
 #pragma unroll
         for (Position& position : at) {
@@ -243,7 +243,7 @@ private:
     }
 
     // One stage with scales of its own, set by set.
-    __device__ void add_step(float weight_scale, bool more, Sums<Shape>& total) {
+    __device__ void add_step(float weight_scale, bool more, GemmSums<Shape>& total) {
         float sums[VALUES];
         last_ = at_;
         at_.advance();

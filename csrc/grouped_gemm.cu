@@ -231,7 +231,7 @@ __device__ void multiply_and_store(SharedMemory<Shape>& shared, const BlockTiles
     static_assert(SCALE_BLOCK % Shape::WARPGROUP_CHANNELS == 0, "a warpgroup's channels share the scales of their block");
     // The same in all lanes, as the compiler then knows: descriptors stay in uniform registers.
     const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0);
-    StageConsumer<Shape> consumer(shared.stages, warpgroup);
+    GemmConsumer<Shape> consumer(shared.stages, warpgroup);
     for (int64_t index = tiles.first(); index < tiles.count(); index += tiles.step()) {
         const BlockTile tile = shared.tiles[consumer.first_stage()];
         const int first_channel = tile.column_tile * Shape::CHANNELS + warpgroup * Shape::WARPGROUP_CHANNELS;
@@ -243,7 +243,7 @@ __device__ void multiply_and_store(SharedMemory<Shape>& shared, const BlockTiles
                 channel_scales[i / 2][i % 2] = channel_scale(problem, tile.group, channel);
             }
         }
-        Sums<Shape> sums;
+        GemmSums<Shape> sums;
         consumer.sum(problem.steps, sums, [&](int step) { return weight_step_scale<Shape>(problem, tile.group, first_channel, step); });
         if constexpr (Shape::KIND == GemmKind::fp8) {
 #pragma unroll

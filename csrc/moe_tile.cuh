@@ -121,7 +121,7 @@ public:
         path.fp8 ? sum_rows<true>(path, segment, begin, end, total) : sum_rows<false>(path, segment, begin, end, total);
     }
 
-    // Add a segment's steps to `total`. Rows of the tile that are not the segment's stay as they are; is_whole: there are none that count.
+    // Add a segment's steps to `total`. Rows of the tile that are not its own stay as they are; is_whole: no other segment has any of them.
     __device__ void add(const MoePath& path, const Segment& segment, bool is_whole, int begin, int end, Sums<Shape>& total) {
         path.fp8 ? add_rows<true>(path, segment, is_whole, begin, end, total) : add_rows<false>(path, segment, is_whole, begin, end, total);
     }

@@ -124,6 +124,4 @@ inline void named_barrier_arrive(unsigned id, unsigned threads, Site site = Site
     emulation::scheduler().arrive(named_barrier(id, threads, site));
 }
 
-inline bool elect_one() { return threadIdx.x % WARP == 0; }
-
 }  // namespace llama4_kernels::hopper

@@ -261,27 +261,12 @@ void bulk_load(void* to, const void* from, unsigned bytes, BarrierAt barrier) {
                           [from, bytes](emulation::Block& block, uint32_t address) { block.write(address, from, bytes); });
 }
 
-inline void bulk_store(void* to, const void* from, unsigned bytes, Site site = Site::here()) {
-    emulation::check_aligned(to, 16, site, "the destination");
-    emulation::check_aligned(from, 16, site, "the source");
-    emulation::check_aligned(reinterpret_cast<const void*>(uintptr_t(bytes)), 16, site, "the number of bytes");
-    const auto* first = static_cast<const uint8_t*>(from);
-    emulation::begin_store(
-        from, bytes, site, [first, bytes] { return std::vector<uint8_t>(first, first + bytes); },
-        [to, bytes](const uint8_t* taken) { std::memcpy(to, taken, bytes); });
-}
-
 inline void bulk_prefetch(const void* from, unsigned bytes, Site site = Site::here()) {
     emulation::check_aligned(from, 16, site, "the source");
     emulation::check_aligned(reinterpret_cast<const void*>(uintptr_t(bytes)), 16, site, "the number of bytes");
 }
 
 inline void bulk_commit() { emulation::commit(emulation::current().open_stores, emulation::current().stores); }
-
-template <int PENDING>
-void bulk_wait_read() {
-    emulation::read_stores(emulation::current(), PENDING);
-}
 
 template <int PENDING>
 void bulk_wait() {

@@ -10,8 +10,6 @@ inline unsigned load_acquire(const unsigned* from, emulation::Site site = emulat
     return *static_cast<const volatile unsigned*>(from);
 }
 
-inline void store_release(unsigned* to, unsigned value) { *to = value; }
-
 inline unsigned add_acquire_release(unsigned* to, unsigned value) {
     const unsigned old = *to;
     *to += value;
@@ -19,7 +17,5 @@ inline unsigned add_acquire_release(unsigned* to, unsigned value) {
 }
 
 inline void prefetch_l2(const void*) {}
-
-inline uint4 load_once(const void* from) { return *static_cast<const uint4*>(from); }
 
 }  // namespace llama4_kernels::hopper

@@ -86,13 +86,6 @@ __device__ inline void named_barrier_arrive(unsigned id, unsigned threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// True in one thread of a converged warp.
-__device__ inline bool elect_one() {
-    unsigned elected;
-    asm volatile("{\n.reg .pred elected;\nelect.sync _|elected, 0xffffffff;\nselp.u32 %0, 1, 0, elected;\n}" : "=r"(elected));
-    return elected;
-}
-
 }  // namespace llama4_kernels::hopper
 
 #endif

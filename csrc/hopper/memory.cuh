@@ -14,10 +14,6 @@ __device__ inline unsigned load_acquire(const unsigned* from) {
     return value;
 }
 
-__device__ inline void store_release(unsigned* to, unsigned value) {
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
-}
-
 // Add and give the old value: a ticket. Publishes this thread's writes, and sees those published by earlier tickets.
 __device__ inline unsigned add_acquire_release(unsigned* to, unsigned value) {
     unsigned old;
@@ -27,15 +23,6 @@ __device__ inline unsigned add_acquire_release(unsigned* to, unsigned value) {
 
 // Bring the line of this address into L2.
 __device__ inline void prefetch_l2(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory"); }
-
-// 16 bytes that this block reads once: not kept in L1.
-__device__ inline uint4 load_once(const void* from) {
-    uint4 value;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                 : "l"(from));
-    return value;
-}
 
 }  // namespace llama4_kernels::hopper
 

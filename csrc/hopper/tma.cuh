@@ -153,11 +153,6 @@ __device__ inline void bulk_load(void* to, const void* from, unsigned bytes, Bar
                  : "memory");
 }
 
-// Copy plain bytes from shared to global memory, as part of this thread's open bulk group.
-__device__ inline void bulk_store(void* to, const void* from, unsigned bytes) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)), "r"(bytes) : "memory");
-}
-
 // Bring plain bytes into L2; the address and `bytes` are multiples of 16.
 __device__ inline void bulk_prefetch(const void* from, unsigned bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
@@ -165,12 +160,6 @@ __device__ inline void bulk_prefetch(const void* from, unsigned bytes) {
 
 // End this thread's bulk group of stores.
 __device__ inline void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-
-// Wait until the shared memory of all but this thread's PENDING latest bulk groups has been read, so that it may be written again.
-template <int PENDING>
-__device__ inline void bulk_wait_read() {
-    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
-}
 
 // Wait until all but this thread's PENDING latest bulk groups are complete: written, and visible to this thread.
 template <int PENDING>
