@@ -136,7 +136,6 @@ def _check_request(result, manager, request, input_ids) -> None:
         request,
         input_ids,
         vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
         image_token_id=token_id,
         image_token=manager.tokenizer.convert_ids_to_tokens(token_id) if manager.tokenizer is not None and token_id is not None else None,
     )

@@ -1,32 +1,27 @@
-"""Requests that SGLang 0.5.23 takes and that then end the server, with all that it computes, or are answered with status 500. They are
-refused where SGLang validates requests, so that the answer is status 400 and the others go on."""
+"""Requests that SGLang 0.5.23 takes and that then end the server, with all that it computes, are answered with status 500, or with what was
+not asked for: SGLang's Llama 4 does not read embeddings. They are refused where SGLang validates requests, so that the answer is status 400
+and the others go on."""
 
 from __future__ import annotations
 
 import re
 
 
-def check_request(
-    request, input_ids: list[int] | None, *, vocab_size: int, hidden_size: int, image_token_id: int | None, image_token: str | None
-) -> None:
+def check_request(request, input_ids: list[int] | None, *, vocab_size: int, image_token_id: int | None, image_token: str | None) -> None:
     """ValueError for a request that the model cannot compute.
 
     request: SGLang's GenerateReqInput of one prompt.
-    input_ids: its tokens, those of its images included; None where it came as embeddings.
+    input_ids: its tokens, those of its images included; None where there are none yet.
     image_token_id, image_token: what stands for a part of an image, in input_ids and in text; None where the model sees no images.
     """
-    if request.input_embeds is not None:
-        for row in request.input_embeds:
-            if len(row) != hidden_size:
-                raise ValueError(f"input_embeds has a row of {len(row)} numbers, needs {hidden_size}, the hidden size")
-    elif input_ids is not None:
-        if not input_ids:
-            raise ValueError("the prompt has no tokens, needs at least one")
-        for token in (min(input_ids), max(input_ids)):
-            if not 0 <= token < vocab_size:
-                raise ValueError(f"input_ids has {token}, needs tokens from 0 to {vocab_size - 1}")
-    if isinstance(request.positional_embed_overrides, dict):
-        raise ValueError("positional_embed_overrides is a JSON object, needs SGLang's own type: it has no form over HTTP")
+    for name in ("input_embeds", "positional_embed_overrides"):
+        if getattr(request, name) is not None:
+            raise ValueError(f"{name} is given, needs text or input_ids instead: the model embeds tokens itself")
+    if input_ids == [] and not _continues_a_session(request):
+        raise ValueError("the prompt has no tokens, needs at least one")
+    _check_tokens("input_ids", input_ids, vocab_size)
+    stops = request.sampling_params.get("stop_token_ids") or ()
+    _check_tokens("stop_token_ids", [token for token in stops if token is not None], vocab_size)
     if request.return_logprob:
         if request.logprob_start_len < -1:
             raise ValueError(f"logprob_start_len is {request.logprob_start_len}, needs -1 or more")
@@ -34,10 +29,31 @@ def check_request(
             raise ValueError(f"top_logprobs_num is {request.top_logprobs_num}, needs 0 to {vocab_size}, the tokens of the vocabulary")
     _check_patterns(request.sampling_params.get("stop_regex"))
     if request.image_data and image_token_id is not None:
-        if image_token_id in (request.input_ids or ()) or (request.text and image_token and image_token in request.text):
+        formats = {_format(image) for image in (request.image_data if isinstance(request.image_data, list) else [request.image_data])}
+        if "precomputed_embedding" in formats:
+            raise ValueError("image_data has the format precomputed_embedding, needs images or the format processor_output")
+        has_parts = image_token_id in (request.input_ids or ()) or (request.text and image_token and image_token in request.text)
+        if has_parts and formats != {"processor_output"}:
             raise ValueError(
                 f"the prompt has {image_token or image_token_id} beside image_data, needs one <|image|> for each image, no more"
             )
+
+
+def _continues_a_session(request) -> bool:
+    """Whether the tokens of earlier turns come before those of the request."""
+    return isinstance(request.session_params, dict) and bool(request.session_params.get("id"))
+
+
+def _format(image) -> str:
+    """Of what SGLang's Engine takes in place of an image, processor_output or precomputed_embedding; empty for an image."""
+    given = image.get("format", "") if isinstance(image, dict) else ""
+    return getattr(given, "name", given).lower()
+
+
+def _check_tokens(name: str, tokens: list[int] | None, vocab_size: int) -> None:
+    for token in (min(tokens), max(tokens)) if tokens else ():
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"{name} has {token}, needs tokens from 0 to {vocab_size - 1}")
 
 
 def _check_patterns(patterns: str | list[str] | None) -> None:

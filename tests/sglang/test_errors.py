@@ -18,8 +18,9 @@ from llama4_kernels.sglang.config import check_sharding
 
 
 def test_bad_requests_are_refused(make, oracle, tmp_path):
+    """And good ones answered after them, the turn of a session without tokens of its own among them."""
     path = make("scout")
-    with llama4_server(path, log=tmp_path / "log") as server:
+    with llama4_server(path, "--disable-radix-cache", log=tmp_path / "log") as server:  # without which SGLang refuses input_embeds
         for body in (
             {"input_ids": prompt(2000)},
             {"input_ids": [5, VOCABULARY]},
@@ -28,14 +29,31 @@ def test_bad_requests_are_refused(make, oracle, tmp_path):
             {"text": 7},
             {"input_ids": prompt(4), "sampling_params": {"temperature": -1}},
             {"input_ids": prompt(4), "sampling_params": {"stop_regex": "("}},
+            {"input_ids": prompt(4), "sampling_params": {"min_new_tokens": 2, "stop_token_ids": [10000]}},
+            {"input_ids": [prompt(4)] * 2, "sampling_params": [{}, {"min_new_tokens": 2, "stop_token_ids": [-1]}]},
+            {"input_embeds": [[0.5] * 256] * 4},
+            {"input_embeds": [[[0.5] * 256] * 4] * 2},
+            {"input_ids": []},
+            {"input_ids": [], "session_params": {"id": "of no session"}},
             {"input_ids": prompt(4), "return_logprob": True, "logprob_start_len": -7},
             {"input_ids": prompt(4), "return_logprob": True, "top_logprobs_num": 10000},
             {},
         ):
             assert 400 <= requests.post(f"{server.url}/generate", json=body, timeout=60).status_code < 500
-        question = {"model": "tiny", "messages": [{"role": "user", "content": "a" * 3000}]}
-        assert 400 <= requests.post(f"{server.url}/v1/chat/completions", json=question, timeout=60).status_code < 500
-        assert_agrees(ask(server, prompt(70)), oracle(path))
+        for route, question in (
+            ("chat/completions", {"messages": [{"role": "user", "content": "a" * 3000}]}),
+            ("completions", {"prompt": prompt(4), "min_tokens": 2, "stop_token_ids": [10000]}),
+        ):
+            assert 400 <= requests.post(f"{server.url}/v1/{route}", json=question | {"model": "tiny"}, timeout=60).status_code < 500
+        answer = ask(server, prompt(70))
+        assert_agrees(answer, oracle(path))
+
+        session = server.post("/open_session", {"capacity_of_str_len": 1000})
+        greedy = {"sampling_params": {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}}
+        first = server.post("/generate", {"input_ids": prompt(70), "session_params": {"id": session}, **greedy})
+        turn = {"id": session, "rid": first["meta_info"]["id"]}
+        second = server.post("/generate", {"input_ids": [], "session_params": turn, **greedy})
+        assert first["output_ids"] + second["output_ids"] == answer.generated[:8]
 
 
 def start_error(path, tmp_path, dtype="float32") -> str:

@@ -3,13 +3,14 @@
 from types import SimpleNamespace
 
 import pytest
+from sglang.srt.multimodal.modality import MultimodalInputFormat
 
 from llama4_kernels.sglang.request_checks import check_request
 
-MODEL = {"vocab_size": 320, "hidden_size": 4, "image_token_id": 264, "image_token": "<|patch|>"}
+MODEL = {"vocab_size": 320, "image_token_id": 264, "image_token": "<|patch|>"}
 PLAIN = {
     "text": None, "input_ids": None, "input_embeds": None, "image_data": None, "sampling_params": {}, "return_logprob": False,
-    "logprob_start_len": -1, "top_logprobs_num": 0, "positional_embed_overrides": None,
+    "logprob_start_len": -1, "top_logprobs_num": 0, "positional_embed_overrides": None, "session_params": None,
 }  # fmt: skip
 
 
@@ -21,7 +22,11 @@ def check(tokens, fields, model=MODEL):
     ([0, 319], {}),
     ([264, 264], {"input_ids": [264, 264]}),
     ([5, 264, 264], {"text": "<|image|>a", "image_data": ["a.png"]}),
-    (None, {"input_embeds": [[0.0] * 4] * 2}),
+    ([264], {"input_ids": [264], "image_data": [{"format": "processor_output"}]}),
+    ([264], {"text": "<|patch|>", "image_data": {"format": MultimodalInputFormat.PROCESSOR_OUTPUT}}),
+    ([], {"input_ids": [], "session_params": {"id": "a"}}),
+    ([1], {"sampling_params": {"stop_token_ids": {0, 319, None}}}),
+    ([1], {"sampling_params": {"stop_token_ids": None}}),
     ([1], {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 320}),
     ([1], {"logprob_start_len": -9, "top_logprobs_num": -1}),  # read with return_logprob only
     ([1], {"sampling_params": {"stop_regex": ["a+", "b|c"]}}),
@@ -38,15 +43,21 @@ def test_a_model_without_images_takes_their_token_for_text():
     ([], {"text": ""}, "the prompt has no tokens"),
     ([5, -1], {}, r"input_ids has -1, needs tokens from 0 to 319"),
     ([320, 5], {}, r"input_ids has 320, needs tokens from 0 to 319"),
-    (None, {"input_embeds": [[0.0] * 4, [0.0] * 3]}, "input_embeds has a row of 3 numbers, needs 4"),
+    (None, {"input_embeds": [[0.0] * 4]}, "input_embeds is given, needs text or input_ids instead"),
+    ([], {"input_ids": [], "session_params": {"id": None}}, "the prompt has no tokens"),
+    ([320], {"input_ids": [320], "session_params": {"id": "a"}}, "input_ids has 320, needs tokens from 0 to 319"),
+    ([1], {"sampling_params": {"stop_token_ids": [5, 320]}}, "stop_token_ids has 320, needs tokens from 0 to 319"),
+    ([1], {"sampling_params": {"stop_token_ids": {-1}}}, "stop_token_ids has -1, needs tokens from 0 to 319"),
     ([1], {"return_logprob": True, "logprob_start_len": -2}, "logprob_start_len is -2, needs -1 or more"),
     ([1], {"return_logprob": True, "top_logprobs_num": 321}, "top_logprobs_num is 321, needs 0 to 320"),
     ([1], {"return_logprob": True, "top_logprobs_num": -1}, "top_logprobs_num is -1, needs 0 to 320"),
-    ([1], {"positional_embed_overrides": {"positions": [0]}}, "positional_embed_overrides is a JSON object"),
+    ([1], {"positional_embed_overrides": {"positions": [0]}}, "positional_embed_overrides is given, needs text"),
     ([1], {"sampling_params": {"stop_regex": "("}}, r"stop_regex is '\(', needs a regular expression"),
     ([1], {"sampling_params": {"stop_regex": ["a", "("]}}, r"stop_regex is '\(', needs a regular expression"),
     ([5, 264], {"text": "<|image|><|patch|>", "image_data": ["a.png"]}, r"the prompt has <\|patch\|> beside image_data"),
     ([5, 264], {"input_ids": [264, 5], "image_data": ["a.png"]}, r"the prompt has <\|patch\|> beside image_data"),
+    ([264], {"input_ids": [264], "image_data": [{"format": "processor_output"}, "a.png"]}, r"the prompt has <\|patch\|> beside"),
+    ([264], {"input_ids": [264], "image_data": [{"format": "precomputed_embedding"}]}, "has the format precomputed_embedding, needs images"),
 ], ids=str)  # fmt: skip
 def test_what_is_refused(tokens, fields, message):
     with pytest.raises(ValueError, match=message):
