@@ -11,10 +11,10 @@ _outgrown: list[Tensor] = []  # a graph captured with them still counts in them
 
 
 def tickets(device: torch.device, count: int) -> Tensor:
-    """`count` counters, all 0, of the current stream: launches on one stream never overlap, those on two may. A CUDA graph counts where the
-    stream did that it was captured on: graphs captured on one stream must not be replayed at the same time, nor beside its own launches. Where
-    that stream never counted so far before, the graph gets counters of its own, and a fill of them ahead of each launch: warm up on the stream
-    that captures."""
+    """[n >= count] int32 counters, all 0, of the current stream: launches on one stream never overlap, those on two may. A CUDA graph
+    counts where the stream did that it was captured on: graphs captured on one stream must not be replayed at the same time, nor beside its
+    own launches. Where that stream never counted so far before, the graph gets counters of its own, and a fill of them ahead of each
+    launch: warm up on the stream that captures."""
     if device.type != "cuda":
         return _counters_of((device, 0), device, count, keep=True)
     stream = torch.cuda.current_stream(device).cuda_stream

@@ -33,8 +33,12 @@ class StepMetadata:
 
 @dataclass(frozen=True)
 class LayerCache:
-    """A layer's K and V [pages, page_size, num_kv_heads, head_dim], the map from full-pool slots to its own, if it has one, and the
-    scales of an fp8 cache."""
+    """What a layer's K and V are kept in.
+
+    k, v: [pages, page_size, num_kv_heads, head_dim] bf16, fp32 or e4m3.
+    slot_map: [slots of the full pool] int64, the layer's slot for each; None where they are the same.
+    k_scale, v_scale: [] fp32, of an e4m3 cache that has scales; else None.
+    """
 
     k: Tensor
     v: Tensor
@@ -55,6 +59,8 @@ def layer_cache(pool, layer: RadixAttention) -> LayerCache:
 
 
 class Llama4AttentionBackend(AttentionBackend):
+    """Attention of all layers of a model runner, which SGLang asks for by the methods of its AttentionBackend."""
+
     needs_cpu_seq_lens = False
 
     def __init__(self, runner):
@@ -101,6 +107,7 @@ class Llama4AttentionBackend(AttentionBackend):
         self.forward_metadata = None
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
+        """Make the step's metadata on the device. ValueError for drafts that are a tree, not a chain."""
         seq_lens = forward_batch.seq_lens
         if forward_batch.forward_mode.is_decode_or_idle():
             query_start_loc = self._starts(forward_batch.batch_size, 1)

@@ -69,6 +69,7 @@ class Llama4MoE(nn.Module):
             prefix=add_prefix("shared_expert", prefix),
             reduce_results=False,
         )
+        """[T, H] of hidden_states [T, H], before the all-reduce over ranks."""
 
     def forward(self, hidden_states: Tensor, forward_batch: ForwardBatch) -> Tensor:
         return ops.fused_moe(hidden_states, moe_weights(self.router, self.experts, self.shared_expert))
@@ -119,6 +120,7 @@ class Llama4Attention(nn.Module):
             prefix=add_prefix("attn", prefix),
             use_irope=layer.chunk_size is not None,
         )
+        """[T, H] of hidden_states [T, H] at positions [T] int64, before the all-reduce over the ranks that share heads; writes K and V."""
 
     def forward(self, positions: Tensor, hidden_states: Tensor, forward_batch: ForwardBatch) -> Tensor:
         qkv, _ = self.qkv_proj(hidden_states)

@@ -70,18 +70,20 @@ def programs(device: torch.device, config: Config) -> int:
 
 @functools.lru_cache(maxsize=None)
 def device_name(device: torch.device) -> str:
+    """What the driver calls the GPU, or cpu: the name of its table."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @functools.lru_cache(maxsize=None)
 def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of the GPU; 2 in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 @functools.lru_cache(maxsize=None)
 def shared_kib(device: torch.device) -> int:
-    """Shared memory that one program may use."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024 if device.type == "cuda" else 227
+    """KiB of shared memory that one program may use; a Hopper's in the interpreter."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024 if device.type == "cuda" else _HOPPER_KIB
 
 
 def clear() -> None:
@@ -95,6 +97,7 @@ def table_path(name: str) -> Path:
 
 
 def shape_key(dtype: torch.dtype, shape: dict[str, int]) -> str:
+    """A table's key for the shape, "bfloat16 experts=16 hidden=5120": the dtype, then sizes by name."""
     return " ".join([str(dtype).removeprefix("torch."), *(f"{name}={size}" for name, size in sorted(shape.items()))])
 
 
