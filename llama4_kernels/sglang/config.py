@@ -8,6 +8,12 @@ import torch
 from transformers import Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4TextRotaryEmbedding
 
+# Those whose angles do not depend on the length of what is rotated.
+ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+
+# Positions beyond the context: SGLang's overlapped schedule runs a request that has reached it a step or more further and drops the result.
+ROPE_MARGIN = 256
+
 ARCHITECTURES = ("Llama4ForConditionalGeneration", "Llama4ForCausalLM")
 
 
@@ -54,6 +60,13 @@ def check_supported(config: Llama4TextConfig) -> None:
         raise ValueError(f"llama4_kernels serves Llama 4 with num_experts_per_tok 1, config.json has {config.num_experts_per_tok}")
     if config.attention_bias:
         raise ValueError("llama4_kernels serves Llama 4 without attention_bias, config.json sets it")
+    if config.hidden_act != "silu":
+        raise ValueError(f"llama4_kernels serves Llama 4 with hidden_act silu, config.json has {config.hidden_act}")
+    rope = config.rope_parameters
+    if rope["rope_type"] not in ROPE_TYPES:
+        raise ValueError(f"llama4_kernels serves Llama 4 with rope_type {' or '.join(ROPE_TYPES)}, config.json has {rope['rope_type']}")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("llama4_kernels serves Llama 4 with RoPE over whole heads, config.json has a partial_rotary_factor")
     for name in ("no_rope_layers", "layer_types"):
         if len(getattr(config, name)) < config.num_hidden_layers:
             raise ValueError(f"config.json: {name} has {len(getattr(config, name))} entries for {config.num_hidden_layers} layers")
@@ -62,16 +75,30 @@ def check_supported(config: Llama4TextConfig) -> None:
         raise ValueError(f"config.json: layer_types has {', '.join(sorted(unknown))}, needs chunked_attention or full_attention")
 
 
-def check_sharding(config: Llama4TextConfig, tp_size: int) -> None:
-    """ValueError where `config` cannot be split among `tp_size` ranks."""
-    sizes = {name: getattr(config, name) for name in ("num_attention_heads", "intermediate_size", "intermediate_size_mlp")}
-    for name, size in sizes.items():
-        if size % tp_size:
-            raise ValueError(f"llama4_kernels serves Llama 4 with a --tp-size that divides {name} {size} of config.json, it is {tp_size}")
+def check_sharding(config: Llama4TextConfig, tp_size: int, attn_tp_size: int) -> None:
+    """ValueError where `config` cannot be split: MLPs and experts among `tp_size` ranks, heads among the `attn_tp_size` of them that serve the
+    same requests."""
+    attention = "--tp-size" if attn_tp_size == tp_size else "--tp-size over --dp-size"
+    for flag, ranks, name in (
+        (attention, attn_tp_size, "num_attention_heads"),
+        ("--tp-size", tp_size, "intermediate_size"),
+        ("--tp-size", tp_size, "intermediate_size_mlp"),
+    ):
+        size = getattr(config, name)
+        if size % ranks:
+            raise ValueError(f"llama4_kernels serves Llama 4 with a {flag} that divides {name} {size} of config.json, it is {ranks}")
     kv_heads = config.num_key_value_heads
-    if kv_heads % tp_size and tp_size % kv_heads:
+    if kv_heads % attn_tp_size and attn_tp_size % kv_heads:
         needs = f"divides num_key_value_heads {kv_heads} of config.json or is a multiple of it"
-        raise ValueError(f"llama4_kernels serves Llama 4 with a --tp-size that {needs}, it is {tp_size}")
+        raise ValueError(f"llama4_kernels serves Llama 4 with a {attention} that {needs}, it is {attn_tp_size}")
+
+
+def rope_positions(context_length: int, draft_steps: int, draft_tokens: int) -> int:
+    """Rows that the RoPE table needs, as SGLang reckons them for its own tables.
+
+    context_length: in tokens. draft_steps, draft_tokens: of speculative decoding, 0 without it.
+    """
+    return context_length + 2 * draft_steps * draft_tokens + ROPE_MARGIN
 
 
 def cos_sin_cache(config: Llama4TextConfig, positions: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
 from sglang.srt.models import llama4, mllama4
 from sglang.srt.models.llama import LlamaMLP
-from sglang.srt.runtime_context import get_mm, get_model, get_parallel
+from sglang.srt.runtime_context import get_mm, get_parallel, get_spec
 from sglang.srt.utils import add_prefix, make_layers
 from torch import Tensor, nn
 from transformers import Llama4Config, Llama4TextConfig
@@ -32,14 +32,11 @@ from llama4_kernels import ops
 from llama4_kernels.ops import backend
 from llama4_kernels.sglang.attention import layer_cache
 from llama4_kernels.sglang.checkpoint import CheckedWeights, CheckpointError
-from llama4_kernels.sglang.config import LayerConfig, check_sharding, cos_sin_cache, layer_config
+from llama4_kernels.sglang.config import LayerConfig, check_sharding, cos_sin_cache, layer_config, rope_positions
 from llama4_kernels.sglang.server_modes import check_server
 from llama4_kernels.sglang.weights import adopt, moe_weights
 
 logger = logging.getLogger("llama4_kernels")
-
-# SGLang's overlapped schedule runs a request that has reached the context length a step or more further and drops the result.
-OVERLAP_STEPS = 8
 
 
 class Llama4MoE(nn.Module):
@@ -69,9 +66,9 @@ class Llama4MoE(nn.Module):
             prefix=add_prefix("shared_expert", prefix),
             reduce_results=False,
         )
-        """[T, H] of hidden_states [T, H], before the all-reduce over ranks."""
 
     def forward(self, hidden_states: Tensor, forward_batch: ForwardBatch) -> Tensor:
+        """[T, H] of hidden_states [T, H], before the all-reduce over ranks."""
         return ops.fused_moe(hidden_states, moe_weights(self.router, self.experts, self.shared_expert))
 
 
@@ -89,7 +86,7 @@ class Llama4Attention(nn.Module):
     ):
         super().__init__()
         self.layer = layer
-        self.cos_sin = cos_sin if layer.use_rope else None
+        self.register_buffer("cos_sin_cache", cos_sin if layer.use_rope else None, persistent=False)
         self.qkv_proj = QKVParallelLinear(
             hidden_size=config.hidden_size,
             head_size=config.head_dim,
@@ -120,9 +117,9 @@ class Llama4Attention(nn.Module):
             prefix=add_prefix("attn", prefix),
             use_irope=layer.chunk_size is not None,
         )
-        """[T, H] of hidden_states [T, H] at positions [T] int64, before the all-reduce over the ranks that share heads; writes K and V."""
 
     def forward(self, positions: Tensor, hidden_states: Tensor, forward_batch: ForwardBatch) -> Tensor:
+        """[T, H] of hidden_states [T, H] at positions [T] int64, before the all-reduce over the ranks that share heads; writes K and V."""
         qkv, _ = self.qkv_proj(hidden_states)
         cache = layer_cache(get_token_to_kv_pool(), self.attn)
         q = ops.rope_qk_norm(
@@ -131,7 +128,7 @@ class Llama4Attention(nn.Module):
             num_heads=self.attn.tp_q_head_num,
             num_kv_heads=self.attn.tp_k_head_num,
             head_dim=self.attn.head_dim,
-            cos_sin=self.cos_sin,
+            cos_sin=self.cos_sin_cache,
             qk_norm_eps=self.layer.qk_norm_eps,
             temperature=self.layer.temperature,
             k_cache=cache.k,
@@ -192,8 +189,9 @@ class Llama4Model(llama4.Llama4Model):
             prefix=add_prefix("embed_tokens", prefix),
             use_attn_tp_group=is_dp_attention_enabled(),
         )
-        context_length = get_model().context_length or config.max_position_embeddings
-        cos_sin = cos_sin_cache(config, context_length + OVERLAP_STEPS)
+        spec = get_spec()
+        positions = rope_positions(config.context_len, spec.speculative_num_steps or 0, spec.speculative_num_draft_tokens or 0)
+        cos_sin = cos_sin_cache(config, positions)
         self.layers = make_layers(
             config.num_hidden_layers,
             lambda idx, prefix: Llama4DecoderLayer(config, idx, cos_sin, quant_config, prefix),
@@ -217,7 +215,8 @@ class Llama4ForConditionalGeneration(mllama4.Llama4ForConditionalGeneration):
         self.config = config
         self.quant_config = quant_config
         text_config = config.get_text_config()
-        check_sharding(text_config, get_parallel().tp_size)
+        text_config.context_len = config.context_len  # which SGLang derives, and gives to the whole config only
+        check_sharding(text_config, get_parallel().tp_size, get_parallel().attn_tp_size)
         self.has_vision_weights = self._has_vision_weights(config)
         self.has_vision = self.has_vision_weights and get_mm().enable_multimodal
         self.vision_model = self.multi_modal_projector = None

@@ -39,6 +39,7 @@ def report(flags: list[str], rank: int, port: int) -> dict:
     ports = PortArgs.init_new(args)
     ports.nccl_port = port
     runner = one_batch.load_model(args, ports, rank, rank)[0].torch_runner
+    table = next(buffer for name, buffer in runner.model.named_buffers() if name.endswith("cos_sin_cache"))
     return {
         "rank": rank,
         "weight_bytes": round(runner.weight_load_mem_usage * (1 << 30)),
@@ -46,8 +47,20 @@ def report(flags: list[str], rank: int, port: int) -> dict:
         "swa_tokens": runner.swa_max_total_num_tokens if runner.is_hybrid_swa else None,
         "kv_bytes": int(sum(runner.token_to_kv_pool.get_kv_size_bytes())),
         "requests": runner.max_running_requests,
+        "rope_table_bytes": table.nbytes,
+        "rope_table_survives": survives(runner.model, table),
         "request_table_bytes": runner.req_to_token_pool.req_to_token.nbytes,
     }
+
+
+def survives(model, tensor) -> bool:
+    """Whether `tensor` of the model comes back when SGLang has given its memory up and taken it again: only what it has exported does."""
+    from sglang.srt.managers.scheduler_components import weight_updater
+
+    kept, before = weight_updater._export_static_state(model), tensor.clone()
+    tensor.zero_()
+    weight_updater._import_static_state(model, kept)
+    return tensor.equal(before)
 
 
 def settings(flags: list[str], gpu_mib: float) -> dict:

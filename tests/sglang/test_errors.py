@@ -14,7 +14,7 @@ from transformers import Llama4TextConfig
 
 from llama4_kernels.cli.checkpoint import VOCABULARY
 from llama4_kernels.cli.server import ServerError
-from llama4_kernels.sglang.config import check_sharding
+from llama4_kernels.sglang.config import check_sharding, check_supported, rope_positions
 
 
 def test_bad_requests_are_refused(make, oracle, tmp_path):
@@ -85,17 +85,57 @@ def test_a_checkpoint_that_lacks_a_tensor(make, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "sizes, tp_size, named",
+    "sizes, tp_size, dp_size, message",
     [
-        ({"num_attention_heads": 5, "num_key_value_heads": 1}, 2, "num_attention_heads 5"),
-        ({"num_attention_heads": 12, "num_key_value_heads": 3}, 2, "num_key_value_heads 3"),
-        ({"intermediate_size": 250}, 4, "intermediate_size 250"),
-        ({"intermediate_size_mlp": 3}, 2, "intermediate_size_mlp 3"),
+        ({"num_attention_heads": 5, "num_key_value_heads": 1}, 2, 1, "--tp-size that divides num_attention_heads 5"),
+        ({"num_attention_heads": 12, "num_key_value_heads": 3}, 2, 1, "--tp-size that divides num_key_value_heads 3"),
+        ({"intermediate_size": 250}, 4, 1, "--tp-size that divides intermediate_size 250"),
+        ({"intermediate_size_mlp": 3}, 2, 1, "--tp-size that divides intermediate_size_mlp 3"),
+        ({}, 16, 1, "--tp-size that divides num_attention_heads 40 of config.json, it is 16"),
+        ({"intermediate_size": 8}, 16, 2, "--tp-size that divides intermediate_size 8"),
+        ({"num_attention_heads": 12}, 16, 2, "--tp-size over --dp-size that divides num_attention_heads 12 of config.json, it is 8"),
+        ({"num_key_value_heads": 5}, 16, 2, "--tp-size over --dp-size that divides num_key_value_heads 5"),
     ],
 )
-def test_sizes_that_the_ranks_do_not_divide(sizes, tp_size, named):
-    with pytest.raises(ValueError, match=f"--tp-size that divides {named} of config.json"):
-        check_sharding(Llama4TextConfig(**sizes), tp_size)
+def test_sizes_that_the_ranks_do_not_divide(sizes, tp_size, dp_size, message):
+    with pytest.raises(ValueError, match=message):
+        check_sharding(Llama4TextConfig(**sizes), tp_size, tp_size // dp_size)
+
+
+def test_heads_are_split_by_the_ranks_that_serve_the_same_requests():
+    """Scout with --tp-size 16 --dp-size 2 --enable-dp-attention: 40 heads and 8 KV heads over 8 ranks."""
+    check_sharding(Llama4TextConfig(), tp_size=16, attn_tp_size=8)
+
+
+ROPE = {"rope_theta": 500000.0, "factor": 2.0}
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "yarn", "default"])
+def test_configs_that_are_served(rope_type):
+    check_supported(Llama4TextConfig(rope_parameters=ROPE | {"rope_type": rope_type}))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"hidden_act": "gelu"}, "hidden_act silu, config.json has gelu"),
+        ({"rope_parameters": ROPE | {"rope_type": "dynamic"}}, "rope_type default or linear or yarn or llama3, config.json has dynamic"),
+        (
+            {"rope_parameters": ROPE | {"rope_type": "longrope", "short_factor": [1.0] * 64, "long_factor": [1.0] * 64}},
+            "rope_type default or linear or yarn or llama3, config.json has longrope",
+        ),
+        ({"rope_parameters": ROPE | {"rope_type": "linear", "partial_rotary_factor": 0.5}}, "RoPE over whole heads"),
+    ],
+)
+def test_configs_that_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        check_supported(Llama4TextConfig(**fields))
+
+
+def test_the_rope_table_holds_what_is_drafted_past_the_context():
+    """The overlapped schedule verifies one chain more when a chain that was accepted whole has gone past the context."""
+    for drafted in range(2, 65):
+        assert rope_positions(1024, drafted - 1, drafted) >= 1024 + 2 * drafted
 
 
 @pytest.mark.parametrize("environment, ours", [({}, True), ({"SGLANG_PLUGINS": "another"}, False)])

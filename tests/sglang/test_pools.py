@@ -18,7 +18,12 @@ CONTEXT = 2048
 CASES = {
     "scout": (("scout", {}), (), 1, {}),
     "scout, one pool": (("scout", {}), ("--disable-hybrid-swa-memory",), 1, {"swa_full_tokens_ratio": None}),
-    "scout, pages": (("scout", {}), ("--page-size=16", "--swa-full-tokens-ratio=0.3"), 1, {"page_size": 16, "swa_full_tokens_ratio": 0.3}),
+    "scout, pages, a context that RoPE's scaling makes": (
+        ("scout", {"max_position_embeddings": CONTEXT // 2, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+        ("--page-size=16", "--swa-full-tokens-ratio=0.3"),
+        1,
+        {"page_size": 16, "swa_full_tokens_ratio": 0.3},
+    ),
     "scout, repeated KV heads": (("scout", {"num_key_value_heads": 1}), (), 2, {}),
     "maverick, rows": (("maverick", {"dtype": "bfloat16"}), ("--max-running-requests=24",), 2, {"max_running_requests": 24, "kv_bytes": 2}),
     "maverick, fp8 experts": (("maverick", {"fp8": "compressed-tensors-experts"}), (), 2, {}),
@@ -53,12 +58,8 @@ def reports(make):
     for (like, options), flags, tp, differs in CASES.values():
         dtype = "bfloat16" if differs.get("kv_bytes") == 2 else "float32"
         common = ("--device=cpu", "--cuda-graph-backend-decode=disabled", "--cuda-graph-backend-prefill=disabled", f"--dtype={dtype}")
-        own = (
-            f"--model-path={make(like, **options)}",
-            "--model-impl=llama4_kernels",
-            f"--context-length={CONTEXT}",
-            "--mem-fraction-static=0.5",
-        )
+        own = (f"--model-path={make(like, **options)}", "--model-impl=llama4_kernels", "--mem-fraction-static=0.5")
+        own += () if "max_position_embeddings" in options else (f"--context-length={CONTEXT}",)
         cases.append({"flags": [*own, *common, *flags], "tp": tp})
     for gpu, tp, flags, differs in DEFAULTS.values():
         own = (f"--model-path={make('scout', vision=True)}", "--model-impl=llama4_kernels", "--attention-backend=fa3", "--device=cuda")
@@ -97,6 +98,7 @@ def test_sglangs_own_defaults(name, reports, make):
     chunked = differs.get("chunked_prefill_size") or memory.default_chunked_prefill(gpu)
     asked = {"mem_fraction_static": 0.0, "swa_full_tokens_ratio": memory.SWA_RATIO, "chunked_prefill_size": chunked, "page_size": 1}
     flags = memory.Flags(context_length=CONTEXT, tp=tp, kv_bytes=2, **asked | differs)
+        assert memory.rope_table_bytes(found, CONTEXT) == report["rope_table_bytes"] and report["rope_table_survives"]
     batch = memory.default_graph_batch(gpu, tp, flags.max_running_requests)
     assert reports[name] == {
         "mem_fraction_static": pytest.approx(memory.default_mem_fraction(gpu, flags, batch, found.vision), abs=1e-9),

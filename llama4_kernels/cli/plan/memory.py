@@ -15,7 +15,7 @@ from llama4_kernels.cli.plan.model import Model, Vision
 SWA_RATIO = 0.8  # SGLang's --swa-full-tokens-ratio where none is given
 EVICTION_INTERVAL = 128  # tokens that may slide out of a chunk before SGLang frees their slots (SGLANG_SWA_EVICTION_INTERVAL)
 EXTRA_POSITIONS = 4  # columns of the request table beyond the context length
-OVERLAP_STEPS = 8  # rows of the RoPE table beyond the context length
+ROPE_MARGIN = 256  # rows of the RoPE table beyond the context length
 MULTIMODAL_BYTES = 100 * MIB  # SGLang's image-embedding cache (SGLANG_VLM_CACHE_SIZE_MB)
 LEAST_REQUESTS, MOST_REQUESTS = 2048, 4096
 
@@ -80,7 +80,7 @@ class Memory:
 
 def rope_table_bytes(model: Model, context: int) -> int:
     """cos and sin, head_dim / 2 float32 of each, for every position that the server may see."""
-    return (context + OVERLAP_STEPS) * model.head_dim * 4
+    return (context + ROPE_MARGIN) * model.head_dim * 4
 
 
 def request_table_bytes(requests: int, context: int) -> int:
