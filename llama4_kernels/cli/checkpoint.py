@@ -114,6 +114,8 @@ SHARED_EXPERT = r"feed_forward\.shared_expert\.\w+_proj\.weight$"
 DENSE = r"feed_forward\.(gate|up|down)_proj\.weight$"
 ATTENTION = r"(?<!vision_model)\.layers\.\d+\.self_attn\.[qkvo]_proj\.weight$"
 
+VISION_PARTS = ("vision_model", "multi_modal_projector")
+
 # Projections that run as one GEMM
 FUSED_GROUPS = (
     (".q_proj.weight", ".k_proj.weight", ".v_proj.weight"),
@@ -256,7 +258,7 @@ def _weights(config: dict[str, Any], vision: bool, seed: int) -> dict[str, Tenso
     return {
         name: _random(name, tuple(tensor.shape), generator)
         for name, tensor in model.state_dict().items()
-        if vision or not name.startswith(("vision_model", "multi_modal_projector"))
+        if vision or not name.startswith(VISION_PARTS)
     }
 
 
@@ -279,7 +281,8 @@ def _quantise(tensors: dict[str, Tensor], config: dict[str, Any], path: Path, fo
     chosen = [name for name in tensors if any(re.search(pattern, name) for pattern in patterns)]
     if form == "modelopt":
         linears = _linear_modules(tensors, chosen)
-        excluded = sorted({re.sub(r"\.[qkvo]_proj$", "*", _without_language_model(name)) for name in linears})
+        named = {re.sub(r"\.[qkvo]_proj$", "*", _without_language_model(name)) for name in linears if not name.startswith(VISION_PARTS)}
+        excluded = sorted(named | {f"model.layers.{part}*" for part in VISION_PARTS if any(name.startswith(part) for name in linears)})
         _write_json(
             path / "hf_quant_config.json",
             {

@@ -23,7 +23,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
 from sglang.srt.models import llama4, mllama4
 from sglang.srt.models.llama import LlamaMLP
-from sglang.srt.runtime_context import get_mm, get_parallel, get_spec
+from sglang.srt.runtime_context import get_mm, get_model, get_parallel, get_spec
 from sglang.srt.utils import add_prefix, make_layers
 from torch import Tensor, nn
 from transformers import Llama4Config, Llama4TextConfig
@@ -34,6 +34,7 @@ from llama4_kernels.sglang.attention import layer_cache
 from llama4_kernels.sglang.checkpoint import CheckedWeights, CheckpointError
 from llama4_kernels.sglang.config import LayerConfig, check_sharding, cos_sin_cache, layer_config, rope_positions
 from llama4_kernels.sglang.server_modes import check_server
+from llama4_kernels.sglang.vision import vision_tensors
 from llama4_kernels.sglang.weights import adopt, moe_weights
 
 logger = logging.getLogger("llama4_kernels")
@@ -217,12 +218,13 @@ class Llama4ForConditionalGeneration(mllama4.Llama4ForConditionalGeneration):
         text_config = config.get_text_config()
         text_config.context_len = config.context_len  # which SGLang derives, and gives to the whole config only
         check_sharding(text_config, get_parallel().tp_size, get_parallel().attn_tp_size)
-        self.has_vision_weights = self._has_vision_weights(config)
-        self.has_vision = self.has_vision_weights and get_mm().enable_multimodal
+        self.has_vision = bool(get_mm().enable_multimodal)
         self.vision_model = self.multi_modal_projector = None
         if self.has_vision:
             self.vision_model = mllama4.Llama4VisionModel(
-                config.vision_config, quant_config=quant_config, prefix=add_prefix("vision_model", prefix)
+                config.vision_config,
+                quant_config=quant_config if self._is_vision_quantised() else None,
+                prefix=add_prefix("vision_model", prefix),
             )
             self.multi_modal_projector = mllama4.Llama4MultiModalProjector(config)
         self.language_model = _LanguageModel(text_config, quant_config, add_prefix("language_model", prefix))
@@ -233,6 +235,13 @@ class Llama4ForConditionalGeneration(mllama4.Llama4ForConditionalGeneration):
         logger.info("llama4_kernels: serving %s", type(self).__name__)
         for choice in backend.choices(self.language_model.lm_head.weight.device):
             logger.info("llama4_kernels: %s -> %s (%s)", choice.op, choice.backend, choice.why)
+
+    def _is_vision_quantised(self) -> bool:
+        """Whether the checkpoint has scales for its vision tower, whatever it says of modules that it ignores, in whichever words."""
+        model = get_model()
+        if model.load_format == "dummy" and hasattr(self.config, "vision_config"):
+            return False
+        return any("_scale" in name for name in vision_tensors(self.config._name_or_path, model.revision, model.download_dir))
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Load the checkpoint at `self.source`, all of it where `self.expects_all`, else a part; CheckpointError names the tensor that is

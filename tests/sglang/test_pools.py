@@ -28,9 +28,9 @@ CASES = {
     "maverick, rows": (("maverick", {"dtype": "bfloat16"}), ("--max-running-requests=24",), 2, {"max_running_requests": 24, "kv_bytes": 2}),
     "maverick, fp8 experts": (("maverick", {"fp8": "compressed-tensors-experts"}), (), 2, {}),
     "scout, fp8": (("scout", {"fp8": "redhat", "fp8_attention": True}), (), 1, {}),
-    "scout, ModelOpt": (("scout", {"fp8": "modelopt"}), (), 1, {}),
     "scout, fp8 at load": (("scout", {}), ("--quantization=fp8",), 1, {}),
-    "scout, images": (("scout", {"vision": True}), ("--enable-multimodal",), 2, {"vision": True}),
+    "scout, ModelOpt, images": (("scout", {"fp8": "modelopt", "vision": True}), ("--enable-multimodal",), 2, {"vision": True}),
+    "scout, images, random weights": (("scout", {}), ("--enable-multimodal", "--load-format=dummy"), 1, {"vision": True}),
     "text only, a pattern of its own": (
         ("scout", {"text_only": True, "num_hidden_layers": 5, "no_rope_layers": [0, 1, 1, 0, 1], "moe_layers": [1, 2, 4]}),
         ("--mem-fraction-static=0.7",),
