@@ -293,7 +293,8 @@ def _quantise(tensors: dict[str, Tensor], config: dict[str, Any], path: Path, fo
         return _quantise_modelopt(tensors, chosen)
     if form == "redhat":
         ignore = ["re:.*lm_head", "re:.*router", "re:.*vision_model.*", "re:.*multi_modal_projector.*"]
-        ignore += [] if attention else ["re:.*self_attn.*"]
+        prefix = r"language_model\." if "text_config" in config else ""
+        ignore += [] if attention else [rf"re:{prefix}model\.layers\.\d+\.self_attn\..*"]
     else:
         ignore = _linear_modules(tensors, chosen)
     config["quantization_config"] = _compressed_tensors_config(ignore)

@@ -227,7 +227,8 @@ class Llama4ForConditionalGeneration(mllama4.Llama4ForConditionalGeneration):
                 prefix=add_prefix("vision_model", prefix),
             )
             self.multi_modal_projector = mllama4.Llama4MultiModalProjector(config)
-        self.language_model = _LanguageModel(text_config, quant_config, add_prefix("language_model", prefix))
+        is_text_only = text_config is config  # whose checkpoint, and so its quantisation, has names without the prefix
+        self.language_model = _LanguageModel(text_config, quant_config, prefix if is_text_only else add_prefix("language_model", prefix))
         self.logits_processor = LogitsProcessor(text_config)
         self.source = getattr(config, "_name_or_path", "")
         self.expects_all = True

@@ -32,7 +32,16 @@ CASES = {
     "scout, ModelOpt, images": (("scout", {"fp8": "modelopt", "vision": True}), ("--enable-multimodal",), 2, {"vision": True}),
     "scout, images, random weights": (("scout", {}), ("--enable-multimodal", "--load-format=dummy"), 1, {"vision": True}),
     "text only, a pattern of its own": (
-        ("scout", {"text_only": True, "num_hidden_layers": 5, "no_rope_layers": [0, 1, 1, 0, 1], "moe_layers": [1, 2, 4]}),
+        (
+            "scout",
+            {
+                "text_only": True,
+                "fp8": "redhat",
+                "num_hidden_layers": 5,
+                "no_rope_layers": [0, 1, 1, 0, 1],
+                "moe_layers": [1, 2, 4],
+            },
+        ),
         ("--mem-fraction-static=0.7",),
         1,
         {"mem_fraction_static": 0.7},
@@ -89,6 +98,7 @@ def test_weights_and_pools(name, reports, make):
         requests = asked.max_running_requests or memory.default_requests(pools.tokens, CONTEXT)
         assert requests == report["requests"]
         assert memory.request_table_bytes(requests, CONTEXT) == report["request_table_bytes"]
+        assert memory.rope_table_bytes(found, CONTEXT) == report["rope_table_bytes"] and report["rope_table_survives"]
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
@@ -98,7 +108,6 @@ def test_sglangs_own_defaults(name, reports, make):
     chunked = differs.get("chunked_prefill_size") or memory.default_chunked_prefill(gpu)
     asked = {"mem_fraction_static": 0.0, "swa_full_tokens_ratio": memory.SWA_RATIO, "chunked_prefill_size": chunked, "page_size": 1}
     flags = memory.Flags(context_length=CONTEXT, tp=tp, kv_bytes=2, **asked | differs)
-        assert memory.rope_table_bytes(found, CONTEXT) == report["rope_table_bytes"] and report["rope_table_survives"]
     batch = memory.default_graph_batch(gpu, tp, flags.max_running_requests)
     assert reports[name] == {
         "mem_fraction_static": pytest.approx(memory.default_mem_fraction(gpu, flags, batch, found.vision), abs=1e-9),
