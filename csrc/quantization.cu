@@ -1,5 +1,6 @@
-// quantize_per_token: one block per row. A row is read once, 16 elements ("a piece") per thread and step, and held in registers between the
-// maximum and the division; only what exceeds THREADS · 4 pieces is read again. Divisions are IEEE, so codes equal the reference's bit for bit.
+// quantize_per_token: one block per row, or for many rows of 128, as the blocks of 128 columns of longer rows are. A row is read once, 16
+// elements ("a piece") per thread and step, and held in registers between the maximum and the division; only what exceeds THREADS · 4 pieces is
+// read again. Divisions are IEEE, so codes equal the reference's bit for bit.
 
 #include "quantization.h"
 
@@ -14,6 +15,7 @@ namespace {
 
 constexpr int PIECE = 16;
 constexpr int THREADS = 512;
+constexpr int SHORT_ROW = 8;  // pieces, a lane each
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
@@ -119,6 +121,20 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
+template <class T>
+__global__ void __launch_bounds__(THREADS)
+    quantize_short_rows_kernel(const T* __restrict__ x, int64_t rows, uint8_t* __restrict__ codes, float* __restrict__ scales) {
+    const int64_t piece_index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, row = piece_index / SHORT_ROW;
+    const int64_t begin = piece_index * PIECE, elements = rows * SHORT_ROW * PIECE;
+    const Piece<T> piece = load<true>(x, begin, elements);
+    unsigned largest = largest_magnitude(piece);
+#pragma unroll
+    for (int lanes = 1; lanes < SHORT_ROW; lanes *= 2) largest = max(largest, __shfl_xor_sync(ALL_LANES, largest, lanes));
+    const float scale = __uint_as_float(largest) / E4M3_MAX;
+    if (row < rows && threadIdx.x % SHORT_ROW == 0) scales[row] = scale;
+    encode<true>(piece, scale, codes, begin, elements);
+}
+
 template <class T, bool ALIGNED>
 __global__ void __launch_bounds__(THREADS)
     quantize_static_kernel(const T* __restrict__ x, int64_t elements, const float* __restrict__ scale, uint8_t* __restrict__ codes) {
@@ -129,6 +145,10 @@ __global__ void __launch_bounds__(THREADS)
 template <class T, bool ALIGNED>
 void launch_for(const T* x, int64_t rows, int64_t columns, uint8_t* codes, float* scale, cudaStream_t stream) {
     const int64_t pieces = ceil_div(columns, PIECE);
+    if (ALIGNED && pieces == SHORT_ROW) {
+        const LaunchConfig config{"quantize_per_token", grid_of(ceil_div(rows * pieces, THREADS)), dim3(THREADS), 0, stream};
+        return launch(config, &quantize_short_rows_kernel<T>, x, rows, codes, scale);
+    }
     const unsigned threads = unsigned(std::clamp<int64_t>(ceil_div(pieces, WARP) * WARP, WARP, THREADS));
     const LaunchConfig config{"quantize_per_token", grid_of(rows), dim3(threads), threads / WARP * sizeof(unsigned), stream};
     const auto kernel = pieces <= THREADS ? &quantize_per_token_kernel<T, ALIGNED, 1> : &quantize_per_token_kernel<T, ALIGNED, 4>;

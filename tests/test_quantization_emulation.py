@@ -14,6 +14,7 @@ GUARD = 0xAB
 GUARD_BYTES = 64
 
 MISSING_BARRIER = {"quantization.cu": ("    __syncthreads();\n", "")}
+HALF_A_SHORT_ROW = {"quantization.cu": ("lanes < SHORT_ROW;", "lanes < SHORT_ROW / 2;")}
 DIVERGENT_BARRIER = {"quantization.cu": ("__syncthreads();", "if (threadIdx.x != 0) __syncthreads();")}
 READ_PAST_THE_END = {"quantization.cu": ("begin + i < columns ? row", "begin + i <= columns ? row")}
 SMALL_SHARED_MEMORY = {"quantization.cu": ("threads / WARP * sizeof(unsigned), stream", "sizeof(unsigned), stream")}
@@ -64,7 +65,7 @@ def random(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     ("rows", "columns"),
-    [(0, 128), (1, 1), (1, 5120), (3, 17), (5, 128), (2, 8191), (2, 8192), (2, 8208), (2, 16384), (1, 32768), (1, 32769), (1, 40960), (70, 48)],
+    [(0, 128), (1, 1), (1, 5120), (3, 17), (5, 128), (64, 128), (129, 128), (2, 8191), (2, 8192), (2, 8208), (2, 16384), (1, 32768), (1, 32769), (1, 40960), (70, 48)],
 )
 def test_equals_the_reference_bit_for_bit(kernels, rows, columns, dtype):
     assert_like_reference(kernels, random(rows, columns, dtype))
@@ -76,7 +77,7 @@ def test_misaligned_pointers(kernels, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("columns", [160, 161])
+@pytest.mark.parametrize("columns", [128, 160, 161])
 def test_rows_of_special_values_do_not_touch_others(kernels, columns, dtype):
     x = random(7, columns, dtype)
     x[1] = 0
@@ -101,10 +102,11 @@ def test_every_bfloat16(kernels):
     assert_like_reference(kernels, torch.cat([values, values.new_tensor([448.0])]).unsqueeze(0))
 
 
-def test_a_missing_barrier_is_noticed():
-    kernels = emulation.load(emulation.build(planted=MISSING_BARRIER))
+@pytest.mark.parametrize(("planted", "columns"), [(MISSING_BARRIER, 1024), (HALF_A_SHORT_ROW, 128)], ids=["no barrier", "half a short row"])
+def test_a_maximum_of_a_part_of_the_row_is_noticed(planted, columns):
+    kernels = emulation.load(emulation.build(planted=planted))
     with pytest.raises(AssertionError):
-        assert_like_reference(kernels, random(4, 1024, torch.float32))
+        assert_like_reference(kernels, random(4, columns, torch.float32))
 
 
 def test_a_barrier_that_a_thread_never_reaches_is_noticed():
@@ -122,7 +124,7 @@ def test_address_sanitizer_watches_global_and_shared_memory(planted):
 
 
 RUN_SANITIZED = """
-for columns in (16, 33, 1024):
+for columns in (16, 33, 128, 1024):
     x, codes, scale = (libc.calloc(ctypes.c_size_t(3 * columns), ctypes.c_size_t(size)) for size in (4, 1, 4))
     kernels.quantize_per_token(x=x, dtype=kernels.Dtype.float32, rows=3, columns=columns, codes=codes, scale=scale, stream=0)
 """
