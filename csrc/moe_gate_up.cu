@@ -174,11 +174,15 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) gate_up_kernel(const __grid
     if (threadIdx.x >= Shape::CONSUMERS) {
         decrease_registers<Shape::LOADER_REGISTERS>();
         StageLoader<Shape> loader(shared.stages);
+        const auto path_of = [&](const Piece& piece) -> const MoePath& { return tiles.is_shared(piece.tile) ? problem.shared : problem.routed; };
+        const auto map_of = [&](const Piece& piece) -> const TensorMap& { return tiles.is_shared(piece.tile) ? shared_weights : routed_weights; };
+        if constexpr (Shape::TOKENS <= 64) {  // they need not wait for the rows' order; of more tokens ptxas would spill
+            shared.stages.work.for_first_piece(tiles, [&](const Piece& piece) {
+                loader.load_weights_ahead(path_of(piece), map_of(piece), tiles[piece.tile].segment, piece.begin, piece.end);
+            });
+        }
         shared.stages.work.for_each_piece(tiles, [&](const Piece& piece) {
-            const Tile tile = tiles[piece.tile];
-            const bool is_shared = tiles.is_shared(piece.tile);
-            const TensorMap& weights = is_shared ? shared_weights : routed_weights;
-            loader.load(is_shared ? problem.shared : problem.routed, weights, tile.segment, a.routing.order, piece.begin, piece.end);
+            loader.load(path_of(piece), map_of(piece), tiles[piece.tile].segment, a.routing.order, piece.begin, piece.end);
         });
         loader.finish();
     } else {
