@@ -16,6 +16,7 @@ from torch import Tensor
 from llama4_kernels.triton import config
 from llama4_kernels.triton.attention_decode import combine_kernel, split_kernel
 from llama4_kernels.triton.attention_prefill import prefill_kernel, tiles
+from llama4_kernels.triton.quantization import why_not_e4m3
 
 SHORT = 8
 MAX_SPLITS = 128
@@ -81,3 +82,7 @@ def chunked_attention(
             **{name: launch[name] for name in ("SPLIT_KEYS", "BLOCK_M", "BLOCK_N")}, BLOCK_S=triton.next_power_of_2(max_splits),
         )  # fmt: skip
     return out
+
+
+def why_not_chunked_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, **_) -> str:
+    return why_not_e4m3(q.device) if k_cache.dtype == torch.float8_e4m3fn else ""

@@ -75,6 +75,12 @@ def device_name(device: torch.device) -> str:
 
 
 @functools.lru_cache(maxsize=None)
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of the GPU; a Hopper's in the interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+@functools.lru_cache(maxsize=None)
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of the GPU; 2 in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

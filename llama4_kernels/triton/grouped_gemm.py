@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llama4_kernels.ops.types import Linear, Quantized
 from llama4_kernels.triton import config
-from llama4_kernels.triton.quantization import quantize_for
+from llama4_kernels.triton.quantization import quantize_for, why_not_e4m3
 from llama4_kernels.triton.tiles import (
     NONE,
     accumulate,
@@ -49,6 +49,10 @@ def grouped_gemm(
             BLOCK_K=step, EVEN_K=k % step == 0, **config.options(launch),
         )  # fmt: skip
     return out
+
+
+def why_not_grouped_gemm(a: Tensor | Quantized, b: Linear, offsets: Tensor, **_) -> str:
+    return "" if b.scale is None else why_not_e4m3(offsets.device)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from torch import Tensor
 from llama4_kernels.counters import tickets
 from llama4_kernels.ops.types import Linear, MoEWeights, Quantized, Routing
 from llama4_kernels.triton import config
-from llama4_kernels.triton.quantization import e4m3, e4m3_scale, quantize_per_block, quantize_per_token, quantize_static
+from llama4_kernels.triton.quantization import e4m3, e4m3_scale, quantize_per_block, quantize_per_token, quantize_static, why_not_e4m3
 from llama4_kernels.triton.routing import route_top1
 from llama4_kernels.triton.tickets import is_last
 from llama4_kernels.triton.tiles import (
@@ -59,6 +59,19 @@ def fused_moe(x: Tensor, weights: MoEWeights) -> Tensor:
     routing, quantized = route_top1(x, weights.router, quantize=per_token)
     shared, routed = _gate_up(_inputs(x, routing.scores, weights, quantized), routing, weights, x.dtype)
     return _down(shared, routed, routing, weights, x.dtype)
+
+
+def why_not_moe_gate_up(x: Tensor | Quantized, routing: Routing | None, weights: MoEWeights) -> str:
+    linears = (weights.w13, weights.w2, weights.shared_w13, weights.shared_w2)
+    return why_not_e4m3(weights.router.device) if any(linear.scale is not None for linear in linears) else ""
+
+
+def why_not_moe_down(shared: Tensor | Quantized, routed: Tensor | Quantized, routing: Routing, weights: MoEWeights, **_) -> str:
+    return why_not_moe_gate_up(shared, routing, weights)
+
+
+def why_not_fused_moe(x: Tensor, weights: MoEWeights) -> str:
+    return why_not_moe_gate_up(x, None, weights)
 
 
 class _Inputs(NamedTuple):

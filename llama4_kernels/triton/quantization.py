@@ -8,8 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from llama4_kernels.ops.types import Linear, Quantized
+from llama4_kernels.triton import config
 
 E4M3_MAX = tl.constexpr(448.0)
+E4M3_CAPABILITY = (8, 9)
 BLOCK = 128
 
 
@@ -23,6 +25,18 @@ def quantize_per_token(x: Tensor) -> Quantized:
     else:
         scale.zero_()
     return Quantized(codes, scale)
+
+
+def why_not_quantize_per_token(x: Tensor) -> str:
+    return why_not_e4m3(x.device)
+
+
+def why_not_e4m3(device: torch.device) -> str:
+    """Why Triton has no conversions of e4m3 on `device`, or ""."""
+    major, minor = config.capability(device)
+    if (major, minor) >= E4M3_CAPABILITY:
+        return ""
+    return f"{device} has compute capability {major}.{minor}: Triton converts e4m3 from 8.9 on"
 
 
 def quantize_per_block(x: Tensor) -> Quantized:

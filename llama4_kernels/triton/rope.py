@@ -5,11 +5,12 @@ A row is one head of one token, of q, k and v alike. A program holds ROWS of the
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama4_kernels.triton.quantization import e4m3
+from llama4_kernels.triton.quantization import e4m3, why_not_e4m3
 
 ROWS = 16
 
@@ -46,6 +47,10 @@ def rope_qk_norm(
             INTERLEAVED=interleaved, ROWS=ROWS, num_warps=4,
         )  # fmt: skip
     return (q, k, v) if k_cache is None else q
+
+
+def why_not_rope_qk_norm(qkv: Tensor, positions: Tensor, *, k_cache: Tensor | None = None, **_) -> str:
+    return why_not_e4m3(qkv.device) if k_cache is not None and k_cache.dtype == torch.float8_e4m3fn else ""
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from torch import Tensor
 from llama4_kernels.counters import tickets
 from llama4_kernels.ops.types import Quantized, Routing
 from llama4_kernels.triton import config
-from llama4_kernels.triton.quantization import e4m3, e4m3_scale
+from llama4_kernels.triton.quantization import e4m3, e4m3_scale, why_not_e4m3
 from llama4_kernels.triton.tickets import is_last
 from llama4_kernels.triton.tiles import accumulate
 
@@ -44,6 +44,10 @@ def route_top1(x: Tensor, router: Tensor, *, quantize: bool = False) -> tuple[Ro
     if not one_launch:
         _order[(experts,)](expert_ids, order, offsets, tokens, experts, BLOCK=_ORDER_BLOCK)
     return Routing(expert_ids, scores, order, offsets), Quantized(codes, scale) if quantize else None
+
+
+def why_not_route_top1(x: Tensor, router: Tensor, *, quantize: bool = False) -> str:
+    return why_not_e4m3(x.device) if quantize else ""
 
 
 @triton.jit
