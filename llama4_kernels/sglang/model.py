@@ -35,7 +35,7 @@ from llama4_kernels.sglang.checkpoint import CheckedWeights, CheckpointError
 from llama4_kernels.sglang.config import LayerConfig, check_sharding, cos_sin_cache, layer_config, rope_positions
 from llama4_kernels.sglang.server_modes import check_server
 from llama4_kernels.sglang.vision import vision_tensors
-from llama4_kernels.sglang.weights import adopt, moe_weights
+from llama4_kernels.sglang.weights import adapt_text_only, adopt, moe_weights
 
 logger = logging.getLogger("llama4_kernels")
 
@@ -228,6 +228,8 @@ class Llama4ForConditionalGeneration(mllama4.Llama4ForConditionalGeneration):
             )
             self.multi_modal_projector = mllama4.Llama4MultiModalProjector(config)
         is_text_only = text_config is config  # whose checkpoint, and so its quantisation, has names without the prefix
+        if is_text_only:
+            adapt_text_only(quant_config)
         self.language_model = _LanguageModel(text_config, quant_config, prefix if is_text_only else add_prefix("language_model", prefix))
         self.logits_processor = LogitsProcessor(text_config)
         self.source = getattr(config, "_name_or_path", "")

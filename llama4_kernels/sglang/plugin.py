@@ -23,7 +23,7 @@ def register() -> None:
         ("sglang.srt.configs.model_config.ModelConfig._derive_hybrid_model", _derive_layers, HookType.AFTER),
         ("sglang.srt.model_loader.utils.get_model_architecture", _get_model_architecture, HookType.AROUND),
         ("sglang.srt.model_loader.weight_utils.get_quant_config", _get_quant_config, HookType.AROUND),
-        (f"{_RUNNER}.attention_backend_setup._build_full_attention_backend_from_str", _build_attention_backend, HookType.AROUND),
+        (f"{_RUNNER}.attention_backend_setup._build_resolved_backend", _build_attention_backend, HookType.AROUND),
         (f"{_RUNNER}.weight_updater.WeightUpdater.update_weights_from_disk", _update_weights_from_disk, HookType.AROUND),
         (f"{_RUNNER}.weight_updater.WeightUpdater.update_weights_from_tensor", _update_weights_from_tensor, HookType.AROUND),
         ("sglang.srt.managers.tp_worker.BaseTpWorker.deserialize_own_rank", _deserialize_own_rank, HookType.AROUND),
@@ -95,6 +95,7 @@ def _build_attention_backend(original, *, model_runner, **kwargs):
         return original(model_runner=model_runner, **kwargs)
     from llama4_kernels.sglang.attention import Llama4AttentionBackend
 
+    # One for prefill and decode, whatever two names they are given: of two SGLang's wrapper keeps the end of a graph's warm-up to itself.
     return Llama4AttentionBackend(model_runner)
 
 

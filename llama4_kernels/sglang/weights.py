@@ -6,6 +6,7 @@ kernels of their own, is replaced here: each method's parameters become one ops.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -45,6 +46,15 @@ def adapt_quant_config(quant_config: QuantizationConfig) -> None:
     quant_config.get_supported_act_dtypes = lambda: dtypes
     if not torch.cuda.is_available() and hasattr(quant_config, "_check_scheme_supported"):
         quant_config._check_scheme_supported = lambda *args, **kwargs: True
+
+
+def adapt_text_only(quant_config: QuantizationConfig | None) -> None:
+    """Have a text-only checkpoint's modules be left alone also where its list names them as parts of a `language_model`, as one does that was
+    taken from a checkpoint with a vision tower."""
+    for attribute in ("ignore", "exclude_modules", "ignored_layers"):
+        if names := getattr(quant_config, attribute, None):
+            own = [re.sub(r"^((?:re:\^?)?)language_model\\?\.", r"\1", name) for name in names]
+            setattr(quant_config, attribute, list(dict.fromkeys([*names, *own])))
 
 
 def adopt(model: nn.Module) -> None:

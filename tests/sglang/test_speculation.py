@@ -112,15 +112,16 @@ def test_verification_in_graphs_with_pages_of_16(make, oracle, tmp_path):
     assert all(REPLAYED.format(mode="TARGET_VERIFY", requests=requests, size=size) in log for requests, size in ((1, 1), (3, 4), (7, 8)))
 
 
-@pytest.mark.parametrize("prefill, tp, replayed", [
-    ("breakable", 1, REPLAYED_SEGMENTS.format(breaks=SHARED["num_hidden_layers"])),
-    ("full", 2, REPLAYED.format(mode="EXTEND", requests=1, size=160)),
+@pytest.mark.parametrize("prefill, tp, backends, replayed", [
+    ("breakable", 1, ("--attention-backend=fa3",), REPLAYED_SEGMENTS.format(breaks=SHARED["num_hidden_layers"])),
+    ("full", 2, ("--prefill-attention-backend=fa3", "--decode-attention-backend=triton"), REPLAYED.format(mode="EXTEND", requests=1, size=160)),
 ])  # fmt: skip
-def test_prefill_and_decode_in_graphs(prefill, tp, replayed, make, oracle, tmp_path):
-    """Prefill in graphs with a break at every attention, as SGLang has it on GPUs, or in one piece, and with two ranks."""
+def test_prefill_and_decode_in_graphs(prefill, tp, backends, replayed, make, oracle, tmp_path):
+    """Prefill in graphs with a break at every attention, as SGLang has it on GPUs, or in one piece, with two ranks and where prefill and
+    decode are given different backends."""
     path, folder = make("scout"), tmp_path / "standins"
     flags = (
-        "--attention-backend=fa3",
+        *backends,
         "--cuda-graph-backend-decode=full",
         *("--cuda-graph-bs-decode", "1", "4", "8"),
         f"--cuda-graph-backend-prefill={prefill}",

@@ -8,7 +8,7 @@ from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
 from sglang.srt.model_executor.model_runner_components.weight_updater import _unsupported_derived_weight_cache_error
 from torch import nn
 
-from llama4_kernels.sglang.weights import REPACKED, REQUANTISED, adapt_quant_config, adopt
+from llama4_kernels.sglang.weights import REPACKED, REQUANTISED, adapt_quant_config, adapt_text_only, adopt
 
 N, K = 256, 384
 CHANNEL = {"num_bits": 8, "type": "float", "strategy": "channel"}
@@ -39,6 +39,16 @@ def load(layer, seed):
     for name, parameter in layer.named_parameters():
         parameter.weight_loader(parameter, torch.rand(parameter.shape, generator=generator).to(parameter.dtype))
     layer.quant_method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize("spelt", ["model.layers.0.q_proj", "language_model.model.layers.0.q_proj", r"re:^language_model\.model\..*q_proj", "re:.*q_proj"])
+def test_a_text_only_model_leaves_alone_what_its_list_names_with_or_without_a_prefix(spelt):
+    found = config(one=("Linear", CHANNEL, PER_TOKEN))
+    found.ignore = [spelt]
+    adapt_text_only(found)
+    for name, dtype in (("model.layers.0.q_proj", torch.float32), ("model.layers.0.k_proj", torch.float8_e4m3fn)):
+        layer = ReplicatedLinear(K, N, bias=False, params_dtype=torch.float32, quant_config=found, prefix=name)
+        assert layer.weight.dtype == dtype
 
 
 @pytest.mark.parametrize("name, scale", [("q_proj", (N,)), ("down_proj", (2, 3))])
