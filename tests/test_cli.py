@@ -113,6 +113,12 @@ def test_demo_keeps_nothing_in_a_folder_that_is_in_use(tmp_path):
     assert result.exit_code == 2 and "is not empty" in unboxed(result.output)
 
 
+@pytest.mark.parametrize("command", ["demo", "guide"])
+def test_a_folder_that_cannot_be_made_is_said(command):
+    result = invoke(command, "--keep", "/proc/nowhere")
+    assert result.exit_code == 1 and "FAIL: [Errno 2] No such file or directory: '/proc/nowhere" in unboxed(result.output)
+
+
 def test_demo_without_sglang_says_how_to_install_it(monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "sglang" else find_spec(name, *rest))
@@ -215,6 +221,15 @@ def test_doctor_reports_every_op_as_json(without_plugin_rows, monkeypatch):
     for op in OPS:
         assert rows[f"op {op}"]["found"] == "reference (asked for by LLAMA4_KERNELS_BACKEND)"
     assert torch.__version__.startswith(rows["torch"]["found"].split("+")[0])
+
+
+def test_doctor_warns_of_a_gpu_without_fp8(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if device in (0, torch.device("cuda", 0)) else (9, 0))
+    first, second = [row for row in doctor.machine() if row.what.startswith("GPU ")]
+    assert (first.status, second.status) == ("WARN", "OK") and "bf16 KV cache" in first.advice
 
 
 def test_doctor_fails_for_a_backend_that_does_not_exist(without_plugin_rows, monkeypatch):

@@ -94,7 +94,7 @@ def tune(
     """
     device = torch.device("cuda", torch.cuda.current_device()) if device is None else device
     timer = timer or (lambda call: timing.time_calls([call], device, ROUNDS)[0].median_us)
-    table = json.loads(out.read_text()) if out.exists() else {}
+    table = _table(out)
     jobs = list(itertools.product(workloads, ops, tokens))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
@@ -147,6 +147,10 @@ def _call(op: str, weights: MoEWeights, x: torch.Tensor) -> Callable[[], object]
     return lambda: moe_down(shared, routed, routing, weights, out_dtype=x.dtype)
 
 
+def _table(path: Path) -> dict[str, dict[str, dict[str, config.Config]]]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def run(ops: list[str] | None, workloads: list[str], tokens: list[int] | None, out: Path | None) -> int:
     """The command `llama4-kernels tune`: exit code 0, or where it cannot run 2 for a name it does not know, else 1, saying why."""
     try:
@@ -160,6 +164,12 @@ def run(ops: list[str] | None, workloads: list[str], tokens: list[int] | None, o
         print(f"tune: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     path = out or config.table_path(torch.cuda.get_device_name())
+    try:  # now rather than when the first shape is timed
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(_table(path), indent=1, sort_keys=True) + "\n")
+    except (OSError, ValueError) as error:
+        print(f"tune: {path}: {error}", file=sys.stderr)
+        return 1
     tune(ops or CANDIDATES, layers, path, tokens=tokens or TOKENS)
     print(f"tune: wrote {path}")
     return 0

@@ -45,15 +45,17 @@ def run(
     try:
         before = None if base is None else _read(base)  # first: new records may go to the same file
         if measured is not None:
-            records: Sequence[Record] = _read(measured)
+            records: Sequence[Record] = list(compare.latest(_read(measured)).values())
         else:
             for module in peer_modules:
                 importlib.import_module(module)
             jobs = plan(ops, patterns, backends, peer_names)
             with Runner(options, peer_modules, job_seconds) as runner:
                 path = out or record.results_path(RESULTS, runner.session.machine, record.now())
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.open("a").close()  # now rather than when all is measured
                 records = _measure(jobs, runner, path, console)
-    except (ValueError, ModuleNotFoundError, RuntimeError) as error:
+    except (ValueError, ModuleNotFoundError, RuntimeError, OSError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     benchmarks = [each for each in records if isinstance(each, Benchmark)]

@@ -88,16 +88,16 @@ def run(like: str, *, fp8: bool, vision: bool, tp: int, keep: Path | None, port:
         return 1
     started = time.monotonic()
     console = Console()
-    with _folder(keep) as folder:
-        try:
+    try:
+        with _folder(keep) as folder:
             problems = _demo(console, folder, like, fp8, vision, tp, port)
-        except ServerError as error:
-            print(f"FAIL: {error}", file=sys.stderr)
-            return 1
+    except (ServerError, OSError) as error:
+        print(f"FAIL: {error}", file=sys.stderr)
+        return 1
     for problem in problems:
         print(f"FAIL: {problem}", file=sys.stderr)
     if keep:
-        console.print(f"kept in {keep}", markup=False)
+        console.print(f"kept in {keep}", markup=False, soft_wrap=True)
     if not problems:
         console.print(f"OK: SGLang with --model-impl llama4_kernels agrees with transformers ({time.monotonic() - started:.0f} s)")
     return 1 if problems else 0

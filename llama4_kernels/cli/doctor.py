@@ -79,6 +79,7 @@ def machine() -> Iterator[Row]:
     import torch
 
     from llama4_kernels import cuda
+    from llama4_kernels.triton import E4M3_CAPABILITY
 
     compiler = _nvcc()
     if compiler:
@@ -92,7 +93,12 @@ def machine() -> Iterator[Row]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)
-            yield Row(f"GPU {index}", "OK", f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}")
+            found = f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
+            if (major, minor) >= E4M3_CAPABILITY:
+                yield Row(f"GPU {index}", "OK", found)
+            else:
+                advice = "serve bf16 weights and a bf16 KV cache: before 8.9 FP8 runs in plain PyTorch, which CUDA graphs do not capture"
+                yield Row(f"GPU {index}", "WARN", found, advice)
     else:
         advice = "torch sees no GPU though there is a driver: check CUDA_VISIBLE_DEVICES and torch's CUDA version" if driver else ""
         yield Row("GPU", "WARN", "none: every op runs in plain PyTorch on the CPU, for tests and demonstrations", advice)

@@ -89,9 +89,12 @@ def run(names: list[str] | None, keep: Path | None) -> int:
         return 1
     console = Console()
     broken = []
-    with tempfile.TemporaryDirectory(prefix="llama4_kernels-guide-") as folder:
-        for name in names or LINES:
-            broken += _run_line(console, name, LINES[name], keep or Path(folder))
+    try:
+        with tempfile.TemporaryDirectory(prefix="llama4_kernels-guide-") as folder:
+            for name in names or LINES:
+                broken += _run_line(console, name, LINES[name], keep or Path(folder))
+    except OSError as error:
+        broken.append(str(error))
     for what in broken:
         print(f"FAIL: {what}", file=sys.stderr)
     if not broken:

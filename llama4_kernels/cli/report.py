@@ -25,6 +25,9 @@ def run(results: Sequence[Path], *, out: Path | None = None, readme_path: Path |
     print(
         f"report: {len(benchmarks)} benchmarks and {len(contents.records) - len(benchmarks)} calibrations from {', '.join(devices) or 'nowhere'}"
     )
+    if readme_path is not None and not contents.records:
+        print(f"report: no result was read from {', '.join(map(str, results)) or RESULTS}, nothing is written", file=sys.stderr)
+        return 1
     try:
         if readme_path is not None:
             changed = readme.update(readme_path, contents.records)
@@ -40,4 +43,4 @@ def run(results: Sequence[Path], *, out: Path | None = None, readme_path: Path |
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 1
-    return 0 if contents.records or readme_path is not None else 1
+    return 0 if contents.records else 1

@@ -61,6 +61,7 @@ def test_a_wrong_peer_is_shown_and_fails_nothing(tmp_path):
         (["--workload", TINY, "--peer", "deepgemm"], "peer is 'deepgemm', needs all, none, or one of fbgemm_cutlass"),
         (["--workload", TINY, "--peer-module", "no_such_module"], "No module named 'no_such_module'"),
         (["--measured", ROOT], "needs --compare"),
+        (["--workload", TINY, "--backend", "reference", "--out", "/proc/nowhere.json"], "No such file or directory: '/proc/nowhere.json'"),
     ],
 )
 def test_what_cannot_be_measured_is_said(arguments, complaint):
@@ -98,6 +99,15 @@ def test_what_is_measured_now_is_compared_with_what_the_same_file_held_before(tm
     ran = invoke("--workload", TINY, "--backend", "reference", "--out", path, "--compare", path)
     assert ran.exit_code == 1 and "1 slower" in ran.output, ran.output
     assert len(record.read(path).records) == 2
+
+
+def test_a_failure_that_was_mended_since_is_none(tmp_path):
+    base, now = tmp_path / "base.json", tmp_path / "now.json"
+    record.append(base, [synthetic.benchmark()])
+    broken = synthetic.benchmark(status="failed", reason="old crash", timing=None, date="2020-01-01T00:00:00Z")
+    record.append(now, [broken, synthetic.benchmark(seed=1)])
+    ran = invoke("--measured", now, "--compare", base)
+    assert ran.exit_code == 0 and "old crash" not in ran.output, ran.output
 
 
 def test_compare_with_another_gpu_says_that_nothing_was_measured_again(tmp_path):

@@ -62,10 +62,20 @@ def test_the_command_rewrites_between_the_markers_only(tmp_path):
     assert "is up to date" in CliRunner().invoke(app, ["report", str(results), "--readme", str(path)]).output
 
 
+def test_where_no_result_can_be_read_the_table_stays(tmp_path, monkeypatch):
+    path = tmp_path / "README.md"
+    path.write_text(EMPTY)
+    monkeypatch.chdir(tmp_path)
+    for results in ([], [str(tmp_path / "nosuch.json")], [str(path)]):
+        ran = CliRunner().invoke(app, ["report", *results, "--readme", str(path)])
+        assert ran.exit_code == 1 and "nothing is written" in ran.output and path.read_text() == EMPTY
+
+
 @pytest.mark.parametrize("text", ["# Title\n", f"{readme.END}\n{readme.START}\n"])
 def test_a_readme_without_markers_is_refused(text, tmp_path):
-    path = tmp_path / "README.md"
+    path, results = tmp_path / "README.md", tmp_path / "results.json"
     path.write_text(text)
-    ran = CliRunner().invoke(app, ["report", str(path), "--readme", str(path)])
+    record.append(results, [synthetic.benchmark()])
+    ran = CliRunner().invoke(app, ["report", str(results), "--readme", str(path)])
     assert ran.exit_code == 1 and "needs the lines" in ran.output
     assert path.read_text() == text

@@ -213,6 +213,16 @@ class Model:
 def load(model: str, weights: Weights | None) -> Model:
     """The model of that preset or published repository, or of the checkpoint in the folder `model`; `weights`: None for those that the
     repository or checkpoint holds, bf16 for a preset. PlanError names what to change."""
+    try:
+        return _load(model, weights)
+    except PlanError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise PlanError(f"--model {model}: its config.json or hf_quant_config.json is not that of a Llama 4 ({found})") from None
+
+
+def _load(model: str, weights: Weights | None) -> Model:
     for name, preset in PRESETS.items():
         for form, repository in preset.repositories.items():
             if model == repository and not Path(model).is_dir():
