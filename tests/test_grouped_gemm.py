@@ -130,6 +130,11 @@ def test_opcheck(rows):
 
 
 F8 = torch.ones(2, 4, 8).to(FP8)
+def test_without_groups_no_row_belongs_to_one(backend):
+    out = compute(backend, "grouped_gemm", torch.ones(3, 16).bfloat16(), Linear(torch.ones(0, 8, 16).bfloat16()), int32(0))
+    assert out.shape == (3, 8)
+
+
 A, B, OFFSETS = torch.ones(3, 8), Linear(torch.ones(2, 4, 8)), int32(0, 1, 3)
 CODES = torch.ones(3, 8).to(FP8)
 

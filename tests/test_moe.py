@@ -255,6 +255,7 @@ def replaced(record, **fields):
         (QUANTIZED, PLAIN, TypeError, "x is Quantized, needs a Tensor"),
         (X, "weights", TypeError, "weights is str, needs MoEWeights"),
         (X, replaced(PLAIN, router=torch.ones(2, 9)), ValueError, r"weights.router has shape \[2, 9\], needs \[E, 8\]"),
+        (X, replaced(PLAIN, router=torch.ones(0, 8)), ValueError, r"weights.router has shape \[0, 8\], needs at least one expert"),
         (X, replaced(PLAIN, router=PLAIN.router.to("meta")), ValueError, "weights.router is on meta, needs cpu"),
         (X, replaced(PLAIN, w13=torch.ones(2, 8, 8)), TypeError, "weights.w13 is Tensor, needs a Linear"),
         (X, replaced(PLAIN, w13=Linear(torch.ones(3, 8, 8))), ValueError, r"weights.w13.weight has shape \[3, 8, 8\], needs \[2, 8, 8\]"),

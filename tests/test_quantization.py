@@ -52,6 +52,11 @@ def test_rows_of_zeros_and_nan_touch_no_other_row(backend):
     assert_same_bits([quantized.codes[[0, 3]], quantized.scale[[0, 3]]], [clean.codes, clean.scale])
 
 
+def test_rows_without_columns(backend):
+    quantized = compute(backend, "quantize_per_token", torch.ones(3, 0))
+    assert quantized.codes.shape == (3, 0) and quantized.scale.tolist() == [0, 0, 0]
+
+
 @pytest.mark.gpu
 def test_replays_in_a_cuda_graph(gpu_backend):
     assert_replays(gpu_backend, "quantize_per_token", torch.randn(65, 300).bfloat16())

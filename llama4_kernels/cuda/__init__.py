@@ -14,6 +14,8 @@ def why_not(device: torch.device) -> str:
         return f"the CUDA extension was not built: {reason}"
     if device.type != "cuda":
         return f"{device.type} is not a GPU"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
     capability = torch.cuda.get_device_capability(device)
     if torch.version.hip or capability != (9, 0):
         return f"{torch.cuda.get_device_name(device)} is not a Hopper GPU (compute capability 9.0)"

@@ -43,12 +43,12 @@ class Choice:
     asked_by: str = ""
 
 
-_in_context: contextvars.ContextVar[str] = contextvars.ContextVar("llama4_kernels_backend", default="")
+_in_context: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("llama4_kernels_backend", default=())  # the innermost last
 
 
 @contextlib.contextmanager
 def use_backend(default: str | None = None, **per_op: str) -> Iterator[None]:
-    """Force backends within a `with` block; takes precedence over the environment variable LLAMA4_KERNELS_BACKEND.
+    """Force backends within a `with` block; takes precedence over blocks around it and the environment variable LLAMA4_KERNELS_BACKEND.
 
     default: backend for every op ("cuda", "triton", "reference"), "auto" for the first of them that can run, or None to leave the others
     as they were.
@@ -62,7 +62,7 @@ def use_backend(default: str | None = None, **per_op: str) -> Iterator[None]:
     """
     spec = ",".join(([default] if default else []) + [f"{name}={backend}" for name, backend in per_op.items()])
     _parse(spec, "use_backend")
-    token = _in_context.set(f"{_in_context.get()},{spec}")
+    token = _in_context.set((*_in_context.get(), spec))
     try:
         yield
     finally:
@@ -121,8 +121,8 @@ def _log_refusal(op: str, backend: str, reason: str) -> None:
 
 
 @functools.lru_cache(maxsize=None)
-def _choose(op: str, device: torch.device, environment: str, context: str) -> Choice:
-    for source, spec in (("use_backend", context), (ENVIRONMENT_VARIABLE, environment)):
+def _choose(op: str, device: torch.device, environment: str, context: tuple[str, ...]) -> Choice:
+    for source, spec in (*(("use_backend", spec) for spec in reversed(context)), (ENVIRONMENT_VARIABLE, environment)):
         backend = _parse(spec, source).get(op)
         if backend is None:
             continue

@@ -192,6 +192,8 @@ def _check_weights(op: str, weights: MoEWeights, hidden: int | str, device: torc
         raise TypeError(f"{op}: weights is {type(weights).__name__}, needs MoEWeights")
     router = checks.tensor(op, "weights.router", weights.router, dtype=checks.FLOATS, shape=("E", hidden), device=device)
     experts, hidden = router.shape
+    if experts == 0:
+        raise ValueError(f"{op}: weights.router has shape [0, {hidden}], needs at least one expert")
     for prefix, stack in (("", (experts,)), ("shared_", ())):
         w13, w2 = getattr(weights, f"{prefix}w13"), getattr(weights, f"{prefix}w2")
         checks.linear(op, f"weights.{prefix}w2", w2, shape=(*stack, hidden, "I"), device=device)

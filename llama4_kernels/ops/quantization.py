@@ -32,7 +32,7 @@ def quantize_per_token(x: Tensor) -> Quantized:
 
 @torch.library.custom_op("llama4_kernels::quantize_per_token", mutates_args=())
 def _quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
-    quantized = backend.implementation("quantize_per_token", x.device)(x)
+    quantized = backend.call("quantize_per_token", x.device, x)
     return quantized.codes, quantized.scale
 
 

@@ -17,7 +17,7 @@ def full_range(largest: Tensor) -> Tensor:
 
 
 def quantize_per_token(x: Tensor) -> Quantized:
-    scale = full_range(x.float().abs().amax(-1))
+    scale = full_range(torch.nn.functional.pad(x.float().abs(), (0, 1)).amax(-1))  # a row may have no columns
     return Quantized(_encode(x, scale[:, None]), scale)
 
 

@@ -5,11 +5,15 @@ import os
 
 import torch
 
+E4M3_CAPABILITY = (8, 9)  # the first that Triton converts e4m3 for
+
 
 def why_not(device: torch.device) -> str:
     """Why Triton kernels cannot run on `device`, or ""."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "torch finds no GPU"
     if device.type == "cuda":
         if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
             return f"{torch.cuda.get_device_name(device)} is not an NVIDIA GPU of compute capability 8.0 or later"

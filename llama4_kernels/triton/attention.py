@@ -47,7 +47,7 @@ def chunked_attention(
     num_requests, device = len(seq_lens), q.device
     page_size, num_kv_heads = k_cache.shape[1:3]
     group = num_heads // num_kv_heads
-    chunk_size = chunk_size or NO_CHUNK
+    chunk_size = min(chunk_size or NO_CHUNK, NO_CHUNK)
     holds_slots = page_table_holds == "slots"
     keys = (page_table, page_table_rows, slot_map, seq_lens, query_start_loc, k_scale, v_scale)
     scale_in_bits = scale * math.log2(math.e)

@@ -129,7 +129,7 @@ def _stages(most: int, rows: int, shared_kib: int) -> int:
 
 
 def _grouped_gemm(dtype: torch.dtype, tokens: int, *, groups: int, n: int, k: int, form: int, shared_kib: int) -> Config:
-    mean = tokens // groups
+    mean = tokens // max(groups, 1)
     if mean <= 16:
         return {"BLOCK_T": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 5, "programs_per_sm": 4}
     block = 128 if mean > 64 and form != PER_BLOCK else 64

@@ -42,7 +42,7 @@ def grouped_gemm(
     launch = config.choose("grouped_gemm", offsets.device, w.values.dtype, tokens=tokens, **shape)
     step = block_k(w.values)
     tiles = most_tiles(tokens, groups, launch["BLOCK_T"]) * triton.cdiv(n, launch["BLOCK_N"])
-    if tiles:
+    if tiles and groups:
         _grouped_gemm[(min(tiles, config.programs(offsets.device, launch)),)](
             x.values, x.scale, w.values, w.scale, offsets, rows, out, groups, n, k, triton.cdiv(k, 128),
             GROUPS=groups_width(groups), A_FORM=x.form, B_FORM=w.form, SCALED_STEPS=accumulates_scaled(x, w),

@@ -8,10 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from llama4_kernels.ops.types import Linear, Quantized
-from llama4_kernels.triton import config
+from llama4_kernels.triton import E4M3_CAPABILITY, config
 
 E4M3_MAX = tl.constexpr(448.0)
-E4M3_CAPABILITY = (8, 9)
 BLOCK = 128
 
 

@@ -33,6 +33,8 @@ def route_top1(x: Tensor, router: Tensor, *, quantize: bool = False) -> tuple[Ro
 
     one_launch = tokens <= ONE_LAUNCH_TOKENS
     launch = config.choose("route_top1", device, router.dtype, tokens=tokens, experts=experts, hidden=hidden)
+    if not one_launch:  # whose last block compares slices of experts
+        launch = launch | {"BLOCK_E": max(launch["BLOCK_E"], triton.next_power_of_2(experts))}
     slices = triton.cdiv(experts, launch["BLOCK_E"])
     best_logits = torch.empty(tokens, slices, dtype=torch.float32, device=device)
     best_ids = torch.empty(tokens, slices, dtype=torch.int32, device=device)

@@ -93,7 +93,7 @@ def test_around_chunk_boundaries(device, keys, queries):
     check(Case(((max(keys, queries), queries),)), device)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 16, 32, 1000, None])
+@pytest.mark.parametrize("chunk_size", [1, 16, 32, 1000, 2**31 - 1, None])
 @pytest.mark.parametrize("queries", [3, 33])
 def test_chunk_sizes(device, chunk_size, queries):
     check(Case(((70, queries),), chunk_size), device)
