@@ -111,10 +111,10 @@ def test_a_request_decides_which_function_runs(triton_on_cpu, monkeypatch):
 def test_a_forced_backend_that_cannot_run_is_an_error_with_the_reason(monkeypatch, op):
     why = "but cpu is not an NVIDIA GPU"
     with use_backend("triton"), pytest.raises(RuntimeError, match=f"^use_backend asks for triton to compute {op} on cpu, {why}"):
-        backend.implementation(op, CPU)
+        backend.call(op, CPU)
     monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, f"{op}=triton")
     with pytest.raises(RuntimeError, match=f"^LLAMA4_KERNELS_BACKEND asks for triton to compute {op} on cpu, {why}"):
-        backend.implementation(op, CPU)
+        backend.call(op, CPU)
 
 
 def test_auto_is_no_request(triton_on_cpu, monkeypatch):

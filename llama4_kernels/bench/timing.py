@@ -25,8 +25,7 @@ def time_calls(calls: Sequence[Call], device: torch.device, rounds: int | None =
 
     On a GPU the calls are captured into one CUDA graph. Before each replay a buffer larger than the L2 cache is read, untimed, so that
     no input of any call is in the cache when it starts, and nothing of the replay waits for the host; each call has its own inputs, so
-    that none finds another's. Calls that cannot
-    be captured run one after another between events, and the note says why.
+    that none finds another's. Calls that cannot be captured run one after another between events, and the note says why.
     graph: whether to capture; False for what is something else in a graph, as torch's copy_ is, there a copy node and slower.
     """
     if device.type == "cuda":

@@ -67,7 +67,10 @@ def doctor(
 
 @app.command()
 def tune(
-    op: Annotated[Optional[list[str]], typer.Option(help="grouped_gemm, route_top1, moe_gate_up or moe_down; may be given several times. All of them if not given.")] = None,
+    op: Annotated[
+        Optional[list[str]],
+        typer.Option(help="grouped_gemm, route_top1, moe_gate_up or moe_down; may be given several times. All of them if not given."),
+    ] = None,
     workload: Annotated[list[str], typer.Option(help="A layer: scout or maverick, its ranks, bf16 or fp8; may be given several times.")] = [
         "scout-tp8-fp8",
         "maverick-tp8-fp8",
@@ -101,7 +104,9 @@ def bench(
     compare: Annotated[Optional[Path], typer.Option(exists=True, help="File or folder of earlier results to compare with.")] = None,
     measured: Annotated[Optional[Path], typer.Option(exists=True, help="Compare these results instead of measuring.")] = None,
     refcheck: Annotated[bool, typer.Option(help="Check each result against the reference.")] = True,
-    rounds: Annotated[Optional[int], typer.Option(min=2, help="Samples for each row: 50 on a GPU, and at most 10 on a CPU, if not given.")] = None,
+    rounds: Annotated[
+        Optional[int], typer.Option(min=2, help="Samples for each row: 50 on a GPU, and at most 10 on a CPU, if not given.")
+    ] = None,
     job_seconds: Annotated[float, typer.Option(min=1, help="The most that one row may take.")] = 600,
 ) -> None:
     """Measure workloads on our backends and on peers, each checked and set against its floor, and keep a record of each.
@@ -159,12 +164,17 @@ def profile(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Option(help="scout, maverick, one of the names that an unknown one is answered with, or the folder of a checkpoint.")],
+    model: Annotated[
+        str, typer.Option(help="scout, maverick, one of the names that an unknown one is answered with, or the folder of a checkpoint.")
+    ],
     gpu: Annotated[str, typer.Option(help="a100, h100, h100-nvl, h20, h200, b200, or its memory, such as 96GiB.")] = "h100",
     gpus: Annotated[int, typer.Option(min=1, help="GPUs in all.")] = 8,
     tp: Annotated[Optional[int], typer.Option(min=1, help="Tensor-parallel ranks; all GPUs if not given.")] = None,
     ep: Annotated[int, typer.Option(min=1, help="Expert-parallel groups; to compare: the plugin serves 1.")] = 1,
-    weights: Annotated[Optional[Weights], typer.Option(help="Form of the weights, int4 to compare: the plugin does not serve it; the checkpoint's own, or bf16, if not given.")] = None,
+    weights: Annotated[
+        Optional[Weights],
+        typer.Option(help="Form of the weights: the checkpoint's own, or bf16, if not given; int4 to compare, the plugin does not serve it."),
+    ] = None,
     kv_dtype: Annotated[Optional[KvDtype], typer.Option(help="Form of the KV cache; that of the activations if not given.")] = None,
     context: Annotated[
         Optional[int], typer.Option(min=1, help="Tokens of a request, prompt and answer; the most that fit if not given.")

@@ -88,12 +88,6 @@ def choices(device: torch.device | str | None = None) -> list[Choice]:
     return [_choose(op, device, os.environ.get(ENVIRONMENT_VARIABLE, ""), _in_context.get()) for op in OPS]
 
 
-def implementation(op: str, device: torch.device) -> Callable:
-    """The function that computes `op` for tensors on `device`."""
-    chosen = _choose(op, device, os.environ.get(ENVIRONMENT_VARIABLE, ""), _in_context.get())
-    return _find(chosen.backend, op)
-
-
 def call(op: str, device: torch.device, *args, **kwargs):
     """Compute `op` for tensors on `device`.
 

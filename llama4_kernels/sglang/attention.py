@@ -123,7 +123,7 @@ class Llama4AttentionBackend(AttentionBackend):
         self.forward_metadata = StepMetadata(seq_lens.to(torch.int32), query_start_loc)
 
     def _starts(self, requests: int, queries: int) -> Tensor:
-        """query_start_loc of requests that have as many queries each. Data-parallel attention pads a batch to more of them than there can be."""
+        """query_start_loc of requests of `queries` queries each: also of more than there can be, as data-parallel attention pads a batch."""
         return torch.arange(0, (requests + 1) * queries, queries, dtype=torch.int32, device=self.device)
 
     def forward_extend(

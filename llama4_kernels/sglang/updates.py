@@ -1,5 +1,6 @@
-"""Weights loaded into a model that serves. SGLang ends the server where loading fails: it lets the error of tensors pass, and goes back from
-a checkpoint that does not fit by loading the same again. Here a checkpoint is checked before any of it is loaded, and failures are answered.
+"""Weights loaded into a model that serves. SGLang ends the server where loading fails: it lets the error of tensors pass, and goes back
+from a checkpoint that does not fit by loading the same again. Here a checkpoint is checked before any of it is loaded, and failures are
+answered.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ def adapt_quant_config(quant_config: QuantizationConfig) -> None:
 
 
 def adapt_text_only(quant_config: QuantizationConfig | None) -> None:
-    """Have a text-only checkpoint's modules be left alone also where its list names them as parts of a `language_model`, as one does that was
-    taken from a checkpoint with a vision tower."""
+    """Have a text-only checkpoint's modules be left alone also where its list names them as parts of a `language_model`, as a list does
+    that was taken from a checkpoint with a vision tower."""
     for attribute in ("ignore", "exclude_modules", "ignored_layers"):
         if names := getattr(quant_config, attribute, None):
             own = [re.sub(r"^((?:re:\^?)?)language_model\\?\.", r"\1", name) for name in names]

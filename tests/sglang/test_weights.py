@@ -41,7 +41,9 @@ def load(layer, seed):
     layer.quant_method.process_weights_after_loading(layer)
 
 
-@pytest.mark.parametrize("spelt", ["model.layers.0.q_proj", "language_model.model.layers.0.q_proj", r"re:^language_model\.model\..*q_proj", "re:.*q_proj"])
+@pytest.mark.parametrize(
+    "spelt", ["model.layers.0.q_proj", "language_model.model.layers.0.q_proj", r"re:^language_model\.model\..*q_proj", "re:.*q_proj"]
+)
 def test_a_text_only_model_leaves_alone_what_its_list_names_with_or_without_a_prefix(spelt):
     found = config(one=("Linear", CHANNEL, PER_TOKEN))
     found.ignore = [spelt]

@@ -33,8 +33,8 @@ PREFILLS = (8192, 32768, 131072)
 INTRODUCTION = (
     f"Written by `{COMMAND}` from the records in `bench/results`; not by hand. `python -m bench.calibration --list` names the questions, "
     "`--dry-run` prints every case with its bytes and flops, and `--out DIR` measures on a Hopper GPU: each question in a process with a "
-    "time box, the chip in under 8 minutes. `--peers DIR`, a folder of other projects' packages, measures those as well, in under 10 minutes "
-    "more."
+    "time box, the chip in under 8 minutes. `--peers DIR`, a folder of other projects' packages, measures those as well, in under 10 "
+    "minutes more."
 )
 NOTHING_MEASURED = (
     "**No record of a GPU is committed: nothing on this page was measured.** The floors below rest on the datasheet of an H200, which no "
