@@ -5,7 +5,7 @@
 # usage: scripts/gpu_check.sh OUT_DIR
 # PYTHON: the interpreter (python3). STEP_SECONDS, FILE_SECONDS, TEST_SECONDS: the most that a step may take (600), the tests of a file where
 # files run one by one (120), and a test (60). JOBS: tests at a time (8).
-# PEERS: folder of other projects' packages, to measure them.
+# PEERS: folder of other projects' packages, to measure them beside ours.
 # STEPS: the steps to run where time is short, say "build tests"; what an earlier run built in OUT_DIR is used again without "build".
 #
 # A step that fails does not stop the next; the exit code is 1 if any failed. What this host cannot run is skipped, and the table says why.
@@ -88,7 +88,7 @@ fi
 step package "${pytest[@]}" --junitxml "$out/package.xml" tests/test_package.py
 
 if [ -n "$no_gpu" ]; then
-    for name in tests memcheck racecheck benchmarks calibration rivals; do skip "$name" "$no_gpu"; done
+    for name in tests memcheck racecheck benchmarks trials calibration rivals; do skip "$name" "$no_gpu"; done
 else
     # Tests run side by side, each for TEST_SECONDS at most; one that hangs or faults ends its process, and another takes the tests left.
     # Without the plugins for that there is a process for each file.
@@ -113,11 +113,14 @@ else
             skip "$tool" "no compute-sanitizer on PATH or in /usr/local/cuda/bin"
         fi
     done
-    if compgen -G "bench/bench_*.py" > /dev/null; then
-        step benchmarks "${pytest[@]}" -m gpu --benchmark-json "$out/benchmarks.json" --records "$out/records.json" bench/bench_*.py
-    else
-        skip benchmarks "bench/ holds no bench_*.py"
-    fi
+    bench=("${pytest[@]}" -m gpu)
+    step benchmarks env PYTHONPATH="$PYTHONPATH${PEERS:+:$PEERS}" "${bench[@]}" ${PEERS:+--peers} --benchmark-json "$out/benchmarks.json" \
+        --records "$out/records.json" bench/bench_*.py
+    for trial in PDL=0 PREFETCH=0 PREFETCH=1; do
+        step "trials-$trial" env "LLAMA4_KERNELS_$trial" "${bench[@]}" -k cuda --records "$out/trials/$trial.json" \
+            --workloads 'fused_moe/fp8/*/tp8/t1' --workloads 'fused_moe/fp8/*/tp8/t16' --workloads 'fused_moe/fp8/*/tp8/t64' \
+            bench/bench_moe_layer.py
+    done
     step calibration "$python" -m bench.calibration --out "$out/calibration"
     if [ -n "${PEERS:-}" ]; then
         step rivals "$python" -m bench.calibration --only rivals --peers "$PEERS" --out "$out/calibration"

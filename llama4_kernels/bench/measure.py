@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -18,6 +19,8 @@ from llama4_kernels.bench.record import Benchmark, Ceilings, Check
 
 # Ops that a layer calls
 PARTS = {"attention_part": ("rope_qk_norm", "chunked_attention"), "decoder_layer": ("rope_qk_norm", "chunked_attention", "fused_moe")}
+# Variables that change what our backends launch
+SWITCHES = ("LLAMA4_KERNELS_PDL", "LLAMA4_KERNELS_PREFETCH", "LLAMA4_KERNELS_CHECK_VALUES")
 ON_CPU = "the reference in plain PyTorch on a CPU: it shows that the chain works, and says nothing about a kernel's speed"
 
 
@@ -31,7 +34,13 @@ class Job:
 
     @property
     def repro(self) -> str:
-        return f"llama4-kernels bench --workload {self.workload} --{'peer' if self.peer else 'backend'} {self.backend}"
+        command = f"llama4-kernels bench --workload {self.workload} --{'peer' if self.peer else 'backend'} {self.backend}"
+        return " ".join([*self.switches, command])
+
+    @property
+    def switches(self) -> list[str]:
+        """As a shell sets them, those of this process that say how our backends run."""
+        return [] if self.peer else [f"{name}={os.environ[name]}" for name in SWITCHES if name in os.environ]
 
 
 @dataclass(frozen=True)
@@ -146,7 +155,7 @@ def _measure(job: Job, problem: inputs.Problem, session: Session, device: torch.
         peak_memory_bytes=timing.peak_memory(case.run, device),
         clocks_before=before,
         clocks_after=after,
-        notes=tuple(filter(None, (case.note, *notes))),
+        notes=tuple(filter(None, (case.note, *job.switches, *notes))),
     )
     if check is None or (check.error is not None and check.error <= check.bound):
         return done

@@ -14,6 +14,7 @@ import synthetic
 from typer.testing import CliRunner
 
 from llama4_kernels.bench import formats, machine, plan, readme, record
+from llama4_kernels.bench.measure import Job
 from llama4_kernels.cli.main import app
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +41,16 @@ def test_the_repro_line_of_a_record_measures_it_again(tmp_path):
     assert (program, command) == ("llama4-kernels", "bench")
     assert invoke(*arguments, "--out", tmp_path / "again.json").exit_code == 0
     assert [(done.workload, done.backend) for done in record.read(tmp_path).records] == [(TINY, "reference")]
+
+
+def test_a_record_says_which_switches_were_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLAMA4_KERNELS_PDL", "0")
+    out = tmp_path / "results.json"
+    assert invoke("--workload", TINY, "--backend", "reference", "--rounds", 3, "--out", out).exit_code == 0
+    (done,) = record.read(out).records
+    assert "LLAMA4_KERNELS_PDL=0" in done.notes
+    assert done.repro == f"LLAMA4_KERNELS_PDL=0 llama4-kernels bench --workload {TINY} --backend reference"
+    assert Job(TINY, "torch", peer=True).repro.startswith("llama4-kernels bench")
 
 
 def test_a_wrong_peer_is_shown_and_fails_nothing(tmp_path):
