@@ -55,7 +55,7 @@ def local_and_global_layers(config: Llama4TextConfig) -> tuple[list[int], list[i
 
 
 def check_supported(config: Llama4TextConfig) -> None:
-    """ValueError for what a Llama 4 config can say and no Llama 4 checkpoint uses."""
+    """ValueError for what a Llama 4 config can say and no Llama 4 checkpoint uses, or no model can compute."""
     if config.num_experts_per_tok != 1:
         raise ValueError(f"llama4_kernels serves Llama 4 with num_experts_per_tok 1, config.json has {config.num_experts_per_tok}")
     if config.attention_bias:
@@ -67,6 +67,19 @@ def check_supported(config: Llama4TextConfig) -> None:
         raise ValueError(f"llama4_kernels serves Llama 4 with rope_type {' or '.join(ROPE_TYPES)}, config.json has {rope['rope_type']}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("llama4_kernels serves Llama 4 with RoPE over whole heads, config.json has a partial_rotary_factor")
+    if config.attention_chunk_size is not None and config.attention_chunk_size < 1:
+        needs = "needs at least 1, or null for full attention"
+        raise ValueError(f"config.json: attention_chunk_size is {config.attention_chunk_size}, {needs}")
+    for name, is_read in (
+        ("num_key_value_heads", True),
+        ("floor_scale", config.attn_temperature_tuning),
+        ("num_local_experts", any(layer in config.moe_layers for layer in range(config.num_hidden_layers))),
+    ):
+        if is_read and getattr(config, name) < 1:
+            raise ValueError(f"config.json: {name} is {getattr(config, name)}, needs at least 1")
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % kv_heads:
+        raise ValueError(f"config.json: num_attention_heads is {heads}, needs a multiple of num_key_value_heads, {kv_heads}")
     for name in ("no_rope_layers", "layer_types"):
         if len(getattr(config, name)) < config.num_hidden_layers:
             raise ValueError(f"config.json: {name} has {len(getattr(config, name))} entries for {config.num_hidden_layers} layers")
@@ -79,13 +92,14 @@ def check_sharding(config: Llama4TextConfig, tp_size: int, attn_tp_size: int) ->
     """ValueError where `config` cannot be split: MLPs and experts among `tp_size` ranks, heads among the `attn_tp_size` of them that serve the
     same requests."""
     attention = "--tp-size" if attn_tp_size == tp_size else "--tp-size over --dp-size"
-    for flag, ranks, name in (
-        (attention, attn_tp_size, "num_attention_heads"),
-        ("--tp-size", tp_size, "intermediate_size"),
-        ("--tp-size", tp_size, "intermediate_size_mlp"),
+    is_moe = {layer in config.moe_layers for layer in range(config.num_hidden_layers)}
+    for flag, ranks, name, is_read in (
+        (attention, attn_tp_size, "num_attention_heads", True),
+        ("--tp-size", tp_size, "intermediate_size", True in is_moe),
+        ("--tp-size", tp_size, "intermediate_size_mlp", False in is_moe),
     ):
         size = getattr(config, name)
-        if size % ranks:
+        if is_read and size % ranks:
             raise ValueError(f"llama4_kernels serves Llama 4 with a {flag} that divides {name} {size} of config.json, it is {ranks}")
     kv_heads = config.num_key_value_heads
     if kv_heads % attn_tp_size and attn_tp_size % kv_heads:

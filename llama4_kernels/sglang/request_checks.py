@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import re
 
+# What SGLang holds integers of sampling parameters in.
+INT32_MAX = 2**31 - 1
+
 
 def check_request(request, input_ids: list[int] | None, *, vocab_size: int, image_token_id: int | None, image_token: str | None) -> None:
     """ValueError for a request that the model cannot compute.
@@ -22,11 +25,18 @@ def check_request(request, input_ids: list[int] | None, *, vocab_size: int, imag
     _check_tokens("input_ids", input_ids, vocab_size)
     stops = request.sampling_params.get("stop_token_ids") or ()
     _check_tokens("stop_token_ids", [token for token in stops if token is not None], vocab_size)
+    for name in ("top_k", "min_new_tokens"):
+        value = request.sampling_params.get(name)
+        if isinstance(value, int) and value > INT32_MAX:
+            raise ValueError(f"{name} is {value}, needs at most {INT32_MAX}")
+    # Also without return_logprob: SGLang takes the largest of the requests that run together.
+    _check_integer("top_logprobs_num", request.top_logprobs_num)
+    if not 0 <= request.top_logprobs_num <= vocab_size:
+        raise ValueError(f"top_logprobs_num is {request.top_logprobs_num}, needs 0 to {vocab_size}, the tokens of the vocabulary")
     if request.return_logprob:
+        _check_integer("logprob_start_len", request.logprob_start_len)
         if request.logprob_start_len < -1:
             raise ValueError(f"logprob_start_len is {request.logprob_start_len}, needs -1 or more")
-        if not 0 <= request.top_logprobs_num <= vocab_size:
-            raise ValueError(f"top_logprobs_num is {request.top_logprobs_num}, needs 0 to {vocab_size}, the tokens of the vocabulary")
     _check_patterns(request.sampling_params.get("stop_regex"))
     if request.image_data and image_token_id is not None:
         formats = {_format(image) for image in (request.image_data if isinstance(request.image_data, list) else [request.image_data])}
@@ -48,6 +58,11 @@ def _format(image) -> str:
     """Of what SGLang's Engine takes in place of an image, processor_output or precomputed_embedding; empty for an image."""
     given = image.get("format", "") if isinstance(image, dict) else ""
     return getattr(given, "name", given).lower()
+
+
+def _check_integer(name: str, value: object) -> None:
+    if type(value) is not int:
+        raise ValueError(f"{name} is {value!r}, needs an integer")
 
 
 def _check_tokens(name: str, tokens: list[int] | None, vocab_size: int) -> None:

@@ -90,7 +90,7 @@ def test_a_checkpoint_that_lacks_a_tensor(make, tmp_path):
         ({"num_attention_heads": 5, "num_key_value_heads": 1}, 2, 1, "--tp-size that divides num_attention_heads 5"),
         ({"num_attention_heads": 12, "num_key_value_heads": 3}, 2, 1, "--tp-size that divides num_key_value_heads 3"),
         ({"intermediate_size": 250}, 4, 1, "--tp-size that divides intermediate_size 250"),
-        ({"intermediate_size_mlp": 3}, 2, 1, "--tp-size that divides intermediate_size_mlp 3"),
+        ({"intermediate_size_mlp": 3, "interleave_moe_layer_step": 2}, 2, 1, "--tp-size that divides intermediate_size_mlp 3"),
         ({}, 16, 1, "--tp-size that divides num_attention_heads 40 of config.json, it is 16"),
         ({"intermediate_size": 8}, 16, 2, "--tp-size that divides intermediate_size 8"),
         ({"num_attention_heads": 12}, 16, 2, "--tp-size over --dp-size that divides num_attention_heads 12 of config.json, it is 8"),
@@ -102,6 +102,11 @@ def test_sizes_that_the_ranks_do_not_divide(sizes, tp_size, dp_size, message):
         check_sharding(Llama4TextConfig(**sizes), tp_size, tp_size // dp_size)
 
 
+@pytest.mark.parametrize("sizes", [{"intermediate_size_mlp": 3}, {"intermediate_size": 3, "moe_layers": []}], ids=str)
+def test_sizes_of_layers_that_the_model_does_not_have_may_be_any(sizes):
+    check_sharding(Llama4TextConfig(**sizes), tp_size=2, attn_tp_size=2)
+
+
 def test_heads_are_split_by_the_ranks_that_serve_the_same_requests():
     """Scout with --tp-size 16 --dp-size 2 --enable-dp-attention: 40 heads and 8 KV heads over 8 ranks."""
     check_sharding(Llama4TextConfig(), tp_size=16, attn_tp_size=8)
@@ -110,9 +115,20 @@ def test_heads_are_split_by_the_ranks_that_serve_the_same_requests():
 ROPE = {"rope_theta": 500000.0, "factor": 2.0}
 
 
-@pytest.mark.parametrize("rope_type", ["linear", "yarn", "default"])
-def test_configs_that_are_served(rope_type):
-    check_supported(Llama4TextConfig(rope_parameters=ROPE | {"rope_type": rope_type}))
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"rope_parameters": ROPE | {"rope_type": rope_type}} for rope_type in ("linear", "yarn", "default")),
+        {"attention_chunk_size": None},
+        {"attention_chunk_size": 1, "floor_scale": 1},
+        {"floor_scale": 0, "attn_temperature_tuning": False},
+        {"num_local_experts": 0, "moe_layers": []},
+        {"num_attention_heads": 5, "num_key_value_heads": 5},
+    ],
+    ids=str,
+)
+def test_configs_that_are_served(fields):
+    check_supported(Llama4TextConfig(**fields))
 
 
 @pytest.mark.parametrize(
@@ -125,6 +141,12 @@ def test_configs_that_are_served(rope_type):
             "rope_type default or linear or yarn or llama3, config.json has longrope",
         ),
         ({"rope_parameters": ROPE | {"rope_type": "linear", "partial_rotary_factor": 0.5}}, "RoPE over whole heads"),
+        ({"attention_chunk_size": 0}, "attention_chunk_size is 0, needs at least 1, or null for full attention"),
+        ({"attention_chunk_size": -8192}, "attention_chunk_size is -8192, needs at least 1"),
+        ({"floor_scale": 0}, "floor_scale is 0, needs at least 1"),
+        ({"num_attention_heads": 40, "num_key_value_heads": 16}, "num_attention_heads is 40, needs a multiple of num_key_value_heads, 16"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0, needs at least 1"),
+        ({"num_local_experts": 0}, "num_local_experts is 0, needs at least 1"),
     ],
 )
 def test_configs_that_are_refused(fields, message):

@@ -28,8 +28,10 @@ def check(tokens, fields, model=MODEL):
     ([1], {"sampling_params": {"stop_token_ids": {0, 319, None}}}),
     ([1], {"sampling_params": {"stop_token_ids": None}}),
     ([1], {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 320}),
-    ([1], {"logprob_start_len": -9, "top_logprobs_num": -1}),  # read with return_logprob only
+    ([1], {"logprob_start_len": -9}),  # read with return_logprob only
     ([1], {"sampling_params": {"stop_regex": ["a+", "b|c"]}}),
+    ([1], {"sampling_params": {"top_k": 2**31 - 1, "min_new_tokens": 2**31 - 1}}),
+    ([1], {"sampling_params": {"top_k": None, "min_new_tokens": "5"}}),  # read, or refused, by SGLang
 ], ids=str)  # fmt: skip
 def test_what_is_taken(tokens, fields):
     check(tokens, fields)
@@ -52,6 +54,12 @@ def test_a_model_without_images_takes_their_token_for_text():
     ([1], {"return_logprob": True, "top_logprobs_num": 321}, "top_logprobs_num is 321, needs 0 to 320"),
     ([1], {"return_logprob": True, "top_logprobs_num": -1}, "top_logprobs_num is -1, needs 0 to 320"),
     ([1], {"positional_embed_overrides": {"positions": [0]}}, "positional_embed_overrides is given, needs text"),
+    ([1], {"return_logprob": True, "top_logprobs_num": [1]}, r"top_logprobs_num is \[1\], needs an integer"),
+    ([1], {"return_logprob": True, "logprob_start_len": [0]}, r"logprob_start_len is \[0\], needs an integer"),
+    ([1], {"top_logprobs_num": 321}, "top_logprobs_num is 321, needs 0 to 320"),
+    ([1], {"top_logprobs_num": [1]}, r"top_logprobs_num is \[1\], needs an integer"),
+    ([1], {"sampling_params": {"top_k": 2**31}}, "top_k is 2147483648, needs at most 2147483647"),
+    ([1], {"sampling_params": {"min_new_tokens": 2**40}}, "min_new_tokens is 1099511627776, needs at most 2147483647"),
     ([1], {"sampling_params": {"stop_regex": "("}}, r"stop_regex is '\(', needs a regular expression"),
     ([1], {"sampling_params": {"stop_regex": ["a", "("]}}, r"stop_regex is '\(', needs a regular expression"),
     ([5, 264], {"text": "<|image|><|patch|>", "image_data": ["a.png"]}, r"the prompt has <\|patch\|> beside image_data"),
