@@ -206,6 +206,10 @@ class _LanguageModel(llama4.Llama4ForCausalLM):
     def _init_model(self, config: Llama4TextConfig, quant_config: QuantizationConfig | None = None, prefix: str = "") -> Llama4Model:
         return Llama4Model(config, quant_config, prefix)
 
+    def forward(self, input_ids: Tensor | None, positions: Tensor, forward_batch: ForwardBatch, *args, **kwargs):
+        """SGLang's, with the tokens of the batch where only their embeddings are given: scoring asks the logits processor for their device."""
+        return super().forward(forward_batch.input_ids if input_ids is None else input_ids, positions, forward_batch, *args, **kwargs)
+
 
 class Llama4ForConditionalGeneration(mllama4.Llama4ForConditionalGeneration):
     """Llama 4 with SGLang's vision tower, where the checkpoint has one and the server has multimodal input enabled."""

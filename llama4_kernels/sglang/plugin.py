@@ -130,6 +130,8 @@ def _check_request(result, manager, request, input_ids) -> None:
     config = manager.model_config
     if not is_ours(config):
         return
+    from sglang.srt.runtime_context import get_memory, get_schedule
+
     from llama4_kernels.sglang.request_checks import check_request
 
     token_id = getattr(config.hf_config, "image_token_index", None) if manager.mm_processor else None
@@ -137,6 +139,7 @@ def _check_request(result, manager, request, input_ids) -> None:
         request,
         input_ids,
         vocab_size=config.vocab_size,
+        computes_whole_prompts=get_memory().disable_radix_cache and get_schedule().chunked_prefill_size == -1,
         image_token_id=token_id,
         image_token=manager.tokenizer.convert_ids_to_tokens(token_id) if manager.tokenizer is not None and token_id is not None else None,
     )

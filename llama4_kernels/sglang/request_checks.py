@@ -10,16 +10,29 @@ import re
 INT32_MAX = 2**31 - 1
 
 
-def check_request(request, input_ids: list[int] | None, *, vocab_size: int, image_token_id: int | None, image_token: str | None) -> None:
+def check_request(
+    request,
+    input_ids: list[int] | None,
+    *,
+    vocab_size: int,
+    computes_whole_prompts: bool,
+    image_token_id: int | None,
+    image_token: str | None,
+) -> None:
     """ValueError for a request that the model cannot compute.
 
     request: SGLang's GenerateReqInput of one prompt.
     input_ids: its tokens, those of its images included; None where there are none yet.
+    computes_whole_prompts: whether each is prefilled in one piece, none of it from a cache.
     image_token_id, image_token: what stands for a part of an image, in input_ids and in text; None where the model sees no images.
     """
     for name in ("input_embeds", "positional_embed_overrides"):
         if getattr(request, name) is not None:
             raise ValueError(f"{name} is given, needs text or input_ids instead: the model embeds tokens itself")
+    for name, kind in (("id", str), ("rid", str), ("offset", int)):
+        value = (request.session_params or {}).get(name)
+        if value is not None:
+            _check_type(f"{name} of session_params", value, kind)
     if input_ids == [] and not _continues_a_session(request):
         raise ValueError("the prompt has no tokens, needs at least one")
     _check_tokens("input_ids", input_ids, vocab_size)
@@ -30,13 +43,17 @@ def check_request(request, input_ids: list[int] | None, *, vocab_size: int, imag
         if isinstance(value, int) and value > INT32_MAX:
             raise ValueError(f"{name} is {value}, needs at most {INT32_MAX}")
     # Also without return_logprob: SGLang takes the largest of the requests that run together.
-    _check_integer("top_logprobs_num", request.top_logprobs_num)
+    _check_type("top_logprobs_num", request.top_logprobs_num, int)
     if not 0 <= request.top_logprobs_num <= vocab_size:
         raise ValueError(f"top_logprobs_num is {request.top_logprobs_num}, needs 0 to {vocab_size}, the tokens of the vocabulary")
     if request.return_logprob:
-        _check_integer("logprob_start_len", request.logprob_start_len)
+        _check_type("logprob_start_len", request.logprob_start_len, int)
         if request.logprob_start_len < -1:
             raise ValueError(f"logprob_start_len is {request.logprob_start_len}, needs -1 or more")
+    if request.token_indices_to_pool is not None:
+        if not computes_whole_prompts:
+            raise ValueError("token_indices_to_pool is given, needs a server with --disable-radix-cache and --chunked-prefill-size -1")
+        _check_positions("token_indices_to_pool", request.token_indices_to_pool, len(input_ids or ()))
     _check_patterns(request.sampling_params.get("stop_regex"))
     if request.image_data and image_token_id is not None:
         formats = {_format(image) for image in (request.image_data if isinstance(request.image_data, list) else [request.image_data])}
@@ -51,7 +68,7 @@ def check_request(request, input_ids: list[int] | None, *, vocab_size: int, imag
 
 def _continues_a_session(request) -> bool:
     """Whether the tokens of earlier turns come before those of the request."""
-    return isinstance(request.session_params, dict) and bool(request.session_params.get("id"))
+    return bool((request.session_params or {}).get("id"))
 
 
 def _format(image) -> str:
@@ -60,9 +77,14 @@ def _format(image) -> str:
     return getattr(given, "name", given).lower()
 
 
-def _check_integer(name: str, value: object) -> None:
-    if type(value) is not int:
-        raise ValueError(f"{name} is {value!r}, needs an integer")
+def _check_type(name: str, value: object, kind: type) -> None:
+    if type(value) is not kind:
+        raise ValueError(f"{name} is {value!r}, needs {kind.__name__}")
+
+
+def _check_positions(name: str, positions: list[int], length: int) -> None:
+    if not positions or min(positions) < 0 or max(positions) >= length:
+        raise ValueError(f"{name} is {positions}, needs positions of the prompt, from 0 to {length - 1}")
 
 
 def _check_tokens(name: str, tokens: list[int] | None, vocab_size: int) -> None:

@@ -37,6 +37,10 @@ def test_bad_requests_are_refused(make, oracle, tmp_path):
             {"input_ids": [], "session_params": {"id": "of no session"}},
             {"input_ids": prompt(4), "return_logprob": True, "logprob_start_len": -7},
             {"input_ids": prompt(4), "return_logprob": True, "top_logprobs_num": 10000},
+            {"input_ids": [prompt(4)] * 2, "return_logprob": [True, False], "top_logprobs_num": [1, 10000]},
+            {"input_ids": prompt(4), "sampling_params": {"top_k": 2**31}},
+            {"input_ids": prompt(4), "token_indices_to_pool": [3], "sampling_params": {"max_new_tokens": 0}},
+            {"input_ids": prompt(4), "session_params": {"id": ["of no session"]}},
             {},
         ):
             assert 400 <= requests.post(f"{server.url}/generate", json=body, timeout=60).status_code < 500

@@ -7,10 +7,11 @@ from sglang.srt.multimodal.modality import MultimodalInputFormat
 
 from llama4_kernels.sglang.request_checks import check_request
 
-MODEL = {"vocab_size": 320, "image_token_id": 264, "image_token": "<|patch|>"}
+MODEL = {"vocab_size": 320, "computes_whole_prompts": True, "image_token_id": 264, "image_token": "<|patch|>"}
 PLAIN = {
     "text": None, "input_ids": None, "input_embeds": None, "image_data": None, "sampling_params": {}, "return_logprob": False,
     "logprob_start_len": -1, "top_logprobs_num": 0, "positional_embed_overrides": None, "session_params": None,
+    "token_indices_to_pool": None,
 }  # fmt: skip
 
 
@@ -25,11 +26,13 @@ def check(tokens, fields, model=MODEL):
     ([264], {"input_ids": [264], "image_data": [{"format": "processor_output"}]}),
     ([264], {"text": "<|patch|>", "image_data": {"format": MultimodalInputFormat.PROCESSOR_OUTPUT}}),
     ([], {"input_ids": [], "session_params": {"id": "a"}}),
+    ([1], {"session_params": {"id": "a", "rid": None, "offset": -1, "replace": True}}),
     ([1], {"sampling_params": {"stop_token_ids": {0, 319, None}}}),
     ([1], {"sampling_params": {"stop_token_ids": None}}),
     ([1], {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 320}),
     ([1], {"logprob_start_len": -9}),  # read with return_logprob only
     ([1], {"sampling_params": {"stop_regex": ["a+", "b|c"]}}),
+    ([1, 2], {"token_indices_to_pool": [0, 1]}),
     ([1], {"sampling_params": {"top_k": 2**31 - 1, "min_new_tokens": 2**31 - 1}}),
     ([1], {"sampling_params": {"top_k": None, "min_new_tokens": "5"}}),  # read, or refused, by SGLang
 ], ids=str)  # fmt: skip
@@ -41,12 +44,20 @@ def test_a_model_without_images_takes_their_token_for_text():
     check([264], {"input_ids": [264], "image_data": ["a.png"]}, MODEL | {"image_token_id": None, "image_token": None})
 
 
+def test_positions_of_a_prompt_that_may_be_computed_in_part():
+    with pytest.raises(ValueError, match="token_indices_to_pool is given, needs a server with --disable-radix-cache and --chunked-prefill"):
+        check([1, 2], {"token_indices_to_pool": [0]}, MODEL | {"computes_whole_prompts": False})
+
+
 @pytest.mark.parametrize("tokens, fields, message", [
     ([], {"text": ""}, "the prompt has no tokens"),
     ([5, -1], {}, r"input_ids has -1, needs tokens from 0 to 319"),
     ([320, 5], {}, r"input_ids has 320, needs tokens from 0 to 319"),
     (None, {"input_embeds": [[0.0] * 4]}, "input_embeds is given, needs text or input_ids instead"),
     ([], {"input_ids": [], "session_params": {"id": None}}, "the prompt has no tokens"),
+    ([1], {"session_params": {"id": ["a"]}}, r"id of session_params is \['a'\], needs str"),
+    ([1], {"session_params": {"id": "a", "rid": ["b"]}}, r"rid of session_params is \['b'\], needs str"),
+    ([1], {"session_params": {"id": "a", "offset": "1"}}, "offset of session_params is '1', needs int"),
     ([320], {"input_ids": [320], "session_params": {"id": "a"}}, "input_ids has 320, needs tokens from 0 to 319"),
     ([1], {"sampling_params": {"stop_token_ids": [5, 320]}}, "stop_token_ids has 320, needs tokens from 0 to 319"),
     ([1], {"sampling_params": {"stop_token_ids": {-1}}}, "stop_token_ids has -1, needs tokens from 0 to 319"),
@@ -54,12 +65,15 @@ def test_a_model_without_images_takes_their_token_for_text():
     ([1], {"return_logprob": True, "top_logprobs_num": 321}, "top_logprobs_num is 321, needs 0 to 320"),
     ([1], {"return_logprob": True, "top_logprobs_num": -1}, "top_logprobs_num is -1, needs 0 to 320"),
     ([1], {"positional_embed_overrides": {"positions": [0]}}, "positional_embed_overrides is given, needs text"),
-    ([1], {"return_logprob": True, "top_logprobs_num": [1]}, r"top_logprobs_num is \[1\], needs an integer"),
-    ([1], {"return_logprob": True, "logprob_start_len": [0]}, r"logprob_start_len is \[0\], needs an integer"),
+    ([1], {"return_logprob": True, "top_logprobs_num": [1]}, r"top_logprobs_num is \[1\], needs int"),
+    ([1], {"return_logprob": True, "logprob_start_len": [0]}, r"logprob_start_len is \[0\], needs int"),
     ([1], {"top_logprobs_num": 321}, "top_logprobs_num is 321, needs 0 to 320"),
-    ([1], {"top_logprobs_num": [1]}, r"top_logprobs_num is \[1\], needs an integer"),
+    ([1], {"top_logprobs_num": [1]}, r"top_logprobs_num is \[1\], needs int"),
     ([1], {"sampling_params": {"top_k": 2**31}}, "top_k is 2147483648, needs at most 2147483647"),
     ([1], {"sampling_params": {"min_new_tokens": 2**40}}, "min_new_tokens is 1099511627776, needs at most 2147483647"),
+    ([1, 2], {"token_indices_to_pool": [1, 2]}, r"token_indices_to_pool is \[1, 2\], needs positions of the prompt, from 0 to 1"),
+    ([1, 2], {"token_indices_to_pool": [-1]}, r"token_indices_to_pool is \[-1\], needs positions of the prompt, from 0 to 1"),
+    ([1, 2], {"token_indices_to_pool": []}, r"token_indices_to_pool is \[\], needs positions of the prompt, from 0 to 1"),
     ([1], {"sampling_params": {"stop_regex": "("}}, r"stop_regex is '\(', needs a regular expression"),
     ([1], {"sampling_params": {"stop_regex": ["a", "("]}}, r"stop_regex is '\(', needs a regular expression"),
     ([5, 264], {"text": "<|image|><|patch|>", "image_data": ["a.png"]}, r"the prompt has <\|patch\|> beside image_data"),
