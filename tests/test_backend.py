@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def test_every_public_op_has_a_reference():
         ("reference,attention=triton", "reference", "triton", "reference"),
         ("attention=reference", "triton", "reference", "triton"),
         ("moe=reference,fused_moe=triton", "triton", "triton", "triton"),
-        ("fused_moe=reference, moe=triton", "triton", "triton", "reference"),
+        ("fused_moe = reference, moe= triton", "triton", "triton", "reference"),
     ],
 )
 def test_requests(triton_on_cpu, monkeypatch, request_it, spec, routing, attention, fused_moe):
@@ -93,6 +94,21 @@ def test_the_context_beats_the_environment_and_the_inner_context_the_outer(trito
             assert (chosen("route_top1"), chosen("fused_moe")) == ("triton", "reference")
         assert chosen("route_top1") == "reference"
     assert chosen("route_top1") == "triton"
+
+
+def test_a_block_holds_for_the_thread_that_enters_it(triton_on_cpu):
+    with use_backend("reference"), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(chosen, "route_top1").result() == "triton"
+        assert chosen("route_top1") == "reference"
+
+
+def test_autocast_changes_no_bit():
+    x, router = torch.randn(5, 64), torch.randn(4, 64)
+    want, _ = ops.route_top1(x, router)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, _ = ops.route_top1(x, router)
+        assert torch.is_autocast_enabled("cpu")
+    assert got.scores.dtype == torch.float32 and torch.equal(got.scores, want.scores)
 
 
 def test_a_request_decides_which_function_runs(triton_on_cpu, monkeypatch):
@@ -157,6 +173,13 @@ def test_unknown_names_in_the_context_stop_before_the_block():
     with pytest.raises(ValueError, match="^use_backend names the op 'softmax'"):
         with use_backend(softmax="triton"):
             pytest.fail("the block ran")
+    for bad in (torch.device("cuda"), "", "triton,reference"):
+        with pytest.raises(ValueError, match="^use_backend names the backend .*, needs one of auto, cuda, triton, reference$"):
+            with use_backend(bad):
+                pytest.fail("the block ran")
+    with pytest.raises(ValueError, match="^use_backend names the backend None, needs one of auto, cuda, triton, reference$"):
+        with use_backend(moe=None):
+            pytest.fail("the block ran")
     with pytest.raises(ValueError, match="^op is 'softmax', needs one of quantize_per_token"):
         llama4_kernels.available_backends("softmax")
 
@@ -184,6 +207,8 @@ def test_arguments_that_a_backend_refuses_go_to_the_next_and_the_log_says_so_onc
 def test_arguments_that_the_requested_backend_refuses_are_an_error(triton_refuses_long_rows):
     with use_backend("triton"):
         backend.call("quantize_per_token", CPU, torch.ones(1, 4))
-        with pytest.raises(RuntimeError, match="use_backend asks for triton to compute quantize_per_token on cpu, but x has more than 4 columns"):
+        with pytest.raises(
+            RuntimeError, match="use_backend asks for triton to compute quantize_per_token on cpu, but x has more than 4 columns"
+        ):
             backend.call("quantize_per_token", CPU, torch.ones(1, 5))
     assert triton_refuses_long_rows == ["triton"]

@@ -130,6 +130,8 @@ def test_opcheck(rows):
 
 
 F8 = torch.ones(2, 4, 8).to(FP8)
+
+
 def test_without_groups_no_row_belongs_to_one(backend):
     out = compute(backend, "grouped_gemm", torch.ones(3, 16).bfloat16(), Linear(torch.ones(0, 8, 16).bfloat16()), int32(0))
     assert out.shape == (3, 8)
@@ -146,7 +148,7 @@ CODES = torch.ones(3, 8).to(FP8)
         (A[0], B, OFFSETS, {}, ValueError, r"a has shape \[8\], needs \[M, K\]"),
         (torch.ones(8, 3).t(), B, OFFSETS, {}, ValueError, "a has strides"),
         (Quantized(A, torch.ones(3)), B, OFFSETS, {}, TypeError, "a.codes has dtype float32, needs float8_e4m3fn"),
-        (Quantized(CODES, torch.ones(4)), B, OFFSETS, {}, ValueError, r"a.scale has shape \[4\], needs \[\] per tensor, \[3\] per row"),
+        (Quantized(CODES, torch.ones(4)), B, OFFSETS, {}, ValueError, r"a.scale has shape \[4\], needs \[\] per tensor or \[3\] per row"),
         (Quantized(CODES, None), B, OFFSETS, {}, TypeError, "a.scale is NoneType, needs a float32 Tensor"),
         (Quantized(CODES, torch.ones(3).double()), B, OFFSETS, {}, TypeError, "a.scale has dtype float64, needs float32"),
         (Quantized(CODES, torch.ones(3)), B, OFFSETS, {}, TypeError, "a is Quantized, needs a bfloat16 or float32 Tensor"),
@@ -157,7 +159,7 @@ CODES = torch.ones(3, 8).to(FP8)
         (A, Linear(B.weight, None, torch.ones(())), OFFSETS, {}, ValueError, "b.input_scale is given with a float32 weight"),
         (A, Linear(F8), OFFSETS, {}, TypeError, "b.scale is NoneType, needs a float32 Tensor"),
         (A, Linear(F8, torch.ones(3)), OFFSETS, {}, ValueError,
-         r"b.scale has shape \[3\], needs \[2\] per tensor, \[2, 4\] per channel, \[2, 1, 1\]"),
+         r"b.scale has shape \[3\], needs \[2\] per tensor or \[2, 4\] per channel or \[2, 1, 1\]"),
         (A, Linear(F8, torch.ones(2), torch.ones(2)), OFFSETS, {}, ValueError, r"b.input_scale has shape \[2\], needs \[\]"),
         (A, B, int32(0, 3), {}, ValueError, r"offsets has shape \[2\], needs \[3\]"),
         (A, B, OFFSETS.long(), {}, TypeError, "offsets has dtype int64, needs int32"),

@@ -264,7 +264,7 @@ def replaced(record, **fields):
          r"weights.shared_w13.weight has shape \[6, 8\], needs \[8, 8\]"),
         (X, replaced(PLAIN, shared_w2=Linear(torch.ones(4, 8).t())), ValueError, "weights.shared_w2.weight has strides"),
         (X, replaced(FP8_WEIGHTS, w13=replaced(FP8_WEIGHTS.w13, scale=torch.ones(2, 4))), ValueError,
-         r"weights.w13.scale has shape \[2, 4\], needs \[2\] per tensor, \[2, 8\] per channel, \[2, 1, 1\] per block"),
+         r"weights.w13.scale has shape \[2, 4\], needs \[2\] per tensor or \[2, 8\] per channel or \[2, 1, 1\] per block"),
         (X, replaced(FP8_WEIGHTS, w2=replaced(FP8_WEIGHTS.w2, scale=None)), TypeError, "weights.w2.scale is NoneType"),
     ],
 )  # fmt: skip

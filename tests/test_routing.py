@@ -146,3 +146,8 @@ def test_opcheck(quantize):
 def test_bad_input_is_named(x, router, error, message):
     with pytest.raises(error, match=f"^route_top1: {message}"):
         ops.route_top1(x, router)
+
+
+def test_quantize_is_true_or_false():
+    with pytest.raises(TypeError, match="^route_top1: quantize is 'yes', needs True or False"):
+        ops.route_top1(torch.ones(2, 8), torch.ones(4, 8), quantize="yes")

@@ -64,6 +64,8 @@ def chunked_attention(
     device, (_, num_heads, head_dim) = q.device, q.shape
     checks.kv_caches(op, k_cache, v_cache, k_scale, v_scale, num_kv_heads="Hkv", head_dim=head_dim, device=device)
     num_kv_heads = k_cache.shape[2]
+    if num_heads == 0 or head_dim == 0:
+        raise ValueError(f"{op}: q has shape {list(q.shape)}, needs at least one head and one dimension")
     if num_kv_heads == 0 or num_heads % num_kv_heads:
         raise ValueError(f"{op}: q has {num_heads} heads, needs a multiple of the caches' {num_kv_heads}")
     checks.tensor(op, "seq_lens", seq_lens, dtype=torch.int32, shape=("B",), device=device)
@@ -82,8 +84,10 @@ def chunked_attention(
         if page_table_holds == "pages":
             raise ValueError(f"{op}: slot_map is given with page_table_holds='pages', needs 'slots'")
         checks.tensor(op, "slot_map", slot_map, dtype=checks.INTEGERS, shape=("slots",), device=device)
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"{op}: chunk_size is {chunk_size}, needs at least 1, or None for full causal attention")
+    if chunk_size is not None:
+        checks.integer(op, "chunk_size", chunk_size, needs="an int of at least 1, or None for full causal attention")
+    if scale is not None:
+        checks.number(op, "scale", scale)
     return torch.ops.llama4_kernels.chunked_attention(
         q, k_cache, v_cache, page_table, seq_lens, query_start_loc, chunk_size, head_dim**-0.5 if scale is None else scale,
         page_table_rows, page_table_holds, slot_map, k_scale, v_scale,

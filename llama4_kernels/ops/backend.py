@@ -50,6 +50,9 @@ _in_context: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("l
 def use_backend(default: str | None = None, **per_op: str) -> Iterator[None]:
     """Force backends within a `with` block; takes precedence over blocks around it and the environment variable LLAMA4_KERNELS_BACKEND.
 
+    It holds for the thread (or asyncio task) that enters the block, not for threads that are started in it. Around a function that
+    torch.compile has compiled it works, inside of one it does not: there a graph is compiled without the block.
+
     default: backend for every op ("cuda", "triton", "reference"), "auto" for the first of them that can run, or None to leave the others
     as they were.
     per_op: backend by op name or by stem (routing, quantization, grouped_gemm, moe, attention, rope).
@@ -60,6 +63,8 @@ def use_backend(default: str | None = None, **per_op: str) -> Iterator[None]:
     ...     llama4_kernels.ops.quantize_per_token(torch.ones(1, 4)).codes.float()
     tensor([[448., 448., 448., 448.]])
     """
+    for backend in (*(() if default is None else (default,)), *per_op.values()):
+        _check_name(backend, "use_backend")
     spec = ",".join(([default] if default else []) + [f"{name}={backend}" for name, backend in per_op.items()])
     _parse(spec, "use_backend")
     token = _in_context.set((*_in_context.get(), spec))
@@ -93,8 +98,11 @@ def call(op: str, device: torch.device, *args, **kwargs):
 
     A backend that does not take every argument of an op has a function why_not_<op> beside it, of the same arguments, that returns "" or
     why it does not take these. RuntimeError where that backend was asked for; else the next backend that takes them computes the op, and
-    the log says so, once per reason.
+    the log says so, once per reason. Autocast changes nothing: what an op rounds, and where, is its contract.
     """
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
+            return call(op, device, *args, **kwargs)
     chosen = _choose(op, device, os.environ.get(ENVIRONMENT_VARIABLE, ""), _in_context.get())
     for backend in BACKENDS[BACKENDS.index(chosen.backend) :]:
         if backend != chosen.backend and _why_not(backend, op, device):
@@ -142,9 +150,8 @@ def _parse(spec: str, source: str) -> dict[str, str]:
     by_stem: dict[str, str] = {}
     by_op: dict[str, str] = {}
     for part in filter(None, (part.strip() for part in spec.split(","))):
-        name, _, backend = part.rpartition("=")
-        if backend not in (AUTO, *BACKENDS):
-            raise ValueError(f"{source} names the backend {backend!r}, needs one of {', '.join((AUTO, *BACKENDS))}")
+        name, _, backend = (word.strip() for word in part.rpartition("="))
+        _check_name(backend, source)
         if not name:
             default = dict.fromkeys(OPS, backend)
         elif name in OPS:
@@ -155,6 +162,11 @@ def _parse(spec: str, source: str) -> dict[str, str]:
             known = ", ".join(dict.fromkeys([*OPS.values(), *OPS]))
             raise ValueError(f"{source} names the op {name!r}, needs one of {known}")
     return default | by_stem | by_op
+
+
+def _check_name(backend: object, source: str) -> None:
+    if backend not in (AUTO, *BACKENDS):
+        raise ValueError(f"{source} names the backend {backend!r}, needs one of {', '.join((AUTO, *BACKENDS))}")
 
 
 @functools.lru_cache(maxsize=None)

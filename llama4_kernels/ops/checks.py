@@ -45,6 +45,26 @@ def tensor(
     return value
 
 
+def integer(op: str, name: str, value: object, *, needs: str = "an int of at least 1") -> None:
+    """Check an int argument that is at least 1. Raises TypeError for another type, ValueError for less; `needs` says what fits."""
+    if not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} is {value!r}, needs {needs}")
+    if value < 1:
+        raise ValueError(f"{op}: {name} is {value}, needs {needs}")
+
+
+def number(op: str, name: str, value: object) -> None:
+    """Check an argument that is a Python number. Raises TypeError for anything else, tensors among it, which would be read on the host."""
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{op}: {name} is {value!r}, needs a float")
+
+
+def flag(op: str, name: str, value: object) -> None:
+    """Check a bool argument. Raises TypeError for anything else."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} is {value!r}, needs True or False")
+
+
 def activations(op: str, name: str, value: object, *, shape: Sequence[int | str], device: torch.device | None = None) -> Tensor:
     """Check activations [rows, K]: a bf16 or fp32 Tensor, or Quantized with any of its scales. Returns the Tensor or the codes."""
     if not isinstance(value, Quantized):
@@ -100,13 +120,15 @@ def kv_caches(
 ) -> None:
     """Check a pair of paged caches [pages, page_size, num_kv_heads, head_dim] and their scales, which only fp8 caches have."""
     tensor(op, "k_cache", k_cache, dtype=(*FLOATS, FP8), shape=("pages", "page_size", num_kv_heads, head_dim), device=device)
+    if k_cache.shape[1] == 0:
+        raise ValueError(f"{op}: k_cache has shape {list(k_cache.shape)}, needs a page_size of at least 1")
     tensor(op, "v_cache", v_cache, dtype=k_cache.dtype, shape=tuple(k_cache.shape), device=device)
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if scale is None:
             continue
         if k_cache.dtype != FP8:
             raise ValueError(f"{op}: {name} is given with a {_dtype(k_cache.dtype)} cache, needs to be None: it is for fp8")
-        _scale(op, name, scale, {"or": (), "per tensor": (1,)}, device)
+        _scale(op, name, scale, {"": (), "per tensor": (1,)}, device)
 
 
 def values_wanted(device: torch.device) -> bool:
@@ -148,7 +170,7 @@ def routing_values(op: str, value: Routing) -> None:
 def _scale(op: str, name: str, value: object, forms: dict[str, Sequence[int]], device: torch.device) -> None:
     """Check an fp32 scale whose shape is one of `forms`."""
     if not isinstance(value, Tensor) or tuple(value.shape) not in map(tuple, forms.values()):
-        needs = ", ".join(f"{_shape(shape)} {form}" for form, shape in forms.items())
+        needs = " or ".join(f"{_shape(shape)} {form}".rstrip() for form, shape in forms.items())
         if not isinstance(value, Tensor):
             raise TypeError(f"{op}: {name} is {type(value).__name__}, needs a float32 Tensor: {needs}")
         raise ValueError(f"{op}: {name} has shape {list(value.shape)}, needs {needs}")

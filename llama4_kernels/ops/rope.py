@@ -57,8 +57,7 @@ def rope_qk_norm(
     """
     op = "rope_qk_norm"
     for name, value in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
-        if value < 1:
-            raise ValueError(f"{op}: {name} is {value}, needs at least 1")
+        checks.integer(op, name, value)
     if head_dim % 2:
         raise ValueError(f"{op}: head_dim is {head_dim}, needs to be even")
     checks.tensor(op, "qkv", qkv, dtype=checks.FLOATS, shape=("T", (num_heads + 2 * num_kv_heads) * head_dim))
@@ -66,8 +65,11 @@ def rope_qk_norm(
     checks.tensor(op, "positions", positions, dtype=checks.INTEGERS, shape=(tokens,), device=device)
     if cos_sin is not None:
         checks.tensor(op, "cos_sin", cos_sin, dtype=torch.float32, shape=("max_position", head_dim), device=device)
-    if temperature is not None and (not isinstance(temperature[1], int) or temperature[1] < 1):
-        raise ValueError(f"{op}: temperature is {temperature}, needs (attn_scale, floor_scale) with an int floor_scale of at least 1")
+    checks.flag(op, "interleaved", interleaved)
+    if qk_norm_eps is not None:
+        checks.number(op, "qk_norm_eps", qk_norm_eps)
+    if temperature is not None and not _is_temperature(temperature):
+        raise ValueError(f"{op}: temperature is {temperature!r}, needs (attn_scale, floor_scale) with an int floor_scale of at least 1")
     _check_caches(op, k_cache, v_cache, slots, slot_map, k_scale, v_scale, tokens, num_kv_heads, head_dim, device)
     attn_scale, floor_scale = (None, None) if temperature is None else temperature
     q, k, v = torch.ops.llama4_kernels.rope_qk_norm(
@@ -75,6 +77,13 @@ def rope_qk_norm(
         k_cache, v_cache, slots, slot_map, k_scale, v_scale,
     )  # fmt: skip
     return (q, k, v) if k_cache is None else q
+
+
+def _is_temperature(value: object) -> bool:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        return False
+    attn_scale, floor_scale = value
+    return isinstance(attn_scale, (int, float)) and isinstance(floor_scale, int) and floor_scale >= 1
 
 
 def _check_caches(

@@ -12,7 +12,8 @@ class Quantized:
     """FP8 activations.
 
     codes: float8_e4m3fn, the shape [T, K] of the source.
-    scale: float32; value = codes * scale. [] per tensor, [T] per token (row), or [T, K / 128] per 128 columns of a row.
+    scale: float32; value = codes * scale. [] per tensor, [T] per token (row), or [T, ceil(K / 128)] per 128 columns
+        of a row.
     """
 
     codes: Tensor
