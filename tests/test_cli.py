@@ -119,6 +119,23 @@ def test_a_folder_that_cannot_be_made_is_said(command):
     assert result.exit_code == 1 and "FAIL: [Errno 2] No such file or directory: '/proc/nowhere" in unboxed(result.output)
 
 
+@pytest.mark.parametrize(
+    "arguments", ["demo", "guide", "eval --tiny scout --needle", "eval --url http://127.0.0.1:1 --needle"], ids=lambda text: text.split()[0]
+)
+def test_a_package_that_came_alone_says_what_is_missing(arguments, tmp_path):
+    """`pip install .` brings torch, typer and rich."""
+    absent = ("sglang", "safetensors", "transformers", "tokenizers", "openai", "requests", "psutil", "matplotlib", "lm_eval")
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); from llama4_kernels.cli.main import app; app()"
+    ran = subprocess.run([sys.executable, "-c", code, *arguments.split()], capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == 1
+    assert "is not installed: pip install" in ran.stderr and len(ran.stderr.splitlines()) == 1, ran.stderr
+
+
+def test_version():
+    result = invoke("--version")
+    assert result.exit_code == 0 and result.output.strip() == importlib.metadata.version("llama4_kernels")
+
+
 def test_demo_without_sglang_says_how_to_install_it(monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "sglang" else find_spec(name, *rest))

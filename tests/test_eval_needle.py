@@ -54,6 +54,14 @@ def test_another_answer_is_not_found(answer, tmp_path):
         assert "FAIL: found 0 of 6" in seek(stand_in, tmp_path).stdout
 
 
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [("12345", True), ("The number is 12,345.", True), ("It is 54321, or 12345.", False), ("123456", False), ("1234 5", False)],
+)
+def test_the_first_whole_number_of_an_answer_counts(answer, found):
+    assert needle.is_found(answer, "12345") is found
+
+
 def test_a_prompt_that_is_too_long_is_shown_and_the_others_are_asked(tmp_path):
     with serving(lambda prompt: 400 if len(prompt) > 8000 * CHARACTERS_PER_TOKEN else reader()(prompt)) as stand_in:
         result = seek(stand_in, tmp_path)

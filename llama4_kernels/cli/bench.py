@@ -35,7 +35,8 @@ def run(
     options: Options | None = None,
     job_seconds: float = JOB_SECONDS,
 ) -> int:
-    """The command: 0, or 1 where one of our backends failed, is wrong, or is slower than in `base`; 2 for arguments that say nothing.
+    """The command: 0, or 1 where one of our backends failed, is wrong, cannot run though it was asked for, or is slower than in `base`;
+    2 for arguments that say nothing.
 
     measured: results to compare with `base` instead of measuring.
     """
@@ -59,7 +60,12 @@ def run(
         print(f"bench: {error}", file=sys.stderr)
         return 2
     benchmarks = [each for each in records if isinstance(each, Benchmark)]
-    bad = [each for each in benchmarks if not each.peer and each.status in ("failed", "wrong")]
+    of_ours = [each for each in benchmarks if not each.peer]
+    bad = [
+        each
+        for each in of_ours
+        if each.status in ("failed", "wrong") or (each.status == "unavailable" and each.backend in (backends or ()))
+    ]
     for each in bad:
         print(f"bench: {each.workload} on {each.backend} {each.status}: {each.reason}", file=sys.stderr)
     regressions = [] if before is None else _compare(records, before, console)
@@ -90,7 +96,7 @@ def _measure(jobs: Sequence[Job], runner: Runner, path: Path, console: Console) 
             record.append(path, [done])
             records.append(done)
     _print(records, console)
-    console.print(f"bench: {len(records)} records added to {path}", highlight=False, soft_wrap=True)
+    console.print(f"bench: {len(records)} record{'' if len(records) == 1 else 's'} added to {path}", highlight=False, soft_wrap=True)
     return records
 
 
@@ -114,11 +120,13 @@ def _print(records: Sequence[Record], console: Console) -> None:
     for each in shown:
         verdict = "" if each.status == "ok" else f"{each.status}: {each.reason}"
         table.add_row(each.workload, f"peer {each.backend}" if each.peer else each.backend, *_figures(each), verdict)
-    console.print(table)
+    if shown:
+        console.print(table)
     absent = {(each.op, each.backend): each.reason for each in benchmarks if each.status == "unavailable"}
     for (op, name), reason in absent.items():
         console.print(f"Not measured: {op} on {name}: {reason}", highlight=False, soft_wrap=True)
-    console.print("Each row again:", highlight=False)
+    if shown:
+        console.print("Each row again:", highlight=False)
     for each in shown:
         console.print(f"  {each.repro}", highlight=False, soft_wrap=True)
 

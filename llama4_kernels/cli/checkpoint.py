@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 E4M3_MAX = 448.0
@@ -212,6 +211,8 @@ def dequantised(path: str | Path, out: str | Path) -> Path:
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
     """Every tensor of the checkpoint in the folder `path`, by name."""
+    from safetensors.torch import load_file
+
     return {name: tensor for file in sorted(Path(path).glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
@@ -404,6 +405,8 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _save_weights(path: Path, tensors: dict[str, Tensor], shards: int) -> None:
+    from safetensors.torch import save_file
+
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     if shards == 1:
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from enum import Enum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 app = typer.Typer(
-    help="Llama 4 kernels for SGLang: show that the plugin works, and see why where it does not.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(version("llama4_kernels"))
+        raise typer.Exit(0)
+
+
+@app.callback()
+def main(
+    wanted: Annotated[bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)] = False,
+) -> None:
+    """Llama 4 kernels for SGLang: show that the plugin works, and see why where it does not."""
 
 
 class Like(str, Enum):
@@ -111,7 +124,7 @@ def bench(
 ) -> None:
     """Measure workloads on our backends and on peers, each checked and set against its floor, and keep a record of each.
 
-    Exits with 1 where one of our backends fails, is wrong, or is slower than what --compare names.
+    Exits with 1 where one of our backends fails, is wrong, was asked for and cannot run, or is slower than what --compare names.
     """
     if measured is not None and compare is None:
         raise typer.BadParameter("needs --compare, the results to compare with", param_hint="--measured")
@@ -173,7 +186,9 @@ def plan(
     ep: Annotated[int, typer.Option(min=1, help="Expert-parallel groups; to compare: the plugin serves 1.")] = 1,
     weights: Annotated[
         Optional[Weights],
-        typer.Option(help="Form of the weights: the checkpoint's own, or bf16, if not given; int4 to compare, the plugin does not serve it."),
+        typer.Option(
+            help="Form of the weights: the checkpoint's own, or bf16, if not given; int4 to compare, the plugin does not serve it."
+        ),
     ] = None,
     kv_dtype: Annotated[Optional[KvDtype], typer.Option(help="Form of the KV cache; that of the activations if not given.")] = None,
     context: Annotated[

@@ -13,6 +13,7 @@ import pytest
 import synthetic
 from typer.testing import CliRunner
 
+from llama4_kernels import available_backends
 from llama4_kernels.bench import formats, machine, plan, readme, record
 from llama4_kernels.bench.measure import Job
 from llama4_kernels.cli.main import app
@@ -30,7 +31,7 @@ def test_a_run_prints_a_table_with_a_repro_line_for_each_row_and_keeps_records(t
     ran = invoke("--workload", TINY, "--backend", "reference", "--rounds", 3, "--out", out)
     assert ran.exit_code == 0, ran.output
     assert f"llama4-kernels bench --workload {TINY} --backend reference" in ran.output
-    assert "floor/time" in ran.output and "1 records added to" in ran.output
+    assert "floor/time" in ran.output and "1 record added to" in ran.output
     (done,) = record.read(out).records
     assert (done.workload, done.backend, done.status, done.timing.rounds) == (TINY, "reference", "ok", 3)
 
@@ -51,6 +52,13 @@ def test_a_record_says_which_switches_were_set(tmp_path, monkeypatch):
     assert "LLAMA4_KERNELS_PDL=0" in done.notes
     assert done.repro == f"LLAMA4_KERNELS_PDL=0 llama4-kernels bench --workload {TINY} --backend reference"
     assert Job(TINY, "torch", peer=True).repro.startswith("llama4-kernels bench")
+
+
+@pytest.mark.skipif(not available_backends("fused_moe")["cuda"], reason="CUDA runs here")
+def test_a_backend_that_was_asked_for_and_cannot_run_is_an_error(tmp_path):
+    ran = invoke("--workload", TINY, "--backend", "cuda", "--out", tmp_path / "results.json")
+    assert ran.exit_code == 1 and f"bench: {TINY} on cuda unavailable: " in ran.output
+    assert "floor/time" not in ran.output and "Each row again" not in ran.output
 
 
 def test_a_wrong_peer_is_shown_and_fails_nothing(tmp_path):

@@ -98,7 +98,9 @@ def _one_line(evaluate) -> int:
         return evaluate(Console())
     except (EvalError, ServerError, OSError) as error:
         print(f"FAIL: {error}", file=sys.stderr)
-        return 1
+    except ModuleNotFoundError as missing:
+        print(f'FAIL: {missing.name} is not installed: pip install "llama4_kernels[sglang,eval]"', file=sys.stderr)
+    return 1
 
 
 def _name(options: Options) -> str:
