@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -62,6 +63,28 @@ def dead_links(site: Path) -> list[str]:
 
 def test_no_link_of_the_built_site_is_dead(site):
     assert dead_links(site) == []
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+def dead_in_markdown(page: Path) -> list[str]:
+    dead = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        url = urlsplit(link)
+        target = page.parent / url.path if url.path else page
+        if not url.scheme and (not target.exists() or (url.fragment and url.fragment not in headings(target))):
+            dead.append(link)
+    return dead
+
+
+def test_no_link_of_the_readme_is_dead(tmp_path):
+    assert dead_in_markdown(DOCS.parent / "README.md") == []
+    (tmp_path / "a.md").write_text("# One `thing` here\n[x](#one-thing-here) [x](#two) [x](b.md) [x](https://example.org/x) [x](a.md#one)")
+    assert dead_in_markdown(tmp_path / "a.md") == ["#two", "b.md", "a.md#one"]
 
 
 def test_the_reference_has_every_public_op_with_what_it_takes_and_raises(site):

@@ -243,6 +243,15 @@ def test_a_checkpoint_with_a_pattern_of_its_own_is_read_as_transformers_reads_it
         assert [(layer.is_local, layer.is_moe) for layer in found] == [(layer.chunk_size is not None, layer.is_moe) for layer in layers]
 
 
+def test_weights_that_sglang_quantises_must_fit_before_it_does(tmp_path):
+    config = {"architectures": ["Llama4ForConditionalGeneration"], "torch_dtype": "bfloat16", "text_config": model.PRESETS["maverick"].text}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    asked = ("--model", str(tmp_path), "--weights", "fp8", "--gpu")
+    small, large = invoke(*asked, "h100"), invoke(*asked, "h200")
+    assert small.exit_code == 1 and "does not fit" in small.stdout and "quantised after loading, and take 93.3 GiB before" in small.stdout
+    assert large.exit_code == 0 and "--quantization fp8" in large.stdout
+
+
 def test_the_picture_and_the_table(tmp_path):
     pytest.importorskip("matplotlib")
     result = invoke("--model", "scout", "--gpu", "h100", "--context", "1000000", "--plot", str(tmp_path / "plan.png"))
