@@ -37,10 +37,10 @@ class Runner:
         self._start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if self._pipe is not None:
             self._pipe.close()
-        self._stop()
+        self._stop(kill=error is not None)
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Benchmark]:
         """The record of each job. A peer that is not installed gives one record for each op, and none for further workloads."""
@@ -102,7 +102,9 @@ class Runner:
 
 
 def _work(pipe: Connection, options: Options, modules: Sequence[str], session: Session | None) -> None:
-    """The worker: answers jobs until its end of the pipe closes, or until the GPU can no longer be used from this process."""
+    """The worker: answers jobs until its end of the pipe closes, or until the GPU can no longer be used from this process. Ctrl-C is for
+    the parent, which ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         for module in modules:
             importlib.import_module(module)

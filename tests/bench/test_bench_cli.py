@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,22 @@ def test_a_backend_that_was_asked_for_and_cannot_run_is_an_error(tmp_path):
     ran = invoke("--workload", TINY, "--backend", "cuda", "--out", tmp_path / "results.json")
     assert ran.exit_code == 1 and f"bench: {TINY} on cuda unavailable: " in ran.output
     assert "floor/time" not in ran.output and "Each row again" not in ran.output
+
+
+def test_ctrl_c_ends_a_run_at_once_and_without_a_traceback(tmp_path):
+    arguments = ("--workload", "quantize_per_token/fp8/tiny/tp1/t4", "--peer", "hangs", "--peer-module", "planted_peers")
+    command = [sys.executable, "-c", "from llama4_kernels.cli.main import app; app()", "bench", *arguments, "--out", tmp_path / "results.json"]
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))}
+    as_in_a_shell = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    ran = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ, **as_in_a_shell)
+    try:
+        started = ran.stdout.readline()  # machine and ceilings: the worker gets the job
+        time.sleep(1)
+        os.killpg(ran.pid, signal.SIGINT)
+        output, _ = ran.communicate(timeout=20)
+    finally:
+        ran.kill()
+    assert "copy" in started and ran.returncode == 130 and "Traceback" not in output, output
 
 
 def test_a_wrong_peer_is_shown_and_fails_nothing(tmp_path):

@@ -25,5 +25,5 @@ def run(question: Question, *, as_json: bool, picture: Path | None) -> int:
     if as_json:
         print(json.dumps(report.as_json(answer), indent=2))
     else:
-        report.show(answer, Console(width=max(Console().width, 120)))
+        report.show(answer, Console(width=max(Console().width, 120), highlight=False))
     return 0 if answer.fit.problem is None else 1
