@@ -8,7 +8,7 @@ from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
 from sglang.srt.model_executor.model_runner_components.weight_updater import _unsupported_derived_weight_cache_error
 from torch import nn
 
-from llama4_kernels.sglang.weights import REPACKED, REQUANTISED, adapt_quant_config, adapt_text_only, adopt
+from llama4_kernels.sglang.weights import REPACKED, REQUANTISED, _keep_experts, _keep_linear, adapt_quant_config, adapt_text_only, adopt
 
 N, K = 256, 384
 CHANNEL = {"num_bits": 8, "type": "float", "strategy": "channel"}
@@ -59,6 +59,42 @@ def test_scales_per_channel_beside_scales_per_block(name, scale):
     _, layer = linear(mixed, name)
     load(layer, 0)
     assert layer.ops_weight.scale.shape == scale
+
+
+def layer_of(**parameters):
+    """A layer as SGLang leaves it when it has loaded a checkpoint; each parameter by its values, weights by their shape."""
+    layer = nn.Module()
+    layer.quant_method = None
+    for name, value in parameters.items():
+        value = torch.zeros(value, dtype=torch.float8_e4m3fn) if name.endswith("weight") else torch.tensor(value)
+        layer.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    return layer
+
+
+def test_scales_per_tensor_stay_with_what_was_fused():
+    """q, k and v of unlike widths; the activations' scale is the largest, as SGLang takes it."""
+    layer = layer_of(weight=(6, 4), weight_scale=[1.0, 2.0, 3.0], input_scale=[0.5, 2.0, 1.0])
+    layer.logical_widths = [3, 2, 1]
+    _keep_linear(layer)
+    assert layer.ops_weight.scale.tolist() == [1, 1, 1, 2, 2, 3] and layer.ops_weight.input_scale.item() == 2
+
+
+def test_scales_per_tensor_stay_with_gate_and_up_and_are_loaded_again_in_place():
+    layer = layer_of(
+        w13_weight=(2, 4, 4), w13_weight_scale=[[1.0, 2.0], [3.0, 4.0]], w13_input_scale=[1.0, 3.0],
+        w2_weight=(2, 4, 2), w2_weight_scale=[5.0, 6.0], w2_input_scale=[7.0, 5.0],
+    )  # fmt: skip
+    _keep_experts(layer)
+    assert layer.ops_w13.scale.tolist() == [[1, 1, 2, 2], [3, 3, 4, 4]] and layer.ops_w13.input_scale.item() == 3
+    assert layer.ops_w2.scale.tolist() == [5, 6] and layer.ops_w2.input_scale.item() == 7
+    kept = [scale.data_ptr() for linear in (layer.ops_w13, layer.ops_w2) for scale in (linear.scale, linear.input_scale)]
+    for name, parameter in layer.named_parameters():
+        if name.endswith("scale"):
+            parameter.data.mul_(2)
+    _keep_experts(layer)
+    assert layer.ops_w13.scale.tolist() == [[2, 2, 4, 4], [6, 6, 8, 8]] and layer.ops_w13.input_scale.item() == 6
+    assert layer.ops_w2.scale.tolist() == [10, 12] and layer.ops_w2.input_scale.item() == 14
+    assert kept == [scale.data_ptr() for linear in (layer.ops_w13, layer.ops_w2) for scale in (linear.scale, linear.input_scale)]
 
 
 def test_layers_that_sglang_repacks_are_not_updated(monkeypatch):
