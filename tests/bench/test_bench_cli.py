@@ -65,7 +65,15 @@ def test_a_backend_that_was_asked_for_and_cannot_run_is_an_error(tmp_path):
 
 def test_ctrl_c_ends_a_run_at_once_and_without_a_traceback(tmp_path):
     arguments = ("--workload", "quantize_per_token/fp8/tiny/tp1/t4", "--peer", "hangs", "--peer-module", "planted_peers")
-    command = [sys.executable, "-c", "from llama4_kernels.cli.main import app; app()", "bench", *arguments, "--out", tmp_path / "results.json"]
+    command = [
+        sys.executable,
+        "-c",
+        "from llama4_kernels.cli.main import app; app()",
+        "bench",
+        *arguments,
+        "--out",
+        tmp_path / "results.json",
+    ]
     environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))}
     as_in_a_shell = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     ran = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ, **as_in_a_shell)
