@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -257,3 +258,11 @@ def test_bad_input_is_named(changes, error, message):
     arguments = dict(qkv=torch.ones(3, 32), positions=torch.arange(3), num_heads=2, num_kv_heads=1, head_dim=8, cos_sin=torch.ones(9, 8))
     with pytest.raises(error, match=f"^rope_qk_norm: {message}"):
         ops.rope_qk_norm(**(arguments | changes))
+
+
+def test_numbers_of_numpy_are_taken():
+    arguments = dict(num_heads=1, num_kv_heads=1, head_dim=4, qk_norm_eps=0.5, temperature=(0.5, 8))
+    as_numpy = dict(num_heads=np.int64(1), num_kv_heads=np.int32(1), head_dim=np.int64(4), qk_norm_eps=np.float32(0.5))
+    qkv, positions = torch.randn(2, 12), torch.arange(2)
+    ours = ops.rope_qk_norm(qkv, positions, **as_numpy, temperature=(np.float32(0.5), np.int64(8)))
+    assert all(map(torch.equal, ours, ops.rope_qk_norm(qkv, positions, **arguments)))

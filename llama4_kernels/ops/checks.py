@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Sequence
 
@@ -47,7 +48,7 @@ def tensor(
 
 def integer(op: str, name: str, value: object, *, needs: str = "an int of at least 1") -> None:
     """Check an int argument that is at least 1. Raises TypeError for another type, ValueError for less; `needs` says what fits."""
-    if not isinstance(value, (int, torch.SymInt)):
+    if not isinstance(value, (numbers.Integral, torch.SymInt)):
         raise TypeError(f"{op}: {name} is {value!r}, needs {needs}")
     if value < 1:
         raise ValueError(f"{op}: {name} is {value}, needs {needs}")
@@ -55,7 +56,7 @@ def integer(op: str, name: str, value: object, *, needs: str = "an int of at lea
 
 def number(op: str, name: str, value: object) -> None:
     """Check an argument that is a Python number. Raises TypeError for anything else, tensors among it, which would be read on the host."""
-    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+    if not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{op}: {name} is {value!r}, needs a float")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -83,7 +85,7 @@ def _is_temperature(value: object) -> bool:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         return False
     attn_scale, floor_scale = value
-    return isinstance(attn_scale, (int, float)) and isinstance(floor_scale, int) and floor_scale >= 1
+    return isinstance(attn_scale, numbers.Real) and isinstance(floor_scale, numbers.Integral) and floor_scale >= 1
 
 
 def _check_caches(
