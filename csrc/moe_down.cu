@@ -196,7 +196,6 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) down_kernel(const __grid_co
                 loader.load(path_of(is_shared), map_of(is_shared), segment, nullptr, begin, end);
             });
         });
-        loader.finish();
     } else {
         increase_registers<Shape::CONSUMER_REGISTERS>();
         wait_for_dependencies();

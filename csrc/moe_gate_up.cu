@@ -184,7 +184,6 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) gate_up_kernel(const __grid
         shared.stages.work.for_each_piece(tiles, [&](const Piece& piece) {
             loader.load(path_of(piece), map_of(piece), tiles[piece.tile].segment, a.routing.order, piece.begin, piece.end);
         });
-        loader.finish();
     } else {
         increase_registers<Shape::CONSUMER_REGISTERS>();
         StageConsumer<Shape> consumer(shared.stages);

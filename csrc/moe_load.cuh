@@ -31,6 +31,7 @@ public:
         for (int i = 0; i < SHARE; ++i) source[i] = source_row(segment, rows, row_of(i));
         const int scaled_row = thread() < Shape::TOKENS ? source_row(segment, rows, thread()) : -1;
         const float factor = path.x.factors && scaled_row >= 0 ? path.x.factors[scaled_row] : 1.0f;
+        float scale = scale_of(path, scaled_row, begin);
         prefetch_channel_scales(path, segment);
 
         for (int step = begin; step < end; ++step, at_.advance()) {
@@ -44,23 +45,13 @@ public:
             }
             if (path.x.conversion == MoeConversion::none) {
                 copy_rows(path, source, step);
-                if (thread() < Shape::TOKENS) {
-                    const int64_t index = int64_t(scaled_row) * path.x.scale_row_stride + step * path.x.scale_step_stride;
-                    const float scale = path.x.scale && scaled_row >= 0 ? path.x.scale[index] : 1.0f;
-                    stages_.token_scales[at_.stage][thread()] = scale * factor;
-                }
+                if (thread() < Shape::TOKENS) stages_.token_scales[at_.stage][thread()] = scale * factor;
+                if (step + 1 < end) scale = scale_of(path, scaled_row, step + 1);  // under way until the next stage is empty
             } else {
                 convert_rows(path, segment, rows, step);
             }
-            hopper::cp_async_commit();
-            hopper::cp_async_wait<Shape::LAG>();
-            if (++under_way_ > Shape::LAG) arrive();
+            arrive();
         }
-    }
-
-    __device__ void finish() {
-        hopper::cp_async_wait<0>();
-        while (under_way_ > 0) arrive();
     }
 
 private:
@@ -76,6 +67,12 @@ private:
         const int position = segment.tile_row + row;
         if (position < segment.first_row || position >= segment.end_row) return -1;
         return rows ? rows[position] : position;
+    }
+
+    // What the codes of a row, or of -1, are scaled by in a step, where they are not made here.
+    static __device__ float scale_of(const MoePath& path, int row, int step) {
+        if (!path.x.scale || row < 0 || path.x.conversion != MoeConversion::none) return 1.0f;
+        return path.x.scale[int64_t(row) * path.x.scale_row_stride + step * path.x.scale_step_stride];
     }
 
     // The consumers wait for them at the segment's first step, which is stages away.
@@ -160,16 +157,17 @@ private:
         }
     }
 
+    // Copies arrive by themselves once they have landed, and the loaders go on, or end: the consumers wait for every stage. That says nothing
+    // of plain stores, of scales and of codes: a warp's are published by its first lane.
     __device__ void arrive() {
-        hopper::fence_async_proxy();
-        stages_.pipeline.full[arriving_.stage].arrive();
-        arriving_.advance();
-        --under_way_;
+        hopper::Barrier& full = stages_.pipeline.full[at_.stage];
+        hopper::cp_async_arrive(full);
+        __syncwarp();
+        if (thread() % hopper::WARP == 0) full.arrive();
     }
 
     MoeStages<Shape>& stages_;
-    PipelinePosition<Shape::STAGES> at_, arriving_;
-    int under_way_ = 0;
+    PipelinePosition<Shape::STAGES> at_;
     int ahead_ = 0;  // stages whose weights are asked for already; of the thread that asks
 };
 

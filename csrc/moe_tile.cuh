@@ -10,6 +10,7 @@
 
 #include "device.h"
 #include "epilogue.cuh"
+#include "hopper/cp_async.cuh"
 #include "hopper/memory.cuh"
 #include "hopper/tma.cuh"
 #include "hopper/wgmma.cuh"
@@ -37,10 +38,11 @@ struct MoeShape {
     static constexpr int STAGE_BYTES = SETS * SET_BYTES + TOKEN_BYTES;
     static constexpr int STAGES = (206 << 10) / (STAGE_BYTES + TOKENS * int(sizeof(float)));
     static constexpr int LOADER_REGISTERS = TOKENS > 64 ? 72 : 88, CONSUMER_REGISTERS = TOKENS > 64 ? 216 : 208;
-    static constexpr int LAG = STAGES > 5 ? STAGES - 3 : 2;  // stages whose copies of activations are under way
+    // At a full stage: of who asks for its weights, of each loader's copies, and of each of their warps.
+    static constexpr int FULL_ARRIVALS = 1 + LOADERS + LOADERS / hopper::WARP;
     static constexpr hopper::Swizzle SWIZZLE = hopper::Swizzle::bytes_128;
     static constexpr int PASS = TOKENS < 32 ? TOKENS : 32;  // tokens that the epilogue transposes at a time
-    static_assert(LAG < STAGES && TOKENS % 16 == 0);
+    static_assert(TOKENS % 16 == 0);
 };
 
 // This thread's accumulators of one tile, per set.
@@ -85,7 +87,7 @@ struct Segment {
 template <class Shape>
 __device__ inline void prepare(MoeStages<Shape>& stages, const hopper::TensorMap& shared_weights, const hopper::TensorMap& routed_weights) {
     if (threadIdx.x != 0) return;
-    stages.pipeline.init(1 + Shape::LOADERS, Shape::CONSUMER_WARPS);
+    stages.pipeline.init(Shape::FULL_ARRIVALS, Shape::CONSUMER_WARPS);
     hopper::prefetch_tensor_map(shared_weights);
     hopper::prefetch_tensor_map(routed_weights);
 }
@@ -209,6 +211,7 @@ private:
                 }
             }
             stages_.pipeline.wait_until_full(at_);
+            hopper::fence_async_proxy();  // the wait shows this thread what loaders copied and stored, the fence shows it to its wgmma
             if constexpr (TOGETHER) {
                 hopper::wgmma_fence();
 #pragma unroll

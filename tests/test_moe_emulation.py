@@ -221,8 +221,9 @@ PLANTED = {
     "an expert's NaN for every row": ("moe_down.cu", f"is_whole = «{WHOLE}»;", "true"),
     "rows not scattered": ("moe_down.cu", "= «a.routing.order[tile.first_row + threadIdx.x]»;", "tile.first_row + threadIdx.x"),
     "an expert left out": ("moe_down.cu", "below(«starts_», experts_, end_row(first_row))", "starts_ + 1"),
-    "no proxy fence": ("moe_load.cuh", "hopper::fence_async_proxy();", ""),
-    "copies not waited for": ("moe_load.cuh", "hopper::cp_async_wait<Shape::LAG>();", ""),
+    "no proxy fence": ("moe_tile.cuh", "hopper::fence_async_proxy();", ""),
+    "a proxy fence of one warpgroup alone": ("moe_tile.cuh", "hopper::fence_async_proxy();", "if (warpgroup_ == 0) hopper::fence_async_proxy();"),
+    "loaders that arrive before their copies": ("moe_load.cuh", "hopper::cp_async_arrive(full);", "full.arrive();"),
 }  # fmt: skip
 
 

@@ -78,6 +78,7 @@ struct Thread {
     TransferGroup open_copies, open_stores;
     std::deque<TransferGroup> copies, stores, unwritten_stores;
     uint64_t copy_groups_completed = 0;
+    uint64_t last_fence = 0;  // the number of its latest proxy fence among those of its block
 
     uint64_t products_issued = 0, groups_committed = 0;
     bool product_fence = false;
@@ -93,6 +94,12 @@ struct Rendezvous {
     unsigned arrived = 0;
     uint64_t generation = 0;
     std::vector<Thread*> waiting;
+};
+
+// What cp.async wrote last to a chunk of shared memory: by whom, and how many proxy fences its block had seen by then.
+struct Copied {
+    const Thread* by = nullptr;
+    uint64_t fences = 0;
 };
 
 struct MemoryBarrier {
@@ -117,6 +124,7 @@ struct Product {
     uint64_t a = 0, b = 0;
     Site site;
     unsigned threads = 0;
+    uint64_t fence = ~uint64_t(0);  // the earliest of its threads' latest proxy fences
     std::array<float*, WARPGROUP> accumulators{};
     std::array<std::array<uint32_t, 4>, WARPGROUP> a_registers{};
 };
@@ -140,7 +148,8 @@ struct Block {
           shared(allocate(shared_bytes), &std::free),
           fenced(shared_bytes, POISON),
           fence_of(shared_bytes / PAGE + 1),
-          owners(shared_bytes / CHUNK + 1) {
+          owners(shared_bytes / CHUNK + 1),
+          copied(shared_bytes / CHUNK + 1) {
         std::memset(shared.get(), POISON, shared_bytes);
         for (unsigned i = 0; i < threads; ++i) {
             this->threads[i].block = this;
@@ -159,8 +168,21 @@ struct Block {
 
     // An asynchronous unit writes to shared memory; a null source poisons.
     void write(uint32_t address, const void* from, size_t bytes) {
-        uint8_t* const copies[] = {shared.get() + (address - FIRST_SHARED_ADDRESS), fenced.data() + (address - FIRST_SHARED_ADDRESS)};
-        for (uint8_t* to : copies) from ? std::memcpy(to, from, bytes) : std::memset(to, POISON, bytes);
+        const size_t begin = address - FIRST_SHARED_ADDRESS;
+        for (uint8_t* to : {shared.get() + begin, fenced.data() + begin}) {
+            from ? std::memcpy(to, from, bytes) : std::memset(to, POISON, bytes);
+        }
+        std::fill(copied.begin() + begin / CHUNK, copied.begin() + (begin + bytes + CHUNK - 1) / CHUNK, Copied{});
+    }
+
+    // cp.async of `thread` has written a chunk.
+    void note_copy(uint32_t address, const Thread& thread) { copied[(address - FIRST_SHARED_ADDRESS) / CHUNK] = {&thread, proxy_fences}; }
+
+    // Whether a product may read what cp.async wrote to a chunk: who copied has had a proxy fence since, or all who multiply, whose earliest
+    // is given.
+    bool is_copy_fenced(uint32_t address, uint64_t readers_fence) const {
+        const Copied& last = copied[(address - FIRST_SHARED_ADDRESS) / CHUNK];
+        return !last.by || std::max(last.by->last_fence, readers_fence) > last.fences;
     }
 
     void own(uint32_t address, size_t bytes, Owner owner) {
@@ -215,6 +237,7 @@ private:
     std::vector<uint8_t> fenced;     // the bytes as the last proxy fence or asynchronous write left them
     std::vector<uint64_t> fence_of;  // of each page: how many proxy fences there had been when it was last taken over
     std::vector<Owner> owners;       // of each chunk
+    std::vector<Copied> copied;      // of each chunk, until an asynchronous unit writes it
 };
 
 struct Cluster {

@@ -1,7 +1,8 @@
 // Host twin of hopper/tma.cuh, hopper/cp_async.cuh and hopper/remote_store.cuh.
 //
 // The bytes that a copy will write hold NaN until it is complete. Loads complete in any order, when no thread can go on without them; cp.async
-// when its thread waits for it; stores read shared memory when their thread waits for that, and write global memory when it waits for all.
+// when its thread waits for it, or as late as a load where it is to arrive at an mbarrier; stores read shared memory when their thread waits
+// for that, and write global memory when it waits for all.
 #pragma once
 
 #include "emulation/barrier.h"
@@ -282,11 +283,13 @@ inline void cp_async_16(void* to, const void* from, bool valid = true, Site site
     if (valid) emulation::check_aligned(from, 16, site, "the source");
     emulation::Block& block = emulation::shared_range(to, 16, site, "the destination");
     emulation::take_over(block, to, 16, site);
-    const auto copy = [&block, to, from, valid] {
+    emulation::Thread& thread = emulation::current();
+    const auto copy = [&block, &thread, to, from, valid] {
         valid ? std::memcpy(to, from, 16) : std::memset(to, 0, 16);
         block.own(block.address(to), 16, emulation::Owner::nobody);
+        block.note_copy(block.address(to), thread);
     };
-    emulation::current().open_copies.push_back({copy, [] {}});
+    thread.open_copies.push_back({copy, [] {}});
 }
 
 inline void cp_async_commit() { emulation::commit(emulation::current().open_copies, emulation::current().copies); }
@@ -308,7 +311,7 @@ inline void cp_async_arrive(BarrierAt barrier) {
     emulation::scheduler().loads.push_back({complete, thread.block, barrier.site});
 }
 
-inline void fence_async_proxy() { ++emulation::current().block->proxy_fences; }
+inline void fence_async_proxy() { emulation::current().last_fence = ++emulation::current().block->proxy_fences; }
 
 }  // namespace llama4_kernels::hopper
 

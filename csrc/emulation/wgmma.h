@@ -47,14 +47,17 @@ struct Operand {
     }
 
     // 16 bytes, once it is sure that nothing is wrong with reading them.
-    const uint8_t* chunk_at(Block& block, uint32_t row, uint32_t chunk, Site site) const {
+    const uint8_t* chunk_at(Block& block, uint32_t row, uint32_t chunk, const Product& product) const {
         const uint32_t at = chunk_address(row, chunk);
+        const Site site = product.site;
         if (at < FIRST_SHARED_ADDRESS || at - FIRST_SHARED_ADDRESS + 16 > block.shared_bytes) {
             scheduler().fail(
                 site, "out of bounds: wgmma reads past the block's " + std::to_string(block.shared_bytes) + " bytes of shared memory");
         }
         const uint8_t* bytes = block.shared.get() + (at - FIRST_SHARED_ADDRESS);
         if (block.owner_of(at) == Owner::written) scheduler().fail(site, "wgmma reads shared memory that a copy under way still writes");
+        if (!block.is_copy_fenced(at, product.fence))
+            scheduler().fail(site, "wgmma reads what cp.async wrote, and neither who copied nor all who multiply had a fence_async_proxy since");
         if (!block.is_fenced(bytes, 16))
             scheduler().fail(site, "wgmma reads plain writes to shared memory without a fence_async_proxy after them");
         return bytes;
@@ -93,7 +96,7 @@ void decode_operand(const Operand& operand, Block& block, int rows, const Produc
     float chunk_values[16];
     for (int row = 0; row < (operand.mn_major ? k : rows); ++row) {
         for (int chunk = 0; chunk < (operand.mn_major ? rows : k) / per_chunk; ++chunk) {
-            decode(operand.chunk_at(block, row, chunk, product.site), product.element_bytes, chunk_values);
+            decode(operand.chunk_at(block, row, chunk, product), product.element_bytes, chunk_values);
             for (int i = 0; i < per_chunk; ++i) {
                 const int along = chunk * per_chunk + i;
                 (operand.mn_major ? values[row][along] : values[along][row]) = chunk_values[i];
@@ -219,6 +222,7 @@ inline void issue(Product product, float* accumulators, const uint32_t* a_regist
     if (!same(shared, product)) scheduler().fail(product.site, "wgmma: descriptors or shapes differ within the warpgroup");
     const unsigned lane = thread.index % WARPGROUP;
     ++shared.threads;
+    shared.fence = std::min(shared.fence, thread.last_fence);
     shared.accumulators[lane] = accumulators;
     if (a_registers) std::copy_n(a_registers, 4, shared.a_registers[lane].begin());
 

@@ -46,10 +46,11 @@ __device__ void load_tiles(SharedMemory& shared, const TensorMap& map_a, const T
                 cp_async_16(shared.a[stage] + swizzled(SWIZZLE, row * BLOCK_K + byte),
                             a + int64_t(rows[blockIdx.y * TILE + row]) * k + step * BLOCK_K + byte);
             }
-            cp_async_commit();
-            if (!has("no wait for cp.async")) cp_async_wait<0>();
-            if (!has("no proxy fence after cp.async")) fence_async_proxy();
-            if (lane != 0) shared.full[stage].arrive();
+            if (has("an arrival before cp.async")) {
+                shared.full[stage].arrive();
+            } else {
+                cp_async_arrive(shared.full[stage]);
+            }
         }
         if (lane == 0) {
             const int tiles = has("more bytes expected than come") ? 3 : GATHER || has("fewer bytes expected than come") ? 1 : 2;
@@ -62,10 +63,13 @@ __device__ void load_tiles(SharedMemory& shared, const TensorMap& map_a, const T
     }
 }
 
+template <bool GATHER>
 __device__ inline void multiply(SharedMemory& shared, float (&sums)[TILE / 2], int k) {
+    const bool fences = has("a proxy fence after cp.async by one warp alone") ? threadIdx.x < WARP : !has("no proxy fence after cp.async");
     for (int step = 0; step < k / BLOCK_K; ++step) {
         const int stage = step % STAGES;
         if (!has("no wait for the data")) shared.full[stage].wait(has("a parity that never turns") ? 0 : step / STAGES % 2);
+        if (GATHER && fences) fence_async_proxy();
         if (!has("no fence before wgmma")) wgmma_fence();
         for (int byte = 0; byte < BLOCK_K; byte += 32) {
             const uint64_t a = k_major(shared.a[stage] + byte, SWIZZLE),
@@ -114,7 +118,7 @@ __global__ void __launch_bounds__(WARPGROUP + WARP)
     SharedMemory& shared = *shared_memory<SharedMemory>();
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
-            shared.full[stage].init(GATHER ? WARP : 1);
+            shared.full[stage].init(GATHER ? WARP + 1 : 1);
             (has("a barrier initialised twice") ? shared.full : shared.empty)[stage].init(1);
         }
         if (!has("barriers invisible to copies")) fence_barrier_init();
@@ -126,7 +130,7 @@ __global__ void __launch_bounds__(WARPGROUP + WARP)
         load_tiles<GATHER>(shared, map_a, map_b, a, rows, k);
     } else {
         float sums[TILE / 2];
-        multiply(shared, sums, k);
+        multiply<GATHER>(shared, sums, k);
         store(shared, map_c, sums);
     }
 }

@@ -72,8 +72,9 @@ BUGS = {
     "a store that nobody waits for": "a thread ends before its bulk stores have read shared memory",
     "a barrier of two sizes": "named barrier|others say",
     "a barrier of another size": "waits at gemm.cu:[0-9]+ for named barrier 1",
-    "no wait for cp.async": "wgmma reads shared memory that a copy under way still writes",
-    "no proxy fence after cp.async": "wgmma reads plain writes to shared memory without a fence_async_proxy",
+    "an arrival before cp.async": "wgmma reads shared memory that a copy under way still writes|another copy under way",
+    "no proxy fence after cp.async": "wgmma reads what cp.async wrote, and neither .* had a fence_async_proxy since",
+    "a proxy fence after cp.async by one warp alone": "wgmma reads what cp.async wrote, and neither .* had a fence_async_proxy since",
 }
 
 

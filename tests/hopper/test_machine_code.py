@@ -73,6 +73,15 @@ def test_every_half_of_the_moe_layer_multiplies_on_wgmma_what_tma_loads(stem):
     assert len(kernels) == 3 and all(kernel["wgmma"] and kernel["tma_load"] for kernel in kernels.values())
 
 
+@pytest.mark.parametrize("stem", ["moe_gate_up", "moe_down", "routing"])
+def test_no_thread_waits_for_its_own_copies(stem):
+    """They arrive at a barrier by themselves, and the thread that asked for them goes on."""
+    codes = [[text.split()[0] for text in code] for code in machine_code.compile_stem(NVCC, stem).instructions.values()]
+    copying = [opcodes for opcodes in codes if any(opcode.startswith("LDGSTS") for opcode in opcodes)]
+    assert copying and all(any(opcode.startswith("ARRIVES.LDGSTSBAR") for opcode in opcodes) for opcodes in copying)
+    assert not any("LDGDEPBAR" in opcodes for opcodes in codes)
+
+
 def test_routing_of_many_tokens_multiplies_on_wgmma_what_tma_loads():
     kernels = machine_code.compile_stem(NVCC, "routing").kernels
     on_wgmma = {name for name, kernel in kernels.items() if kernel["wgmma"] and kernel["tma_load"]}
