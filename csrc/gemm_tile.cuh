@@ -33,7 +33,6 @@ struct GemmShape {
     static constexpr int WEIGHT_BYTES = CHANNELS * ROW_BYTES;
     static constexpr int TOKEN_BYTES = TOKENS * ROW_BYTES;
     static constexpr int STAGES = TOKENS <= 16 ? 10 : TOKENS <= 64 ? 7 : SETS == 1 ? 5 : 4;
-    static constexpr int GATHER_LAG = STAGES > 4 ? 3 : 2;  // stages whose gathered rows are under way; the consumers have one more
     static constexpr hopper::Swizzle SWIZZLE = hopper::Swizzle::bytes_128;
     // Steps that wgmma may add up before the sum moves to fp32 registers: its own sums of e4m3 products keep fewer bits than fp32. With two
     // sets there are registers for the sums of one of them alone, and the ring keeps the stages of a promotion until both have had them.
@@ -136,7 +135,8 @@ private:
 };
 
 // A consumer warpgroup's view of the stages: it multiplies its sets of 64 channels, which follow one another, and hands stages back.
-template <class Shape>
+// GATHERED: tokens come by cp.async.
+template <class Shape, bool GATHERED>
 class GemmConsumer {
 public:
     using Position = PipelinePosition<Shape::STAGES>;
@@ -187,10 +187,16 @@ public:
 private:
     static constexpr int VALUES = Shape::TOKENS / 2;
 
+    // The wait shows this thread what was copied; what cp.async wrote is shown to its wgmma by the fence. TMA's writes need none.
+    __device__ void wait_for_operands(Position at) {
+        stages_.pipeline.wait_until_full(at);
+        if (GATHERED) hopper::fence_async_proxy();
+    }
+
     // All sets in wgmma's own accumulators; one product group stays under way while the stage before it is handed back.
     __device__ void sum_all(int steps, GemmSums<Shape>& sums) {
         for (int step = 0; step < steps; ++step) {
-            stages_.pipeline.wait_until_full(at_);
+            wait_for_operands(at_);
             hopper::wgmma_fence();
 #pragma unroll
             for (int set = 0; set < Shape::SETS; ++set) multiply(at_, set, sums[set], step > 0);
@@ -221,7 +227,7 @@ private:
             turns_.take();
 #pragma unroll
             for (int step = 0; step < STEPS; ++step) {
-                if (set == 0) stages_.pipeline.wait_until_full(at[step]);
+                if (set == 0) wait_for_operands(at[step]);
                 hopper::wgmma_fence();
                 multiply(at[step], set, sums, step > 0);
                 hopper::wgmma_commit();
@@ -247,7 +253,7 @@ private:
         float sums[VALUES];
         last_ = at_;
         at_.advance();
-        stages_.pipeline.wait_until_full(last_);
+        wait_for_operands(last_);
 #pragma unroll
         for (int set = 0; set < Shape::SETS; ++set) {
             turns_.take();

@@ -161,22 +161,15 @@ __device__ void load_with_tma(SharedMemory<Shape>& shared, const BlockTiles<Shap
     }
 }
 
-// All threads of the warpgroup: they gather rows and fetch the tokens' scales, and one of them loads what TMA can. A stage's copies are
-// waited for LAG stages later, so that several are under way, or as soon as a short ring is full.
+// All threads of the warpgroup: they gather rows and fetch the tokens' scales, and one of them loads what TMA can. Copies arrive by
+// themselves once they have landed, and the loaders go on, or end: the consumers wait for every stage. That says nothing of plain stores:
+// the scales that a warp has stored are published by its first lane.
 template <class Shape, bool GATHER>
 __device__ void load_with_all_threads(SharedMemory<Shape>& shared, const BlockTiles<Shape>& tiles, const TensorMap& weights,
                                       const TensorMap& tokens, const Problem& problem) {
     GemmStages<Shape>& stages = shared.stages;
-    constexpr int LAG = GATHER ? Shape::GATHER_LAG : 0;
     const int thread = threadIdx.x % WARPGROUP;
-    PipelinePosition<Shape::STAGES> at, arriving;
-    int under_way = 0;
-    const auto arrive = [&] {
-        if (GATHER) fence_async_proxy();
-        stages.pipeline.full[arriving.stage].arrive();
-        arriving.advance();
-        --under_way;
-    };
+    PipelinePosition<Shape::STAGES> at;
     for (int64_t index = tiles.first(); index < tiles.count(); index += tiles.step()) {
         const BlockTile tile = tiles[index];
         const int row = tile.first_row + thread;
@@ -184,27 +177,24 @@ __device__ void load_with_all_threads(SharedMemory<Shape>& shared, const BlockTi
         const bool per_block = Shape::KIND == GemmKind::fp8_scaled_steps && problem.a_scale.form == ScaleForm::per_block;
         const bool has_block_scale = has_scale && per_block && row < tile.end_row;
         const float* block_scales = has_block_scale ? problem.a_scale.values + int64_t(problem.source_row(row)) * problem.steps : nullptr;
-        const float token_scale = has_scale && !per_block ? problem.token_scale(row, tile.end_row) : 0.0f;
+        float scale = has_block_scale ? *block_scales : has_scale && !per_block ? problem.token_scale(row, tile.end_row) : 0.0f;
         const RowGather<Shape> gather(problem.a, problem.row_bytes, problem.rows, tile.first_row, GATHER ? tile.end_row : 0);
         for (int step = 0; step < problem.steps; ++step, at.advance()) {
-            if (GATHER && Shape::SETS == 2 && under_way > 0 && !stages.pipeline.is_empty(at)) {
-                cp_async_wait<0>();
-                while (under_way > 0) arrive();
-            }
             stages.pipeline.wait_until_empty(at);
             if (thread == 0) load_stage<Shape, GATHER, L2::normal, L2::normal>(shared, at.stage, tile, step, weights, tokens);
             if (has_scale && (Shape::KIND == GemmKind::fp8_scaled_steps || step + 1 == problem.steps))
-                stages.token_scales[at.stage][thread] = has_block_scale ? block_scales[step] : token_scale;
+                stages.token_scales[at.stage][thread] = scale;
+            if (has_block_scale && step + 1 < problem.steps) scale = block_scales[step + 1];  // under way until the next stage is empty
             if (GATHER) {
                 gather.copy(stages.tokens[at.stage], step);
-                cp_async_commit();
-                cp_async_wait<LAG>();
+                cp_async_arrive(stages.pipeline.full[at.stage]);
             }
-            if (++under_way > LAG) arrive();
+            if (Shape::FP8) {
+                __syncwarp();
+                if (thread % WARP == 0) stages.pipeline.full[at.stage].arrive();
+            }
         }
     }
-    if (GATHER) cp_async_wait<0>();
-    while (under_way > 0) arrive();
 }
 
 // ---- the consumer warpgroups
@@ -226,12 +216,12 @@ __device__ inline float channel_scale(const Problem& problem, int group, int cha
     return 1.0f;
 }
 
-template <class Shape>
+template <class Shape, bool GATHER>
 __device__ void multiply_and_store(SharedMemory<Shape>& shared, const BlockTiles<Shape>& tiles, const Problem& problem) {
     static_assert(SCALE_BLOCK % Shape::WARPGROUP_CHANNELS == 0, "a warpgroup's channels share the scales of their block");
     // The same in all lanes, as the compiler then knows: descriptors stay in uniform registers.
     const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0);
-    GemmConsumer<Shape> consumer(shared.stages, warpgroup);
+    GemmConsumer<Shape, GATHER> consumer(shared.stages, warpgroup);
     for (int64_t index = tiles.first(); index < tiles.count(); index += tiles.step()) {
         const BlockTile tile = shared.tiles[consumer.first_stage()];
         const int first_channel = tile.column_tile * Shape::CHANNELS + warpgroup * Shape::WARPGROUP_CHANNELS;
@@ -280,13 +270,15 @@ __global__ void __launch_bounds__(Shape::CONSUMERS + Shape::LOADERS, 1)
     grouped_gemm_kernel(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap tokens,
                         const __grid_constant__ Problem problem) {
     constexpr bool ALL_LOAD = GATHER || Shape::KIND == GemmKind::fp8_scaled_steps;
+    // At a full stage: of who asks TMA, of each loader's copies, and of each of their warps that store scales.
+    constexpr int FULL_ARRIVALS = 1 + (GATHER ? Shape::LOADERS : 0) + (ALL_LOAD && Shape::FP8 ? Shape::LOADERS / WARP : 0);
     // Of the 504 that three threads, one of each warpgroup, have at launch.
     constexpr int LOADER_REGISTERS = Shape::SETS == 1 ? 56 : 40, CONSUMER_REGISTERS = (504 - LOADER_REGISTERS) / 2;
     auto& shared = *shared_memory<SharedMemory<Shape>>();
     BlockTiles<Shape> tiles(problem, shared.first_tile);
     if (threadIdx.x < WARP) tiles.fill();
     if (threadIdx.x == Shape::CONSUMERS) {
-        shared.stages.pipeline.init(1 + (ALL_LOAD ? Shape::LOADERS : 0), Shape::CLUSTER * Shape::CONSUMERS / WARP);
+        shared.stages.pipeline.init(FULL_ARRIVALS, Shape::CLUSTER * Shape::CONSUMERS / WARP);
         prefetch_tensor_map(weights);
         prefetch_tensor_map(tokens);
     }
@@ -306,7 +298,7 @@ __global__ void __launch_bounds__(Shape::CONSUMERS + Shape::LOADERS, 1)
         }
     } else {
         increase_registers<CONSUMER_REGISTERS>();
-        multiply_and_store<Shape>(shared, tiles, problem);
+        multiply_and_store<Shape, GATHER>(shared, tiles, problem);
     }
     if constexpr (Shape::CLUSTER > 1) {
         __syncwarp();

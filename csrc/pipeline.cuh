@@ -32,7 +32,6 @@ struct Pipeline {
     }
 
     __device__ void wait_until_empty(PipelinePosition<STAGES> at) { empty[at.stage].wait(at.parity ^ 1); }
-    __device__ bool is_empty(PipelinePosition<STAGES> at) { return empty[at.stage].test_wait(at.parity ^ 1); }
     __device__ void wait_until_full(PipelinePosition<STAGES> at) { full[at.stage].wait(at.parity); }
 };
 

@@ -218,7 +218,7 @@ PLANTED = {
     "the first set's channels for both": (
         "grouped_gemm.cu", "const int channel = first_channel + «set» * Shape::SET_CHANNELS, columns", "0", NAN),
     "a stage handed back to its own block alone": (
-        "gemm_tile.cuh", "arrive_remote(«lane»);", "hopper::cluster_rank()", "may still read|still writes|another copy"),
+        "gemm_tile.cuh", "arrive_remote(«lane»);", "hopper::cluster_rank()", "may still read|still writes|another copy|deadlock"),
     "a stage handed back to the first block alone": ("gemm_tile.cuh", "if («lane < Shape::CLUSTER»)", "lane == 0", "deadlock"),
     "a part that both blocks load": ("grouped_gemm.cu", "part == int(cluster_rank())", "part == 0", "another copy|lacks|more"),
     "shared weights for another column tile": (
@@ -228,11 +228,16 @@ PLANTED = {
     "half a tile's tokens staged in place of the others": ("epilogue.cuh", "«first / 2» + i * 8", "0", "wrong"),
     "a token past the group stored": ("grouped_gemm.cu", "int rows = «tile.end_row» -", "1 + tile.end_row", "guard"),
     "scales of the next token": ("epilogue.cuh", "sums[i] *= «scales.x»;", "scales.y", "wrong"),
-    "a gather without its proxy fence": ("grouped_gemm.cu", "if (GATHER) fence_async_proxy();", "", "without a fence_async_proxy"),
-    "a gather not waited for, in a small tile": (
-        "grouped_gemm.cu", "cp_async_wait<LAG>();", "cp_async_wait<LAG + 1>();", "a copy under way still writes"),
-    "a gather not waited for where the ring is full": (
-        "grouped_gemm.cu", "«cp_async_wait<0>();»\n                while", "", "a copy under way still writes"),
+    "a gather without its proxy fence": (
+        "gemm_tile.cuh", "if (GATHERED) hopper::fence_async_proxy();", "", "neither who copied nor all who multiply had a fence_async_proxy"),
+    "a gather that arrives before it is there": (
+        "grouped_gemm.cu", "cp_async_arrive(stages.pipeline.full[at.stage]);", "stages.pipeline.full[at.stage].arrive();",
+        "a copy under way still writes|another copy"),
+    "a gather that arrives before it is there, in a small tile": (
+        "grouped_gemm.cu", "cp_async_arrive(stages.pipeline.full[at.stage]);", "stages.pipeline.full[at.stage].arrive();",
+        "a copy under way still writes|another copy"),
+    "scales of a gathered tile that no warp publishes": (
+        "grouped_gemm.cu", "if (thread % WARP == 0) stages.pipeline.full[at.stage].arrive();", ";", "lacks 4 of 133 arrivals"),
     "a group's first row off by one": ("tile_scheduler.cuh", "int first_row = «offsets_[group]»", "1 + offsets_[group]", NAN),
 }  # fmt: skip
 

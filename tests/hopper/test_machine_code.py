@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from itertools import pairwise
 
 import machine_code
 import pytest
@@ -73,7 +74,14 @@ def test_every_half_of_the_moe_layer_multiplies_on_wgmma_what_tma_loads(stem):
     assert len(kernels) == 3 and all(kernel["wgmma"] and kernel["tma_load"] for kernel in kernels.values())
 
 
-@pytest.mark.parametrize("stem", ["moe_gate_up", "moe_down", "routing"])
+def test_grouped_gemm_fences_what_it_gathers_alone():
+    """A proxy fence is a MEMBAR of the block too; TMA's copies need none."""
+    for name, code in machine_code.compile_stem(NVCC, "grouped_gemm").instructions.items():
+        fences = sum("MEMBAR.ALL.CTA" in before and "FENCE.VIEW.ASYNC" in text for before, text in pairwise(code))
+        assert (fences > 0) == any(text.startswith("LDGSTS") for text in code), name
+
+
+@pytest.mark.parametrize("stem", ["moe_gate_up", "moe_down", "grouped_gemm", "routing"])
 def test_no_thread_waits_for_its_own_copies(stem):
     """They arrive at a barrier by themselves, and the thread that asked for them goes on."""
     codes = [[text.split()[0] for text in code] for code in machine_code.compile_stem(NVCC, stem).instructions.values()]
