@@ -31,12 +31,12 @@ __global__ void __launch_bounds__(THREADS, 1)
     chunked_attention_kernel(const __grid_constant__ hopper::TensorMap k_map, const __grid_constant__ hopper::TensorMap v_map,
                              const AttentionArguments a) {
     auto& shared = *shared_memory<SharedMemory<HEAD_DIM>>();
-    const Ring<HEAD_DIM> k{shared.k[0], shared.k_full, shared.k_empty};
-    const Ring<HEAD_DIM> v{shared.v[0], shared.v_full, shared.v_empty};
+    const Ring<HEAD_DIM> k{shared.k[0], shared.k_full, shared.k_empty, shared.k_gathered};
+    const Ring<HEAD_DIM> v{shared.v[0], shared.v_full, shared.v_empty, shared.v_gathered};
     if (threadIdx.x == 0) {
         for (const Ring<HEAD_DIM>& ring : {k, v}) {
             for (int stage = 0; stage < ATTENTION_STAGES; ++stage) {
-                ring.full[stage].init(ATTENTION_LOAD_WARPS);
+                ring.full[stage].init(ATTENTION_LOAD_WARPS * Loader<HEAD_DIM, Element>::ARRIVALS);
                 ring.empty[stage].init(ATTENDING * WARPGROUP / WARP);
             }
         }
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     } else {
         hopper::increase_registers<ATTEND_REGISTERS>();
         int count = 0;  // pairs of tiles of this block so far
-        Attend<HEAD_DIM> attend(a, shared, k, v);
+        Attend<HEAD_DIM, Element> attend(a, shared, k, v);
         attend.begin();
         while (item < items) {
             attend.attend(item_of(a, shared.item_ends, shared.run, item), count);

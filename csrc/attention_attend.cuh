@@ -34,6 +34,7 @@ struct alignas(1024) SharedMemory {
     uint8_t k[ATTENTION_STAGES][Ring<HEAD_DIM>::TILE_BYTES];
     uint8_t v[ATTENTION_STAGES][Ring<HEAD_DIM>::TILE_BYTES];
     hopper::Barrier k_full[ATTENTION_STAGES], k_empty[ATTENTION_STAGES], v_full[ATTENTION_STAGES], v_empty[ATTENTION_STAGES];
+    alignas(4) uint8_t k_gathered[ATTENTION_STAGES][ATTENTION_LOAD_WARPS], v_gathered[ATTENTION_STAGES][ATTENTION_LOAD_WARPS];
     DrawnItems drawn;
     Item items[ATTENDING];  // of each warpgroup, kept here while it needs its registers
     int first_seen[ATTENDING][ROWS], position[ATTENDING][ROWS];  // the keys that a row sees
@@ -72,7 +73,7 @@ __device__ inline uint32_t bfloat16_pair(float low, float high) {
 // ---- attending
 
 // One attending warpgroup's thread: its part of scores, weights and output, in wgmma's layout, of the two rows ROW and ROW + 8.
-template <int HEAD_DIM>
+template <int HEAD_DIM, class Element>
 class Attend {
 public:
     __device__ Attend(const AttentionArguments& a, SharedMemory<HEAD_DIM>& shared, const Ring<HEAD_DIM>& k, const Ring<HEAD_DIM>& v)
@@ -217,10 +218,16 @@ private:
         if (lane < WARPGROUPS) empty[count % ATTENTION_STAGES].arrive();
     }
 
+    // The wait shows this thread what load warps copied and stored; what is not TMA's, the fence shows to its wgmma.
+    __device__ void wait_for_operand(const Ring<HEAD_DIM>& ring, int count) const {
+        ring.wait_full(count);
+        if (Loader<HEAD_DIM, Element>::IS_FP8 || ring.is_gathered(count)) hopper::fence_async_proxy();
+    }
+
     // scores = Q · Kᵀ
     __device__ void begin_scores(int count) {
         constexpr int STEPS = ATTENTION_SPAN / 32;
-        k.wait_full(count);
+        wait_for_operand(k, count);
         hopper::wgmma_fence();
 #pragma unroll
         for (int half = 0; half < HEAD_DIM / 64; ++half) {
@@ -238,7 +245,7 @@ private:
 
     // output += weights · V
     __device__ void begin_output(int count) {
-        v.wait_full(count);
+        wait_for_operand(v, count);
         hopper::wgmma_fence();
         const uint64_t keys = hopper::mn_major(v.tile(count), Swizzle::bytes_128, Ring<HEAD_DIM>::HALF_BYTES);
 #pragma unroll

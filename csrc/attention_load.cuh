@@ -1,8 +1,8 @@
 // From pages to shared memory: four warps bring the tiles of K and V of each item in turn, 32 keys of a tile each.
 //
-// A warp whose 32 keys stand in consecutive slots takes them by TMA, one box per 64 dims; another gathers their rows by cp.async. Codes of
-// fp8 are gathered beside the tiles, and become bfloat16 on their way into them. A key that no query of the item sees is not read, nor its
-// entry of the page table; it is zeros.
+// A warp whose 32 keys stand in consecutive slots takes them by TMA, one box per 64 dims; another gathers their rows by cp.async, which arrive
+// at the tile's barrier by themselves. Codes of fp8 are gathered beside the tiles, and become bfloat16 on their way into them. A key that no
+// query of the item sees is not read, nor its entry of the page table; it is zeros.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -27,13 +27,17 @@ struct Ring {
     static constexpr int TILE_BYTES = HEAD_DIM / 64 * HALF_BYTES;
 
     uint8_t* tiles;
-    hopper::Barrier* full;   // [ATTENTION_STAGES], an arrival of each load warp
-    hopper::Barrier* empty;  // [ATTENTION_STAGES], an arrival of each attending warp
+    hopper::Barrier* full;                      // [ATTENTION_STAGES], Loader::ARRIVALS of each load warp
+    hopper::Barrier* empty;                     // [ATTENTION_STAGES], an arrival of each attending warp
+    uint8_t (*gathered)[ATTENTION_LOAD_WARPS];  // [ATTENTION_STAGES], in bfloat16: whether a load warp's keys come by cp.async
 
     __device__ uint8_t* tile(int count) const { return tiles + count % ATTENTION_STAGES * TILE_BYTES; }
     __device__ void wait_full(int count) const { full[count % ATTENTION_STAGES].wait(count / ATTENTION_STAGES & 1); }
-    __device__ bool is_empty(int count) const { return empty[count % ATTENTION_STAGES].test_wait(count / ATTENTION_STAGES & 1 ^ 1); }
     __device__ void wait_empty(int count) const { empty[count % ATTENTION_STAGES].wait(count / ATTENTION_STAGES & 1 ^ 1); }
+    __device__ bool is_gathered(int count) const {
+        static_assert(ATTENTION_LOAD_WARPS == sizeof(uint32_t));
+        return *reinterpret_cast<const uint32_t*>(gathered[count % ATTENTION_STAGES]) != 0;
+    }
 };
 
 // Byte, within a tile, of the 16-byte chunk that holds dims 8 · chunk on of a key.
@@ -76,6 +80,7 @@ public:
     static constexpr bool IS_FP8 = sizeof(Element) == 1;
     static constexpr int CHUNKS = HEAD_DIM * sizeof(Element) / 16;  // of 16 bytes in a key's row, and steps of WARP / CHUNKS keys
     static constexpr int WARP = 32;
+    static constexpr int ARRIVALS = IS_FP8 ? 1 : 1 + WARP;  // of a warp at a full tile: of what it writes itself, and of each lane's copies
     static constexpr int CODE_STAGES = IS_FP8 ? 3 : 0;  // tiles of codes: one being converted, two on their way
     static constexpr int WARP_CODE_BYTES = ATTENTION_WARP_KEYS * HEAD_DIM;
     static constexpr int CODE_BYTES = CODE_STAGES * ATTENTION_LOAD_WARPS * WARP_CODE_BYTES;
@@ -119,8 +124,6 @@ public:
             convert(k, number++ - 2);
             hopper::cp_async_commit();
             convert(v, number++ - 2);
-        } else {
-            signal_after<0>();
         }
     }
 
@@ -130,8 +133,7 @@ private:
     const int warp = threadIdx.x / WARP % ATTENTION_LOAD_WARPS;
     const int lane = threadIdx.x % WARP;
     uint8_t* const codes;
-    int number = 0;                          // of the block's next tile of K; of fp8 2 · i is its i-th of K, 2 · i + 1 its i-th of V
-    hopper::Barrier* unsignalled = nullptr;  // of the copies under way
+    int number = 0;  // of the block's next tile of K; of fp8 2 · i is its i-th of K, 2 · i + 1 its i-th of V
 
     // This lane's chunk of its key of a step, in global memory.
     __device__ const uint8_t* chunk_of(const void* cache, int64_t slot, int kv_head) const {
@@ -152,20 +154,20 @@ private:
 
     __device__ void load(const Ring<HEAD_DIM>& ring, const hopper::TensorMap& map, const void* cache, int64_t slot, int kv_head, int count) {
         hopper::Barrier& full = ring.full[count % ATTENTION_STAGES];
-        if (!__all_sync(~0u, ring.is_empty(count))) {  // do not keep from the attending warps what they may wait for
-            signal_after<0>();
-            ring.wait_empty(count);
-        }
+        ring.wait_empty(count);
         const int64_t first_slot = __shfl_sync(~0u, slot, 0);
         const bool consecutive = __all_sync(~0u, slot >= 0 && slot == first_slot + lane);
+        if (lane == 0) ring.gathered[count % ATTENTION_STAGES][warp] = !consecutive;
         if (consecutive) {
-            if (lane == 0) load_boxes(map, int(first_slot), kv_head, ring.tile(count), full);
+            if (lane == 0) {
+                full.arrive_for(WARP);
+                load_boxes(map, int(first_slot), kv_head, ring.tile(count), full);
+            }
         } else {
             gather_rows(cache, slot, kv_head, ring.tile(count));
+            hopper::cp_async_arrive(full);
+            if (lane == 0) full.arrive();
         }
-        hopper::cp_async_commit();
-        signal_after<1>();
-        if (!consecutive) unsignalled = &full;
     }
 
     __device__ void load_boxes(const hopper::TensorMap& map, int slot, int kv_head, uint8_t* tile, hopper::Barrier& full) const {
@@ -183,17 +185,6 @@ private:
             const int64_t key_slot = slot_of_step(slot, step);
             hopper::cp_async_16(tile + chunk_of_step(step, lane % CHUNKS), chunk_of(cache, key_slot, kv_head), key_slot >= 0);
         }
-    }
-
-    // Wait until all but the PENDING latest groups of copies are there, and tell of the one before the latest.
-    template <int PENDING>
-    __device__ void signal_after() {
-        if (!unsignalled) return;
-        hopper::cp_async_wait<PENDING>();
-        hopper::fence_async_proxy();
-        __syncwarp();
-        if (lane == 0) unsignalled->arrive();
-        unsignalled = nullptr;
     }
 
     // ---- fp8: each lane copies codes to a place of its own, and turns them into bfloat16 two tiles later, at the next of K or V
@@ -225,7 +216,6 @@ private:
             *reinterpret_cast<uint4*>(to + chunk_of_step(step, chunk)) = bfloat16_of_8_codes(found.x, found.y);
             *reinterpret_cast<uint4*>(to + chunk_of_step(step, chunk + 1)) = bfloat16_of_8_codes(found.z, found.w);
         }
-        hopper::fence_async_proxy();
         __syncwarp();
         if (lane == 0) ring.full[count % ATTENTION_STAGES].arrive();
     }

@@ -23,6 +23,7 @@ SCOUT = dict(heads=(5, 1, 128), dtype=BF16)
 TILE = 128
 
 LOAD, WORK, ATTEND, MAIN = "attention_load.cuh", "attention_work.cuh", "attention_attend.cuh", "attention.cu"
+FENCE = "if (Loader<HEAD_DIM, Element>::IS_FP8 || ring.is_gathered(count)) hopper::fence_async_proxy();"
 GIVE_BACK = "        if (threadIdx.x % 32 == 0) empty[count % SLOTS].arrive();\n"
 SEEN = f"        const int item = items[count % SLOTS];\n        __syncwarp();\n{GIVE_BACK}        return item;\n"
 RELEASE_FOR_BOTH = "                release<ATTENDING>(v.empty, count + tile);"
@@ -36,11 +37,13 @@ SLOW_LANES = """
 PLANTED = {
     "keys before the chunk are read": (LOAD, "«position < keys.begin» || ", "false"),
     "boxes one key late": (LOAD, "load_boxes(map, «int(first_slot)»,", "int(first_slot) + 1"),
-    "copies not waited for": (LOAD, "unsignalled = &full;", "if (lane == 0) full.arrive();"),
+    "copies not waited for": (LOAD, "hopper::cp_async_arrive(full);", "full.arrive();"),
     "codes not waited for": (LOAD, "hopper::cp_async_wait<2>();", "hopper::cp_async_wait<3>();"),
-    "V not waited for": (ATTEND, "v.wait_full(count);", ""),
-    "buffers not waited for": (LOAD, "«ring.wait_empty(count);»\n        }", ""),
-    "no proxy fence": (LOAD, "        }\n        «hopper::fence_async_proxy();»", ""),
+    "V not waited for": (ATTEND, "wait_for_operand(v, count);", ""),
+    "buffers not waited for": (LOAD, "«ring.wait_empty(count);»\n        const int64_t first_slot", ""),
+    "no proxy fence": (ATTEND, FENCE, ""),
+    "no proxy fence for gathered rows": (ATTEND, FENCE, FENCE.replace("|| ring.is_gathered(count)", "")),
+    "gathered rows of which nobody tells": (LOAD, "= «!consecutive»;", "false"),
     "one split too few": (WORK, "return -divide_up(tiles, tiles_per_split(a, tiles));", "return -max(tiles / tiles_per_split(a, tiles), 1);"),
     "positions without the prefix": (WORK, "before = a.seq_lens[request] - queries;", "before = 0;"),
     "masks of boundary tiles left out": (ATTEND, "if (start < seen_by_all_from || start + ATTENTION_TILE > seen_by_all_to) mask(start);", ""),

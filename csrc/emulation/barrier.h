@@ -25,11 +25,11 @@ inline void complete_phase_if_over(MemoryBarrier& barrier) {
     }
 }
 
-inline void arrive(const void* word, Site site) {
+inline void arrive(const void* word, Site site, unsigned arrivals = 1) {
     MemoryBarrier& barrier = memory_barrier(word, site);
-    if (barrier.pending == 0)
+    if (barrier.pending < arrivals)
         scheduler().fail(site, "more arrivals at the mbarrier than the " + std::to_string(barrier.arrivals) + " of its phase");
-    --barrier.pending;
+    barrier.pending -= arrivals;
     complete_phase_if_over(barrier);
 }
 
@@ -64,6 +64,8 @@ struct Barrier {
 
     void arrive(Site site = Site::here()) { emulation::arrive(this, site); }
 
+    void arrive_for(unsigned arrivals, Site site = Site::here()) { emulation::arrive(this, site, arrivals); }
+
     void arrive_expect(unsigned bytes, Site site = Site::here()) {
         emulation::MemoryBarrier& barrier = emulation::memory_barrier(this, site);
         barrier.bytes += bytes;
@@ -74,12 +76,6 @@ struct Barrier {
     void arrive_remote(unsigned rank, Site site = Site::here()) {
         emulation::Block& block = emulation::peer(rank, site, "an arrival in");
         emulation::arrive(block.shared.get() + (shared_address(this) - emulation::FIRST_SHARED_ADDRESS), site);
-    }
-
-    bool test_wait(unsigned parity, Site site = Site::here()) {
-        if (is_complete(parity, site)) return true;
-        emulation::scheduler().poll(site, "an mbarrier", uint32_t(state), parity);
-        return is_complete(parity, site);
     }
 
     void wait(unsigned parity, Site site = Site::here()) {

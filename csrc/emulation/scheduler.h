@@ -69,9 +69,9 @@ public:
     }
 
     // The running thread looks again at something that another one may change: let the others go first.
-    void poll(Site site, const char* waits_for, uint32_t waits_on = 0, unsigned parity = 0) {
+    void poll(Site site, const char* waits_for) {
         polling_.push_back(current_);
-        wait(site, waits_for, waits_on, parity);
+        wait(site, waits_for);
     }
 
     // The running thread waits for `ahead`, which runs when nobody can go on without it.

@@ -21,6 +21,11 @@ struct Barrier {
 
     __device__ void arrive() { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(this)) : "memory"); }
 
+    // Arrive as so many.
+    __device__ void arrive_for(unsigned arrivals) {
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(arrivals) : "memory");
+    }
+
     // Arrive, and make the phase wait for `bytes` of asynchronous copies as well.
     __device__ void arrive_expect(unsigned bytes) {
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(bytes) : "memory");
@@ -37,20 +42,7 @@ struct Barrier {
             : "memory");
     }
 
-    // Whether the phase of this parity has completed, at once. The first phase has parity 0; a new barrier counts as having completed one
-    // of parity 1.
-    __device__ bool test_wait(unsigned parity) {
-        unsigned done;
-        asm volatile(
-            "{\n.reg .pred done;\n"
-            "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-            "selp.u32 %0, 1, 0, done;\n}"
-            : "=r"(done)
-            : "r"(shared_address(this)), "r"(parity)
-            : "memory");
-        return done;
-    }
-
+    // Until the phase of this parity has completed. The first phase has parity 0; a new barrier counts as having completed one of parity 1.
     __device__ void wait(unsigned parity) {
         while (!try_wait(parity)) {
         }
