@@ -163,7 +163,7 @@ __device__ void load_with_tma(SharedMemory<Shape>& shared, const BlockTiles<Shap
 
 // All threads of the warpgroup: they gather rows and fetch the tokens' scales, and one of them loads what TMA can. Copies arrive by
 // themselves once they have landed, and the loaders go on, or end: the consumers wait for every stage. That says nothing of plain stores:
-// the scales that a warp has stored are published by its first lane.
+// who stores scales arrives once more.
 template <class Shape, bool GATHER>
 __device__ void load_with_all_threads(SharedMemory<Shape>& shared, const BlockTiles<Shape>& tiles, const TensorMap& weights,
                                       const TensorMap& tokens, const Problem& problem) {
@@ -189,10 +189,7 @@ __device__ void load_with_all_threads(SharedMemory<Shape>& shared, const BlockTi
                 gather.copy(stages.tokens[at.stage], step);
                 cp_async_arrive(stages.pipeline.full[at.stage]);
             }
-            if (Shape::FP8) {
-                __syncwarp();
-                if (thread % WARP == 0) stages.pipeline.full[at.stage].arrive();
-            }
+            if (Shape::FP8) stages.pipeline.full[at.stage].arrive();
         }
     }
 }
@@ -270,8 +267,8 @@ __global__ void __launch_bounds__(Shape::CONSUMERS + Shape::LOADERS, 1)
     grouped_gemm_kernel(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap tokens,
                         const __grid_constant__ Problem problem) {
     constexpr bool ALL_LOAD = GATHER || Shape::KIND == GemmKind::fp8_scaled_steps;
-    // At a full stage: of who asks TMA, of each loader's copies, and of each of their warps that store scales.
-    constexpr int FULL_ARRIVALS = 1 + (GATHER ? Shape::LOADERS : 0) + (ALL_LOAD && Shape::FP8 ? Shape::LOADERS / WARP : 0);
+    // At a full stage: of who asks TMA, of each loader's copies, and of each for the scales.
+    constexpr int FULL_ARRIVALS = 1 + (GATHER ? Shape::LOADERS : 0) + (ALL_LOAD && Shape::FP8 ? Shape::LOADERS : 0);
     // Of the 504 that three threads, one of each warpgroup, have at launch.
     constexpr int LOADER_REGISTERS = Shape::SETS == 1 ? 56 : 40, CONSUMER_REGISTERS = (504 - LOADER_REGISTERS) / 2;
     auto& shared = *shared_memory<SharedMemory<Shape>>();

@@ -158,12 +158,11 @@ private:
     }
 
     // Copies arrive by themselves once they have landed, and the loaders go on, or end: the consumers wait for every stage. That says nothing
-    // of plain stores, of scales and of codes: a warp's are published by its first lane.
+    // of plain stores, of scales and of codes: who stores them arrives once more.
     __device__ void arrive() {
         hopper::Barrier& full = stages_.pipeline.full[at_.stage];
         hopper::cp_async_arrive(full);
-        __syncwarp();
-        if (thread() % hopper::WARP == 0) full.arrive();
+        full.arrive();
     }
 
     MoeStages<Shape>& stages_;

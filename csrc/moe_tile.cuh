@@ -38,8 +38,8 @@ struct MoeShape {
     static constexpr int STAGE_BYTES = SETS * SET_BYTES + TOKEN_BYTES;
     static constexpr int STAGES = (206 << 10) / (STAGE_BYTES + TOKENS * int(sizeof(float)));
     static constexpr int LOADER_REGISTERS = TOKENS > 64 ? 72 : 88, CONSUMER_REGISTERS = TOKENS > 64 ? 216 : 208;
-    // At a full stage: of who asks for its weights, of each loader's copies, and of each of their warps.
-    static constexpr int FULL_ARRIVALS = 1 + LOADERS + LOADERS / hopper::WARP;
+    // At a full stage: of who asks for its weights, of each loader's copies, and of each for what it stores.
+    static constexpr int FULL_ARRIVALS = 1 + 2 * LOADERS;
     static constexpr hopper::Swizzle SWIZZLE = hopper::Swizzle::bytes_128;
     static constexpr int PASS = TOKENS < 32 ? TOKENS : 32;  // tokens that the epilogue transposes at a time
     static_assert(TOKENS % 16 == 0);
