@@ -136,10 +136,12 @@ def _grouped_gemm(dtype: torch.dtype, tokens: int, *, groups: int, n: int, k: in
     return {"BLOCK_T": block, "BLOCK_N": 128, "num_warps": 8, "num_stages": _stages(4, block + 128, shared_kib), "programs_per_sm": 1}
 
 
-def _route_top1(dtype: torch.dtype, tokens: int, *, experts: int, hidden: int) -> Config:
+def _route_top1(dtype: torch.dtype, tokens: int, *, experts: int, hidden: int, shared_kib: int) -> Config:
     if tokens <= 64:
-        return {"BLOCK_T": 8, "BLOCK_E": 16, "BLOCK_K": 256, "num_warps": 4, "num_stages": 4}
-    return {"BLOCK_T": 64, "BLOCK_E": max(triton.next_power_of_2(experts), 16), "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
+        return {"BLOCK_T": 8, "BLOCK_E": 16, "BLOCK_K": 512 // dtype.itemsize, "num_warps": 4, "num_stages": 4}
+    block = min(max(triton.next_power_of_2(experts), 16), 128)
+    stages = _stages(4, 64 + block, shared_kib)
+    return {"BLOCK_T": 64, "BLOCK_E": block, "BLOCK_K": 128 // dtype.itemsize, "num_warps": 4, "num_stages": stages}
 
 
 def _moe_gate_up(dtype: torch.dtype, tokens: int, *, experts: int, n: int, k: int, form: int, shared_kib: int) -> Config:

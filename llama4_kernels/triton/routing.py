@@ -32,16 +32,17 @@ def route_top1(x: Tensor, router: Tensor, *, quantize: bool = False) -> tuple[Ro
         scale = torch.empty(tokens, dtype=torch.float32, device=device)
 
     one_launch = tokens <= ONE_LAUNCH_TOKENS
-    launch = config.choose("route_top1", device, router.dtype, tokens=tokens, experts=experts, hidden=hidden)
-    if not one_launch:  # whose last block compares slices of experts
-        launch = launch | {"BLOCK_E": max(launch["BLOCK_E"], triton.next_power_of_2(experts))}
-    slices = triton.cdiv(experts, launch["BLOCK_E"])
+    shape = dict(experts=experts, hidden=hidden, shared_kib=config.shared_kib(device))
+    launch = config.choose("route_top1", device, torch.promote_types(x.dtype, router.dtype), tokens=tokens, **shape)
+    parts = triton.cdiv(experts, launch["BLOCK_E"])
+    slices = parts if one_launch else 1  # whose last block compares them
     best_logits = torch.empty(tokens, slices, dtype=torch.float32, device=device)
     best_ids = torch.empty(tokens, slices, dtype=torch.int32, device=device)
     _route[(max(triton.cdiv(tokens, launch["BLOCK_T"]), 1), slices)](
         x, router, codes, scale, best_logits, best_ids, tickets(device, 1) if one_launch else None,
         expert_ids, scores, order, offsets, tokens, experts, hidden, slices,
-        SLICES=triton.next_power_of_2(slices), EXPERTS=triton.next_power_of_2(experts), TOKENS=ONE_LAUNCH_TOKENS, **config.options(launch),
+        PASSES=parts // slices, SLICES=triton.next_power_of_2(slices), EXPERTS=triton.next_power_of_2(experts), TOKENS=ONE_LAUNCH_TOKENS,
+        **config.options(launch),
     )  # fmt: skip
     if not one_launch:
         _order[(experts,)](expert_ids, order, offsets, tokens, experts, BLOCK=_ORDER_BLOCK)
@@ -63,16 +64,14 @@ def _best(logits, ids, axis: tl.constexpr):
     return tl.where(is_nan, float("nan"), best), winner
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def _route(
-    x, router, codes, scale, best_logits, best_ids, counter, expert_ids, scores, order, offsets, tokens, experts, hidden, slices,
-    SLICES: tl.constexpr, EXPERTS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+@triton.jit
+def _best_of_slice(
+    x_tile, router, token, part, tokens, experts, hidden,
+    LARGEST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # Logits of BLOCK_T tokens for one slice of the experts
-    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    expert = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    """The largest logit of each token for one slice of the experts, and whose it is; with LARGEST also max|x| [BLOCK_T, BLOCK_K]."""
+    expert = part * BLOCK_E + tl.arange(0, BLOCK_E)
     column = tl.arange(0, BLOCK_K)
-    x_tile = x + token.to(tl.int64)[:, None] * hidden + column[None, :]
     router_tile = router + expert.to(tl.int64)[:, None] * hidden + column[None, :]
     logits = tl.zeros((BLOCK_E, BLOCK_T), tl.float32)
     largest = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
@@ -81,9 +80,29 @@ def _route(
         values = tl.load(x_tile + first, mask=inside & (token < tokens)[:, None], other=0.0)
         w = tl.load(router_tile + first, mask=inside & (expert < experts)[:, None], other=0.0)
         logits = accumulate(logits, w, values)
-        if codes is not None:
+        if LARGEST:
             largest = tl.maximum(largest, tl.abs(values.to(tl.float32)), propagate_nan=tl.PropagateNan.ALL)
     best, winner = _best(logits, tl.where(expert < experts, expert, -1)[:, None], 0)
+    return best, winner, largest
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _route(
+    x, router, codes, scale, best_logits, best_ids, counter, expert_ids, scores, order, offsets, tokens, experts, hidden, slices,
+    PASSES: tl.constexpr, SLICES: tl.constexpr, EXPERTS: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # The best of BLOCK_T tokens' logits for PASSES slices of the experts
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = tl.arange(0, BLOCK_K)
+    x_tile = x + token.to(tl.int64)[:, None] * hidden + column[None, :]
+    best, winner, largest = _best_of_slice(
+        x_tile, router, token, tl.program_id(1), tokens, experts, hidden, codes is not None, BLOCK_T, BLOCK_E, BLOCK_K
+    )
+    for part in tl.range(1, PASSES):
+        other, other_winner, _ = _best_of_slice(x_tile, router, token, part, tokens, experts, hidden, False, BLOCK_T, BLOCK_E, BLOCK_K)
+        better = (other > best) | (other != other)
+        best, winner = tl.where(better, other, best), tl.where(better, other_winner, winner)
 
     # FP8 codes of the same tokens, which the cache still holds
     if codes is not None:
