@@ -13,7 +13,7 @@ from llama4_kernels import available_backends, ops, use_backend
 from llama4_kernels.ops import backend
 
 CPU = torch.device("cpu")
-CACHED = (backend._choose, backend._parse, backend._why_not, backend._find, backend._refusal, backend._log_refusal)
+CACHED = [function for function in vars(backend).values() if hasattr(function, "cache_clear")]
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +53,30 @@ def test_the_reference_computes_on_a_cpu_and_the_others_say_why_they_do_not():
 
 def test_the_first_backend_that_can_run_is_taken(triton_on_cpu):
     assert chosen("fused_moe") == "triton"
+
+
+@pytest.mark.parametrize("interpret", ["1", "true"])
+def test_the_interpreter_is_taken_only_where_it_is_asked_for(monkeypatch, interpret):
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    assert available_backends("fused_moe", "cpu")["triton"] == ""
+    assert {choice.backend for choice in backend.choices("cpu")} == {"reference"}
+    assert "triton: TRITON_INTERPRET is set, and the interpreter computes bfloat16 and float8 wrongly" in backend.choices("cpu")[0].why
+    with use_backend("auto"):
+        assert chosen("fused_moe") == "reference"
+    with use_backend("triton"):
+        assert chosen("fused_moe") == "triton"
+
+
+def test_what_a_backend_refuses_does_not_go_to_the_interpreter(monkeypatch):
+    import llama4_kernels.cuda as cuda
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(cuda, "why_not", lambda device: "")
+    monkeypatch.setattr(backend, "_refusal", lambda name, op: (lambda x: "no") if name == "cuda" else None)
+    computed = []
+    monkeypatch.setattr(backend, "_find", lambda name, op: lambda x: computed.append(name))
+    backend.call("quantize_per_token", CPU, torch.ones(1, 2))
+    assert computed == ["reference"]
 
 
 def test_every_public_op_has_a_reference():

@@ -105,7 +105,7 @@ def call(op: str, device: torch.device, *args, **kwargs):
             return call(op, device, *args, **kwargs)
     chosen = _choose(op, device, os.environ.get(ENVIRONMENT_VARIABLE, ""), _in_context.get())
     for backend in BACKENDS[BACKENDS.index(chosen.backend) :]:
-        if backend != chosen.backend and _why_not(backend, op, device):
+        if backend != chosen.backend and _why_not_unasked(backend, op, device):
             continue
         refusal = _refusal(backend, op)
         reason = refusal(*args, **kwargs) if refusal else ""
@@ -136,7 +136,7 @@ def _choose(op: str, device: torch.device, environment: str, context: tuple[str,
         return Choice(op, backend, f"asked for by {source}", source)
     reasons = []
     for backend in BACKENDS:
-        reason = _why_not(backend, op, device)
+        reason = _why_not_unasked(backend, op, device)
         if not reason:
             return Choice(op, backend, "; ".join(reasons) or "first choice on this device")
         reasons.append(f"{backend}: {reason}")
@@ -175,6 +175,13 @@ def _why_not(backend: str, op: str, device: torch.device) -> str:
     if not reason and _find(backend, op) is None:
         reason = f"llama4_kernels has no {backend} kernel for it yet"
     return reason
+
+
+@functools.lru_cache(maxsize=None)
+def _why_not_unasked(backend: str, op: str, device: torch.device) -> str:
+    """Why not where nobody asks for the backend by name."""
+    more = getattr(importlib.import_module(f"llama4_kernels.{backend}"), "why_not_unasked", None)
+    return _why_not(backend, op, device) or (more(device) if more else "")
 
 
 @functools.lru_cache(maxsize=None)
