@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -12,10 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from llama4_kernels.cli import doctor, server
 from llama4_kernels.cli.main import app
+from llama4_kernels.cli.tables import new_table
 
 has_sglang = pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="sglang is not installed")
 has_server_needs = pytest.mark.skipif(
@@ -247,6 +251,27 @@ def test_doctor_warns_of_a_gpu_without_fp8(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if device in (0, torch.device("cuda", 0)) else (9, 0))
     first, second = [row for row in doctor.machine() if row.what.startswith("GPU ")]
     assert (first.status, second.status) == ("WARN", "OK") and "bf16 KV cache" in first.advice
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_doctor_cuts_nothing_off_on_a_narrow_terminal(monkeypatch, capsys, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    found, advice = (f"{word} /{'/'.join(word * 20)}" for word in ("abc", "xyz"))
+    doctor._print([doctor.Row("first", "OK", found), doctor.Row("second", "WARN", "", advice)], [])
+    shown = "".join(re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).split())
+    assert found.replace(" ", "") in shown and advice.replace(" ", "") in shown
+
+
+@pytest.mark.parametrize("width", range(12, 120, 9))
+def test_tables_cut_nothing_off(width):
+    titles = ("workload", "by", "µs", "")
+    cells = ("route_top1/fp8/maverick/tp8/t8192", "peer sglang", "0.0000123456", "wrong: /a/long/path.json")
+    table = new_table(*titles, right=["µs"], title="now / before")
+    table.add_row(*cells)
+    console = Console(width=width, file=io.StringIO())
+    console.print(table)
+    assert sorted("".join(console.file.getvalue().split())) == sorted("".join(("now/before", *titles, *cells)).replace(" ", ""))
 
 
 def test_doctor_fails_for_a_backend_that_does_not_exist(without_plugin_rows, monkeypatch):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from llama4_kernels.bench import compare, measure, record
 from llama4_kernels.bench.compare import Comparison
@@ -17,6 +16,7 @@ from llama4_kernels.bench.measure import Job, Options
 from llama4_kernels.bench.plan import plan
 from llama4_kernels.bench.record import Benchmark, Record
 from llama4_kernels.bench.runner import JOB_SECONDS, Runner
+from llama4_kernels.cli.tables import new_table
 
 RESULTS = Path("bench/results")
 PLAIN_WIDTH = 200  # of tables that go to a file or a pipe
@@ -109,12 +109,8 @@ def _numbered(jobs: Sequence[Job], runner: Runner, progress: Progress, task: obj
 
 
 def _print(records: Sequence[Record], console: Console) -> None:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("workload", no_wrap=True)
-    table.add_column("by", no_wrap=True)
-    for title in ("µs", "p10", "p90", "GB/s", "TFLOP/s", "floor/time", "error", "launches"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("", overflow="fold")
+    figures = ("µs", "p10", "p90", "GB/s", "TFLOP/s", "floor/time", "error", "launches")
+    table = new_table("workload", "by", *figures, "", right=figures)
     benchmarks = [each for each in records if isinstance(each, Benchmark)]
     shown = [each for each in benchmarks if each.status != "unavailable"]
     for each in shown:
@@ -145,9 +141,8 @@ def _compare(records: Sequence[Record], before: Sequence[Record], console: Conso
     found = compare.compare(records, before)
     if not any(each.now and each.before for each in found):
         print("bench: nothing of the base was measured again on the same device and backend", file=sys.stderr)
-    table = Table(box=None, pad_edge=False, title=f"now / before, {compare.CONFIDENCE:.0%} interval", title_justify="left")
-    for title in ("workload", "by", "before µs", "now µs", "ratio", "interval", ""):
-        table.add_column(title, overflow="fold")
+    titles = ("workload", "by", "before µs", "now µs", "ratio", "interval", "")
+    table = new_table(*titles, title=f"now / before, {compare.CONFIDENCE:.0%} interval")
     for each in found:
         if each.verdict == "gone":  # counted below: a run of few workloads leaves most of its base alone
             continue

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 
 from llama4_kernels.cli import checkpoint
 from llama4_kernels.cli.checkpoint import CHUNK
 from llama4_kernels.cli.server import Server, ServerError, serve
+from llama4_kernels.cli.tables import new_table
 
 if TYPE_CHECKING:
     from llama4_kernels.cli.oracle import Oracle
@@ -190,7 +190,7 @@ def _output_logprobs(answer: dict[str, Any]) -> list[float]:
 
 def _judge(console: Console, comparisons: list[Comparison], reference: Reference) -> list[str]:
     """Print the comparisons; what exceeds its bound."""
-    table = Table("prompt", "length", "tokens compared", "max |Δlogprob|", "mean |Δlogprob|", "greedy match", box=None, pad_edge=False)
+    table = new_table("prompt", "length", "tokens compared", "max |Δlogprob|", "mean |Δlogprob|", "greedy match")
     for c in comparisons:
         numbers = (str(len(c.difference)), f"{c.difference.max():.1e}", f"{c.difference.mean():.1e}", f"{c.greedy}/{c.generated}")
         table.add_row(c.prompt, str(c.length), *numbers)

@@ -166,13 +166,14 @@ def _picked_up() -> Row:
 
 def _print(rows: list[Row], failures: list[Row]) -> None:
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
+
+    from llama4_kernels.cli.tables import new_table
 
     console = Console()
     if console.is_terminal:
         colours = {"OK": "green", "WARN": "yellow", "FAIL": "bold red"}
-        table = Table("", "", "", "what to do", box=None, pad_edge=False)
+        table = new_table("", "", "", "what to do")
         for row in rows:
             table.add_row(Text(row.status, colours[row.status]), Text(row.what), Text(row.found), Text(row.advice))
         console.print(table)

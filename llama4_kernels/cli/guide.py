@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from llama4_kernels.cli import checkpoint
 from llama4_kernels.cli.plan.model import PRESETS
 from llama4_kernels.cli.server import ServerError, serve
+from llama4_kernels.cli.tables import new_table
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -107,7 +108,7 @@ def _run_line(console: Console, name: str, line: Line, folder: Path) -> list[str
     console.print(f"{name}: {line}", soft_wrap=True, markup=False, highlight=False)
     positions = PRESETS[line.like].text["max_position_embeddings"]
     path = checkpoint.make(folder / name, line.like, vision=line.images, max_position_embeddings=positions)
-    table = Table("promise", "", "seen", box=None, pad_edge=False)
+    table = new_table("promise", "", "seen")
     broken = []
     try:
         with serve(path, "--model-impl=llama4_kernels", *line.flags, *TINY_FLAGS, log=folder / f"{name}.log", tp=RANKS) as server:
@@ -115,7 +116,7 @@ def _run_line(console: Console, name: str, line: Line, folder: Path) -> list[str
                 return [f"{name}: the server runs SGLang's own model; run `llama4-kernels doctor`"]
             table.add_row("starts", "kept", f"healthy after {server.seconds_to_start:.0f} s")
             for promise, (verdict, seen) in check(_client(server.url), images=line.images).items():
-                table.add_row(promise, verdict, seen)
+                table.add_row(promise, verdict, escape(seen))
                 broken += [f"{name}: {promise}: {seen}"] if verdict == "BROKEN" else []
     except ServerError as error:
         broken.append(f"{name}: {error}")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 
 from rich.console import Console
-from rich.table import Table
 
 from llama4_kernels.bench import ceilings, measure, ncu, static, workloads
 from llama4_kernels.bench.machine import default_device
 from llama4_kernels.bench.workloads import Workload
 from llama4_kernels.cli.bench import PLAIN_WIDTH
+from llama4_kernels.cli.tables import new_table
 from llama4_kernels.ops.backend import BACKENDS
 
 
@@ -42,7 +42,7 @@ def run(op: str, name: str, backend: str | None = None) -> int:
 
 def _counters(workload: Workload, backend: str, console: Console) -> int:
     launches = ncu.collect(workload.name, backend)
-    table = Table("kernel", "µs", "MB", "memory %", "SM %", "occupancy %", "registers", box=None, pad_edge=False)
+    table = new_table("kernel", "µs", "MB", "memory %", "SM %", "occupancy %", "registers")
     for each in launches:
         figures = (each.us, each.bytes / 1e6, each.memory_percent, each.sm_percent, each.occupancy_percent, each.registers)
         table.add_row(each.kernel, *(f"{figure:.4g}" for figure in figures))
@@ -61,9 +61,8 @@ def _counters(workload: Workload, backend: str, console: Console) -> int:
 
 def _static(workload: Workload, backends: list[str], console: Console) -> int:
     kernels = {"cuda": static.cuda_kernels, "triton": static.triton_kernels}
-    table = Table("by", "kernel", box=None, pad_edge=False)
-    for title in ("registers", "spilled B", "shared B", "occupancy", "instructions", "of these"):
-        table.add_column(title, justify="left" if title == "of these" else "right")
+    figures = ("registers", "spilled B", "shared B", "occupancy", "instructions")
+    table = new_table("by", "kernel", *figures, "of these", right=figures)
     found = 0
     for backend in backends:
         for kernel in kernels[backend](workload):

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
 from llama4_kernels.cli.eval import guide
 from llama4_kernels.cli.eval.answers import AnswerLog
 from llama4_kernels.cli.eval.target import EvalError, Target
+from llama4_kernels.cli.tables import new_table
 
 if TYPE_CHECKING:
     from llama4_kernels.cli.eval.harness import Score
@@ -145,9 +145,8 @@ def _row(score: Score) -> tuple[str, ...]:
 
 
 def _report(console: Console, scores: list[Score], comparisons: dict[str, guide.Comparison], protocol: Protocol, out: Path) -> int:
-    table = Table("subject", box=None, pad_edge=False)
-    for column in ("questions", "accuracy, %", "standard error, %"):
-        table.add_column(column, justify="right")
+    figures = ("questions", "accuracy, %", "standard error, %")
+    table = new_table("subject", *figures, right=figures)
     for score in scores:
         table.add_row(*_row(score))
     console.print(table)

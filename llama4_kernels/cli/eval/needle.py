@@ -17,10 +17,10 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from llama4_kernels.cli.eval.answers import AnswerLog
 from llama4_kernels.cli.eval.target import EvalError, Target
+from llama4_kernels.cli.tables import new_table
 
 CHUNK = 8192
 TIMEOUT = 3600  # seconds for one answer
@@ -164,7 +164,7 @@ class _Refused(Exception):
 
 
 def _report(console: Console, outcomes: list[Outcome], lengths: list[int], depths: list[float], out: Path) -> int:
-    table = Table("tokens", *(f"{depth:.0%}" for depth in depths), box=None, pad_edge=False)
+    table = new_table("tokens", *(f"{depth:.0%}" for depth in depths))
     for length in lengths:
         row = [o for o in outcomes if o.length == length]
         counted = [o.tokens for o in row if o.tokens]

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from llama4_kernels.cli import checkpoint, demo
 from llama4_kernels.cli.eval.needle import haystack
 from llama4_kernels.cli.eval.target import EvalError, check_model, chunk_size, started
+from llama4_kernels.cli.tables import new_table
 
 SHORTEST = 512  # tokens compared where none are asked for,
 PAST_CHUNK = 5  # or so many quarters of a chunk
@@ -187,9 +187,7 @@ def _write(out: Path, model: Path, dtype: str, chunk: int | None, ids: list[int]
 
 def _report(console: Console, series: list[Series], chunk: int | None, out: Path) -> int:
     for s in series:
-        table = Table(
-            "positions", "max |Δlogprob|", "mean |Δlogprob|", box=None, pad_edge=False, title=f"from {s.against}", title_justify="left"
-        )
+        table = new_table("positions", "max |Δlogprob|", "mean |Δlogprob|", title=f"from {s.against}")
         for first, part in [*per_chunk(s.difference, chunk), (0, s.difference)]:
             table.add_row(f"{first} … {first + len(part) - 1}", f"{part.max():.1e}", f"{part.mean():.1e}")
         console.print(table)

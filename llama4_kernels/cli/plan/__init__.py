@@ -12,6 +12,8 @@ from llama4_kernels.cli.plan import report
 from llama4_kernels.cli.plan.errors import PlanError
 from llama4_kernels.cli.plan.planner import Question, plan
 
+PLAIN_WIDTH = 120  # of a table that goes to a file or a pipe
+
 
 def run(question: Question, *, as_json: bool, picture: Path | None) -> int:
     """Print the plan; 0 where it fits, 1 where it does not, 2 where the question is wrong."""
@@ -25,5 +27,8 @@ def run(question: Question, *, as_json: bool, picture: Path | None) -> int:
     if as_json:
         print(json.dumps(report.as_json(answer), indent=2))
     else:
-        report.show(answer, Console(width=max(Console().width, 120), highlight=False))
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console.width = max(console.width, PLAIN_WIDTH)
+        report.show(answer, console)
     return 0 if answer.fit.problem is None else 1

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from llama4_kernels.cli.plan.errors import PlanError
 from llama4_kernels.cli.plan.gpus import GIB
 from llama4_kernels.cli.plan.memory import has_two_pools, local_tokens, request_table_bytes, rope_table_bytes, token_bytes
 from llama4_kernels.cli.plan.planner import MARGIN, Case, Fit, Plan
+from llama4_kernels.cli.tables import new_table
 
 KV_FLAG = {"fp8": "fp8_e4m3", "bf16": "bfloat16", None: "auto"}
 POINTS = 120
@@ -98,8 +98,7 @@ def show(plan: Plan, console: Console) -> None:
     case, fit, memory = plan.case, plan.fit, plan.fit.memory
     q = case.question
     console.print(f"{_title(plan)}: memory of one rank", soft_wrap=True)
-    table = Table("", "GiB", "", box=None, pad_edge=False)
-    table.columns[1].justify = "right"
+    table = new_table("", "GiB", "", right=["GiB"])
     for part, size in memory.static.items():
         table.add_row(part, _gib(size), _pool_tokens(plan) if part == "KV cache" else "")
     table.add_row(
