@@ -88,7 +88,7 @@ fi
 step package "${pytest[@]}" --junitxml "$out/package.xml" tests/test_package.py
 
 if [ -n "$no_gpu" ]; then
-    for name in tests memcheck racecheck benchmarks trials calibration rivals; do skip "$name" "$no_gpu"; done
+    for name in tests memcheck racecheck benchmarks trials calibration peers; do skip "$name" "$no_gpu"; done
 else
     # Tests run side by side, each for TEST_SECONDS at most; one that hangs or faults ends its process, and another takes the tests left.
     # Without the plugins for that there is a process for each file.
@@ -123,9 +123,9 @@ else
     done
     step calibration "$python" -m bench.calibration --out "$out/calibration"
     if [ -n "${PEERS:-}" ]; then
-        step rivals "$python" -m bench.calibration --only rivals --peers "$PEERS" --out "$out/calibration"
+        step peers "$python" -m bench.calibration --only peers --peers "$PEERS" --out "$out/calibration"
     else
-        skip rivals "PEERS names no folder of their packages"
+        skip peers "PEERS names no folder of their packages"
     fi
 fi
 

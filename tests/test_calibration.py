@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # for bench/, after whatever holds the installed package
 
 from bench.calibration import __main__ as command  # noqa: E402
-from bench.calibration import measurement, plan, rivals, runner  # noqa: E402
+from bench.calibration import measurement, plan, runner  # noqa: E402
+from bench.calibration import peers as peer_steps  # noqa: E402
 from bench.calibration.measurement import Case, Measurement, Unavailable, WrongResult, timed  # noqa: E402
 from bench.calibration.measurements import MEASUREMENTS  # noqa: E402
 from llama4_kernels import use_backend  # noqa: E402
@@ -38,11 +39,11 @@ def invoke(*arguments: str):
 
 def test_the_time_boxes_add_up_to_what_was_promised():
     assert plan.BUILD_SECONDS + sum(step.seconds for step in MEASUREMENTS) <= plan.CHIP_SECONDS == 480
-    assert sum(step.seconds for step in rivals.RIVALS) <= plan.RIVALS_SECONDS == 600
+    assert sum(step.seconds for step in peer_steps.PEERS) <= plan.PEERS_SECONDS == 600
 
 
 def test_every_peer_has_a_time_box_and_no_other_name():
-    for op, seconds in rivals.SECONDS.items():
+    for op, seconds in peer_steps.SECONDS.items():
         assert seconds.keys() == peers.peers_of(op).keys(), op
 
 
@@ -59,13 +60,13 @@ def test_questions_are_unique_and_every_case_can_be_recorded():
             assert record.from_json(record.to_json(one)) == one
 
 
-def test_rivals_meet_llama_4():
-    names = [case.parameters["workload"] for step in rivals.RIVALS for case in step.cases()]
+def test_peers_meet_llama_4():
+    names = [case.parameters["workload"] for step in peer_steps.PEERS for case in step.cases()]
     for part in ("scout/tp8/t1", "maverick/tp8/t8192", "scout/tp1/t64", "maverick/tp1/t8192"):
         assert all(f"{op}/fp8/{part}" in names for op in ("grouped_gemm", "fused_moe", "route_top1"))
     for part in ("b1/q1/c1024", "b256/q1/c8192", "b8/q1/c131072", "b1/q131072/c131072"):
         assert f"chunked_attention/bf16/scout/tp8/local/{part}/p64" in names
-    assert all(case.bytes > 0 for step in rivals.RIVALS for case in step.cases())
+    assert all(case.bytes > 0 for step in peer_steps.PEERS for case in step.cases())
 
 
 def test_dry_run_prints_every_case_with_bytes_and_flops():
@@ -77,15 +78,15 @@ def test_dry_run_prints_every_case_with_bytes_and_flops():
     assert len(invoke("--dry-run").output.splitlines()) > 300
 
 
-def test_list_names_the_measurements_and_the_rivals():
+def test_list_names_the_measurements_and_the_peers():
     lines = invoke("--list").output.splitlines()
     assert [line.split()[0] for line in lines] == [step.question for step in plan.STEPS]
 
 
 def test_only_takes_first_parts_and_refuses_what_is_none():
-    assert [step.question for step in plan.select(["launch"], rivals=False)] == ["launch/graph", "launch/dependent", "launch/barrier"]
-    assert {step.question for step in plan.select(["rivals/fused_moe"], rivals=False)} >= {"rivals/fused_moe/sglang"}
-    assert not [step for step in plan.select([], rivals=False) if step.question.startswith("rivals/")]
+    assert [step.question for step in plan.select(["launch"], peers=False)] == ["launch/graph", "launch/dependent", "launch/barrier"]
+    assert {step.question for step in plan.select(["peers/fused_moe"], peers=False)} >= {"peers/fused_moe/sglang"}
+    assert not [step for step in plan.select([], peers=False) if step.question.startswith("peers/")]
     refused = invoke("--list", "--only", "launc")
     assert refused.exit_code == 2 and "'launc' is no question" in re.sub(r"[│\s]+", " ", refused.output)
 
@@ -210,13 +211,13 @@ def test_kernels_that_do_not_compile_are_the_reason(steps, monkeypatch, tmp_path
     assert first.reason == "the kernels were not compiled: exit code 1: no nvcc" and not second.reason
 
 
-def test_a_rival_that_is_not_done_gets_a_record_for_each_workload_left(monkeypatch, tmp_path):
-    rival = rivals.RIVALS[0]
-    names = [case.parameters["workload"] for case in rival.cases()]
-    known = Benchmark(rival.op, names[0], rival.peer, HOPPER, RUN, record.now(), "", peer=True, status="failed", reason="?")
-    monkeypatch.setattr(runner, "execute", fake_process({rival.question: [known]}, {rival.question: runner.Ended(-11, 3.0, "segfault")}))
+def test_a_peer_that_is_not_done_gets_a_record_for_each_workload_left(monkeypatch, tmp_path):
+    step = peer_steps.PEERS[0]
+    names = [case.parameters["workload"] for case in step.cases()]
+    known = Benchmark(step.op, names[0], step.peer, HOPPER, RUN, record.now(), "", peer=True, status="failed", reason="?")
+    monkeypatch.setattr(runner, "execute", fake_process({step.question: [known]}, {step.question: runner.Ended(-11, 3.0, "segfault")}))
     file = tmp_path / "records.json"
-    list(runner.run([rival], file, HOPPER, RUN, lambda line: None))
+    list(runner.run([step], file, HOPPER, RUN, lambda line: None))
     contents = record.read(file)
     assert not contents.problems
     assert [each.workload for each in contents.records] == names
@@ -224,15 +225,15 @@ def test_a_rival_that_is_not_done_gets_a_record_for_each_workload_left(monkeypat
 
 
 @pytest.fixture
-def rival(monkeypatch):
-    """A rival on two workloads that a CPU can do."""
+def peer_step(monkeypatch):
+    """A peer on two workloads that a CPU can do."""
     tiny = [workloads.parse(f"grouped_gemm/fp8/tiny/tp1/t{tokens}") for tokens in (1, 8)]
-    monkeypatch.setattr(rivals, "workloads_of", lambda op: tiny)
+    monkeypatch.setattr(peer_steps, "workloads_of", lambda op: tiny)
     monkeypatch.setattr(measure, "start", lambda options: measure.Session(HOPPER, Ceilings(100.0, {"fp32": 1.0}), "another run", options))
-    return rivals.Rival("grouped_gemm", "torch", 9)
+    return peer_steps.PeerStep("grouped_gemm", "torch", 9)
 
 
-def test_a_rival_is_checked_and_timed_on_every_workload(rival, monkeypatch):
+def test_a_peer_is_checked_and_timed_on_every_workload(peer_step, monkeypatch):
     def build(name, problem):
         with use_backend("reference"):
             out = problem.call(**problem.arguments)
@@ -240,17 +241,17 @@ def test_a_rival_is_checked_and_timed_on_every_workload(rival, monkeypatch):
         return peers.Case(lambda: out * wrong, problem.canonical, "computed beforehand")
 
     monkeypatch.setattr(peers, "build", build)
-    right, wrong = rival.records(RUN)
+    right, wrong = peer_step.records(RUN)
     assert right.status == "ok" and right.peer and right.backend == "torch" and right.run == RUN and right.floor.ratio > 0
     assert wrong.status == "wrong" and wrong.workload.endswith("t8") and "its error against the reference" in wrong.reason
 
 
-def test_a_rival_that_is_not_installed_is_recorded_once(rival, monkeypatch):
+def test_a_peer_that_is_not_installed_is_recorded_once(peer_step, monkeypatch):
     def build(name, problem):
         raise peers.NotInstalled("no such package")
 
     monkeypatch.setattr(peers, "build", build)
-    (only,) = rival.records(RUN)
+    (only,) = peer_step.records(RUN)
     assert (only.status, only.reason) == ("unavailable", "no such package")
 
 

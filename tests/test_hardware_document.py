@@ -124,7 +124,7 @@ def test_floors_are_bytes_or_flops_over_the_ceilings(tmp_path):
     assert attention["64", "1", "131072"][2] == f"{decode.bytes / COPY / 1e3:.0f} m"
 
 
-def test_rivals_are_set_against_the_floor_and_failures_are_counted(tmp_path):
+def test_peers_are_set_against_the_floor_and_failures_are_counted(tmp_path):
     records = [
         *CEILINGS,
         benchmark("fused_moe/fp8/scout/tp8/t8", "sglang", 100.0, notes=("its own tiles",)),
@@ -152,7 +152,7 @@ def test_the_latest_run_counts_and_the_one_before_gives_the_spread(tmp_path):
     times = {"2026-01-01T00:00:00Z": 100.0, "2026-01-02T00:00:00Z": 110.0}
     twice = [benchmark("fused_moe/fp8/scout/tp8/t8", "sglang", us, date=date) for date, us in times.items()]
     spread = rows(page.page([*CEILINGS, *twice], tmp_path), "Spread between two runs")
-    assert spread == [["rivals/fused_moe", "1", "9.5%", "9.5%", "workload fused_moe/fp8/scout/tp8/t8, peer sglang"]]
+    assert spread == [["peers/fused_moe", "1", "9.5%", "9.5%", "workload fused_moe/fp8/scout/tp8/t8, peer sglang"]]
 
 
 def test_what_failed_stands_in_the_table_of_its_question(tmp_path):

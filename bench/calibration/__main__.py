@@ -1,4 +1,4 @@
-"""python -m bench.calibration: measures this GPU, and with --peers the rivals on it."""
+"""python -m bench.calibration: measures this GPU, and with --peers those on it."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ console = Console(highlight=False, markup=False, soft_wrap=True)
 def main(
     only: Annotated[
         Optional[list[str]],
-        typer.Option(help="Question, or first parts of one such as launch or rivals/fused_moe; may be given several times."),
+        typer.Option(help="Question, or first parts of one such as launch or peers/fused_moe; may be given several times."),
     ] = None,
     peers: Annotated[
-        Optional[Path], typer.Option(exists=True, file_okay=False, help="Folder of the rivals' packages; measures them too.")
+        Optional[Path], typer.Option(exists=True, file_okay=False, help="Folder of the peers' packages; measures them too.")
     ] = None,
     out: Annotated[Optional[Path], typer.Option(file_okay=False, help="Folder for the records: OUT/<gpu>/<date>-<commit>.json.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print every case with its bytes and flops, and measure nothing.")] = False,
@@ -39,10 +39,10 @@ def main(
 ) -> None:
     """Measure what this GPU reaches, one question at a time, each in a process with a time box.
 
-    Exits with 1 where a measurement of the chip failed, gave a wrong result or was not done; a rival's failure is a result.
+    Exits with 1 where a measurement of the chip failed, gave a wrong result or was not done; a peer's failure is a result.
     """
     try:
-        steps = plan.select(only or [], rivals=peers is not None or show)
+        steps = plan.select(only or [], peers=peers is not None or show)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--only") from error
     if show:

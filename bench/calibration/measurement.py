@@ -43,7 +43,7 @@ def in_line(parameters: Mapping[str, Any]) -> str:
 
 
 class Step(Protocol):
-    """What runs in a process of its own: a measurement of the chip, or a rival.
+    """What runs in a process of its own: a measurement of the chip, or a peer.
 
     question: the identifier in records, for ever. title: the question in words. seconds: its time box, start of the process included.
     hopper: whether it needs kernels of ours, and so a GPU of compute capability 9.0. cases: in the order of their worth, since the time box

@@ -1,7 +1,8 @@
 """Measuring the ops: named workloads, timing beside peers, one record for every result, and what is made of records.
 
 To measure: `workloads` names what is measured, `inputs` makes its tensors and checks results, `layers` are what is no single op, `peers/`
-are the rivals, `timing` and `ceilings` hold the clock, `measure` does one job, `plan` lists jobs, `runner` runs them where they may crash.
+the kernels of others, `timing` and `ceilings` hold the clock, `measure` does one job, `plan` lists jobs, `runner` runs them where they may
+crash.
 To keep: `record` and `machine`. To look at: `compare`, `formats`, `readme`, `site/`. Without running: `static` and `ncu`. `tune` writes the
 Triton kernels' tables.
 

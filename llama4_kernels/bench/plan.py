@@ -28,8 +28,8 @@ def plan(
     if unknown:
         raise ValueError(f"backend is {unknown[0]!r}, needs one of {', '.join(BACKENDS)}")
     chosen = workloads.select(patterns, ops, device.type)
-    rivals = {workload.op: peers.peers_of(workload.op) for workload in chosen}
-    names = {name for known in rivals.values() for name in known}
+    known = {workload.op: peers.peers_of(workload.op) for workload in chosen}
+    names = {name for of_op in known.values() for name in of_op}
     unknown = [name for name in peer_names or () if name not in names | {"all", "none"}]
     if unknown:
         raise ValueError(f"peer is {unknown[0]!r}, needs all, none, or one of {', '.join(sorted(names)) or 'no name for these ops'}")
@@ -38,15 +38,13 @@ def plan(
         if backends or not peer_names or "none" in peer_names:
             jobs += [Job(workload.name, name) for name in backends or _runnable(workload.op, device)]
         wanted = [] if backends and not peer_names else peer_names or ["all"]
-        jobs += [
-            Job(workload.name, name, peer=True) for name in rivals[workload.op] if "none" not in wanted and {"all", name} & set(wanted)
-        ]
+        jobs += [Job(workload.name, name, peer=True) for name in known[workload.op] if "none" not in wanted and {"all", name} & set(wanted)]
     if not jobs:
         raise ValueError("nothing to measure: no workload, backend or peer is left of what was asked for")
     return jobs
 
 
 def _runnable(op: str, device: torch.device) -> list[str]:
-    """The reference only where nothing else runs: it is no rival of a kernel."""
+    """The reference only where nothing else runs: kernels are not set beside it."""
     found = [name for name in BACKENDS if not measure.missing(op, name, device)]
     return [name for name in found if name != "reference"] or found

@@ -167,11 +167,11 @@ def test_what_is_named_is_what_is_planned():
     def planned(**asked) -> list[tuple[str, bool]]:
         return [(job.backend, job.peer) for job in plan.plan(patterns=[TINY], **asked)]
 
-    ours, rivals = [job for job in planned() if not job[1]], [job for job in planned() if job[1]]
-    assert ours and ("sglang", True) in rivals
+    ours, of_peers = [job for job in planned() if not job[1]], [job for job in planned() if job[1]]
+    assert ours and ("sglang", True) in of_peers
     assert planned(backends=["reference"]) == [("reference", False)]
     assert planned(peer_names=["sglang"]) == [("sglang", True)]
-    assert planned(peer_names=["none"]) == ours and planned(peer_names=["all"]) == rivals
+    assert planned(peer_names=["none"]) == ours and planned(peer_names=["all"]) == of_peers
     assert planned(backends=["reference"], peer_names=["sglang"]) == [("reference", False), ("sglang", True)]
 
 

@@ -63,7 +63,7 @@ def _wrapped(part: str) -> str:
 
 def _gpu(gpu: Gpu, folder: Path) -> list[str]:
     machine, measured = gpu.machine, gpu.ceilings
-    runs = ", ".join(sorted({each.run for each in (*gpu.latest, *gpu.rivals)}))
+    runs = ", ".join(sorted({each.run for each in (*gpu.latest, *gpu.peers)}))
     parts = [f"## {machine.device}"]
     parts += [f"Driver {machine.driver}, torch {machine.torch}, power limit {machine.power_limit_w} W; runs {runs}."]
     if measured is None:
@@ -76,7 +76,7 @@ def _gpu(gpu: Gpu, folder: Path) -> list[str]:
     if said := findings.of(gpu):
         parts += ["### What follows for a kernel", "\n".join(f"- {sentence}" for sentence in said)]
     parts += [f"![{title}]({path.relative_to(folder)})" for title, path in plots.write(gpu, folder / PLOTS)]
-    return [*parts, *_floors(used), *_rivals(gpu.rivals, used), *_spread(gpu), *_cases(gpu)]
+    return [*parts, *_floors(used), *_peers(gpu.peers, used), *_spread(gpu), *_cases(gpu)]
 
 
 def _ceilings(used: Ceilings, source: str) -> list[str]:
@@ -119,13 +119,13 @@ def _us(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _rivals(rivals: Sequence[Benchmark], used: Ceilings) -> list[str]:
+def _peers(peers: Sequence[Benchmark], used: Ceilings) -> list[str]:
     """A table per op: of each workload the floor, and each peer's time and floor / time. Below, why others have none."""
-    if not rivals:
+    if not peers:
         return ["### Peers", "No peer was measured on this GPU."]
     parts = ["### Peers", "Time in µs and floor / time, by CUDA-graph replay with a cold L2, of those whose result was right."]
-    for op in sorted({each.op for each in rivals}):
-        of_op = [each for each in rivals if each.op == op]
+    for op in sorted({each.op for each in peers}):
+        of_op = [each for each in peers if each.op == op]
         names = sorted({each.backend for each in of_op if each.status == "ok"})
         times = {(each.workload, each.backend): each for each in of_op if each.status == "ok"}
         parts.append(f"`{op}`")

@@ -1,4 +1,4 @@
-"""What the records say of each GPU: of every question the latest run and the one before, and the latest time of every rival."""
+"""What the records say of each GPU: of every question the latest run and the one before, and the latest time of every peer."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ HEADLINES = ("bandwidth", "rate", "per_cycle", "time")  # figures by which runs 
 
 @dataclass(frozen=True)
 class Gpu:
-    """latest, before: the records of the last two runs of each question. rivals, rivals_before: the last two of each workload and peer."""
+    """latest, before: the records of the last two runs of each question. peers, peers_before: the last two of each workload and peer."""
 
     machine: Machine
     latest: Sequence[Calibration]
     before: Sequence[Calibration]
-    rivals: Sequence[Benchmark]
-    rivals_before: Sequence[Benchmark]
+    peers: Sequence[Benchmark]
+    peers_before: Sequence[Benchmark]
 
     def points(self, question: str, figure: str, **where: Any) -> list[tuple[Mapping[str, Any], float]]:
         """Parameters and figure of each good case of a question whose parameters are as `where` says."""
@@ -61,7 +61,7 @@ class Gpu:
 
     @property
     def spread(self) -> dict[str, list[tuple[Mapping[str, Any], float]]]:
-        """question -> parameters and |a − b| / mean of the headline figure, for every case that both runs have; of rivals, the time."""
+        """question -> parameters and |a − b| / mean of the headline figure, for every case that both runs have; of peers, the time."""
         before = {_key(each): each for each in self.before if each.status == "ok"}
         found: dict[str, list[tuple[Mapping[str, Any], float]]] = {}
         for each in self.latest:
@@ -70,12 +70,12 @@ class Gpu:
             if each.status == "ok" and name and other and name in other.figures:
                 a, b = each.figures[name].value, other.figures[name].value
                 found.setdefault(each.question, []).append((each.parameters, _apart(a, b)))
-        timed = {(each.workload, each.backend): each.timing for each in self.rivals_before if each.status == "ok"}
-        for each in self.rivals:
+        timed = {(each.workload, each.backend): each.timing for each in self.peers_before if each.status == "ok"}
+        for each in self.peers:
             other = timed.get((each.workload, each.backend))
             if each.status == "ok" and each.timing and other:
                 where = {"workload": each.workload, "peer": each.backend}
-                found.setdefault(f"rivals/{each.op}", []).append((where, _apart(each.timing.median_us, other.median_us)))
+                found.setdefault(f"peers/{each.op}", []).append((where, _apart(each.timing.median_us, other.median_us)))
         return found
 
 
@@ -102,10 +102,10 @@ def _gpu(records: Sequence[Record]) -> Gpu:
     for each in records:
         if isinstance(each, Calibration) and each.run not in runs.setdefault(each.question, []):
             runs[each.question].append(each.run)
-    peers: dict[tuple[str, str], list[Benchmark]] = {}
+    of_peers: dict[tuple[str, str], list[Benchmark]] = {}
     for each in records:
         if isinstance(each, Benchmark) and each.peer:
-            peers.setdefault((each.workload, each.backend), []).append(each)
+            of_peers.setdefault((each.workload, each.backend), []).append(each)
 
     def of_run(number: int) -> list[Calibration]:
         return [
@@ -114,8 +114,8 @@ def _gpu(records: Sequence[Record]) -> Gpu:
             if isinstance(each, Calibration) and len(runs[each.question]) >= -number and each.run == runs[each.question][number]
         ]
 
-    rivals, before = ([each[number] for each in peers.values() if len(each) >= -number] for number in (-1, -2))
-    return Gpu(records[-1].machine, of_run(-1), of_run(-2), rivals, before)
+    peers, before = ([each[number] for each in of_peers.values() if len(each) >= -number] for number in (-1, -2))
+    return Gpu(records[-1].machine, of_run(-1), of_run(-2), peers, before)
 
 
 def _apart(a: float, b: float) -> float:

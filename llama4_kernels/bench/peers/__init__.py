@@ -1,4 +1,4 @@
-"""The rivals of our kernels, each behind one signature: `build(name, problem)` gives what to time and how to compare its result.
+"""The peers of our kernels, each behind one signature: `build(name, problem)` gives what to time and how to compare its result.
 
 A module per kind of op registers its peers. Other projects' packages are imported when a peer is asked for, and not before; one that
 is missing, or that cannot run a workload, says so with the reason. Each peer is called as its own project benchmarks it.
@@ -40,7 +40,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Peer:
-    """name: stable, for records. ops: that it rivals. about: one line. build: Problem -> Case, or Unavailable. bound: see Problem.error."""
+    """name: stable, for records. ops: whose peer it is. about: one line. build: Problem -> Case, or Unavailable. bound: see Problem.error."""
 
     name: str
     ops: tuple[str, ...]

@@ -124,8 +124,8 @@ function peersChart(op, rows) {
   for (const row of measured) {
     if (!row.by.peer && !(best.get(row.w.name)?.median <= row.median)) best.set(row.w.name, row);
   }
-  const rivals = measured.filter((row) => row.by.peer && best.has(row.w.name));
-  const traces = lines(rivals, (row) => row.by.name).map((group) => ({
+  const peers = measured.filter((row) => row.by.peer && best.has(row.w.name));
+  const traces = lines(peers, (row) => row.by.name).map((group) => ({
     name: group.name,
     x: group.rows.map((r) => r.w.x),
     y: group.rows.map((r) => r.median / best.get(r.w.name).median),
@@ -138,7 +138,7 @@ function peersChart(op, rows) {
   const one = { type: "line", xref: "paper", x0: 0, x1: 1, y0: 1, y1: 1, line: { color: css("--muted"), width: 1, dash: "dot" } };
   return {
     traces,
-    layout: { xaxis: xAxis(rivals), yaxis: { rangemode: "tozero" }, shapes: [one], showlegend: true },
+    layout: { xaxis: xAxis(peers), yaxis: { rangemode: "tozero" }, shapes: [one], showlegend: true },
     empty: "No peer was measured.",
   };
 }

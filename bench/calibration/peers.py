@@ -1,4 +1,4 @@
-"""The rivals of our kernels at Llama 4's workloads: each checked, then timed by CUDA-graph replay with a cold L2."""
+"""The peers of our kernels at Llama 4's workloads: each checked, then timed by CUDA-graph replay with a cold L2."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SECONDS = {
 
 
 @dataclass(frozen=True)
-class Rival:
+class PeerStep:
     """One peer of one op, on every workload; runs where measurements run."""
 
     op: str
@@ -53,7 +53,7 @@ class Rival:
 
     @property
     def question(self) -> str:
-        return f"rivals/{self.op}/{self.peer}"
+        return f"peers/{self.op}/{self.peer}"
 
     @property
     def title(self) -> str:
@@ -89,7 +89,7 @@ class Rival:
         return Job(workload.name, self.peer, peer=True)
 
 
-RIVALS = tuple(Rival(op, peer, seconds) for op, of_op in SECONDS.items() for peer, seconds in of_op.items())
+PEERS = tuple(PeerStep(op, peer, seconds) for op, of_op in SECONDS.items() for peer, seconds in of_op.items())
 
 
 @functools.cache
