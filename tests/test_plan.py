@@ -169,7 +169,13 @@ def test_the_launch_line_has_every_flag():
 
 
 @pytest.mark.parametrize(
-    "options, says", [(["--weights", "int4"], "does not serve int4 weights"), (["--ep", "2"], "does not serve --ep-size 2")]
+    "options, says",
+    [
+        (["--weights", "int4"], "does not serve int4 weights"),
+        (["--ep", "2"], "does not serve --ep-size 2"),
+        (["--gpu", "a100", "--weights", "fp8"], "serves FP8 from compute capability 8.9 on"),
+        (["--gpu", "a100", "--kv-dtype", "fp8"], "serves FP8 from compute capability 8.9 on"),
+    ],
 )
 def test_what_the_plugin_does_not_serve_gets_no_launch_line(options, says):
     found = as_json("--model", "scout", *options)

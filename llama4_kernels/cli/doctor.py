@@ -97,7 +97,7 @@ def machine() -> Iterator[Row]:
             if (major, minor) >= E4M3_CAPABILITY:
                 yield Row(f"GPU {index}", "OK", found)
             else:
-                advice = "serve bf16 weights and a bf16 KV cache: before 8.9 FP8 runs in plain PyTorch, which CUDA graphs do not capture"
+                advice = "serve bf16 weights and a bf16 KV cache: before 8.9 FP8 runs in plain PyTorch, which CUDA graphs cannot capture"
                 yield Row(f"GPU {index}", "WARN", found, advice)
     else:
         advice = "torch sees no GPU though there is a driver: check CUDA_VISIBLE_DEVICES and torch's CUDA version" if driver else ""

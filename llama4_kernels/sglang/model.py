@@ -33,9 +33,9 @@ from llama4_kernels.ops import backend
 from llama4_kernels.sglang.attention import layer_cache
 from llama4_kernels.sglang.checkpoint import CheckedWeights, CheckpointError
 from llama4_kernels.sglang.config import LayerConfig, check_sharding, cos_sin_cache, layer_config, rope_positions
-from llama4_kernels.sglang.server_modes import check_server
+from llama4_kernels.sglang.server_modes import check_graphs, check_server
 from llama4_kernels.sglang.vision import vision_tensors
-from llama4_kernels.sglang.weights import adapt_text_only, adopt, moe_weights
+from llama4_kernels.sglang.weights import adapt_text_only, adopt, moe_is_fp8, moe_weights
 
 logger = logging.getLogger("llama4_kernels")
 
@@ -240,8 +240,10 @@ class Llama4ForConditionalGeneration(mllama4.Llama4ForConditionalGeneration):
         self.expects_all = True
         adopt(self)
         logger.info("llama4_kernels: serving %s", type(self).__name__)
-        for choice in backend.choices(self.language_model.lm_head.weight.device):
+        device = self.language_model.lm_head.weight.device
+        for choice in backend.choices(device):
             logger.info("llama4_kernels: %s -> %s (%s)", choice.op, choice.backend, choice.why)
+        check_graphs(device, is_fp8=moe_is_fp8(self))
 
     def _is_vision_quantised(self) -> bool:
         """Whether the checkpoint has scales for its vision tower, whatever it says of modules that it ignores, in whichever words."""

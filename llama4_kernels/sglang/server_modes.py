@@ -3,7 +3,12 @@ would be wrong or the first request would end the server."""
 
 from __future__ import annotations
 
+import torch
+from sglang.srt.model_executor.cuda_graph_config import cuda_graph_fully_disabled
 from sglang.srt.runtime_context import get_exec, get_lora, get_memory, get_model, get_parallel, get_spec
+
+from llama4_kernels.ops import backend
+from llama4_kernels.triton import E4M3_CAPABILITY
 
 # Speculative algorithms whose drafts are one chain of tokens, with --speculative-eagle-topk 1. NGRAM's never are: it fills up short ones
 # with siblings of their first token.
@@ -18,6 +23,9 @@ MOE_RUNNER_BACKENDS = ("auto", "triton")
 # Those that give the model tensor by tensor, or none. Others write into parameters when what is derived from them has been made, scales per
 # channel or weights quantised at load, or have never been seen to work.
 LOAD_FORMATS = ("auto", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "mistral", "pt", "npcache", "dummy")
+
+MODEL_OPS = ("fused_moe", "rope_qk_norm", "chunked_attention")
+GRAPH_FLAGS = "--cuda-graph-backend-decode=disabled --cuda-graph-backend-prefill=disabled"
 
 
 def check_server() -> None:
@@ -70,3 +78,28 @@ def check_server() -> None:
     ):
         if is_asked:
             raise ValueError(f"--model-impl llama4_kernels does not serve Llama 4 with {flag}, needs {needs}")
+
+
+def check_graphs(device: torch.device, *, is_fp8: bool) -> None:
+    """ValueError where CUDA graphs would be captured of ops in plain PyTorch, which reads sizes on the host.
+
+    is_fp8: whether weights of the MoE layers are FP8; the KV cache is where its flag says so.
+    """
+    if device.type != "cuda" or cuda_graph_fully_disabled():
+        return
+    for choice in backend.choices(device):
+        if choice.op in MODEL_OPS and choice.backend == "reference":
+            raise ValueError(
+                f"--model-impl llama4_kernels computes {choice.op} on {device} in plain PyTorch, which CUDA graphs cannot capture "
+                f"({choice.why}), needs {GRAPH_FLAGS}"
+            )
+    for is_asked, what, instead in (
+        (is_fp8, "FP8 weights", "bf16 weights"),
+        (get_model().kv_cache_dtype == "fp8_e4m3", "--kv-cache-dtype fp8_e4m3", "bfloat16"),
+    ):
+        if is_asked and torch.cuda.get_device_capability(device) < E4M3_CAPABILITY:
+            raise ValueError(
+                f"--model-impl llama4_kernels does not serve Llama 4 with {what} in CUDA graphs on {torch.cuda.get_device_name(device)}: "
+                f"before compute capability {'.'.join(map(str, E4M3_CAPABILITY))} FP8 is computed in plain PyTorch, which they cannot capture; "
+                f"needs {instead}, or {GRAPH_FLAGS}"
+            )

@@ -13,7 +13,7 @@ import torch
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
-from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod, UnquantizedLinearMethod
 from sglang.srt.models.llama import LlamaMLP
 from torch import Tensor, nn
 
@@ -74,6 +74,16 @@ def adopt(model: nn.Module) -> None:
                 layer.quant_method.process_weights_after_loading = _repack_once(layer.quant_method.process_weights_after_loading)
             if runs_ours:
                 layer.quant_method.apply = _apply
+
+
+def moe_is_fp8(model: nn.Module) -> bool:
+    """Whether the weights of an MoE layer, its routed experts' or its shared one's, are FP8 when they have been loaded."""
+    return any(
+        isinstance(layer, (FusedMoE, LinearBase))
+        and not {"experts", "shared_expert"}.isdisjoint(name.split("."))
+        and not isinstance(layer.quant_method, (UnquantizedLinearMethod, UnquantizedFusedMoEMethod))
+        for name, layer in model.named_modules()
+    )
 
 
 def moe_weights(router: LinearBase, experts: FusedMoE, shared_expert: LlamaMLP) -> ops.MoEWeights:

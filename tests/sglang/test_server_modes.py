@@ -4,8 +4,10 @@ import copy
 from types import SimpleNamespace
 
 import pytest
+import torch
 from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 
+from llama4_kernels.ops.backend import Choice
 from llama4_kernels.sglang import server_modes
 from llama4_kernels.sglang.weights import adapt_quant_config
 
@@ -78,6 +80,47 @@ def test_what_the_model_serves(monkeypatch, changes):
 def test_what_the_model_refuses(monkeypatch, changes, message):
     with pytest.raises(ValueError, match=f"does not serve Llama 4 with {message}"):
         check(monkeypatch, **changes)
+
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """A server on a GPU of the capability given, with graphs or without, whose model's ops run in Triton but for those in `reference`."""
+
+    def make(capability, graphs=True, kv_cache_dtype="auto", reference=()):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+        monkeypatch.setattr(server_modes, "cuda_graph_fully_disabled", lambda: not graphs)
+        monkeypatch.setattr(server_modes, "get_model", lambda: SimpleNamespace(kv_cache_dtype=kv_cache_dtype))
+        taken = [Choice(op, "reference" if op in reference else "triton", "asked for") for op in ("grouped_gemm", "chunked_attention")]
+        monkeypatch.setattr(server_modes.backend, "choices", lambda device: taken)
+
+    return make
+
+
+@pytest.mark.parametrize("capability, is_fp8, given", [
+    ((8, 0), False, {}),
+    ((8, 0), True, {"graphs": False, "kv_cache_dtype": "fp8_e4m3", "reference": ["chunked_attention"]}),
+    ((8, 9), True, {"kv_cache_dtype": "fp8_e4m3"}),
+    ((9, 0), True, {"reference": ["grouped_gemm"]}),
+], ids=str)  # fmt: skip
+def test_what_graphs_capture(a_gpu, capability, is_fp8, given):
+    a_gpu(capability, **given)
+    server_modes.check_graphs(GPU, is_fp8=is_fp8)
+
+
+@pytest.mark.parametrize("is_fp8, given, message", [
+    (True, {}, "with FP8 weights in CUDA graphs on NVIDIA A100: before compute capability 8.9 .* needs bf16 weights, or --cuda-graph"),
+    (False, {"kv_cache_dtype": "fp8_e4m3"}, "with --kv-cache-dtype fp8_e4m3 in CUDA graphs on NVIDIA A100: .* needs bfloat16, or --cuda-graph"),
+    (False, {"reference": ["chunked_attention"]}, r"computes chunked_attention on cuda:0 in plain PyTorch.* \(asked for\), needs --cuda-graph"),
+], ids=str)  # fmt: skip
+def test_what_graphs_cannot_capture(a_gpu, is_fp8, given, message):
+    a_gpu((8, 0), **given)
+    with pytest.raises(ValueError, match=message):
+        server_modes.check_graphs(GPU, is_fp8=is_fp8)
+    server_modes.check_graphs(torch.device("cpu"), is_fp8=is_fp8)
 
 
 @pytest.mark.parametrize("name", ["w8a8_fp8", "mxfp8", "awq"])

@@ -8,7 +8,16 @@ from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
 from sglang.srt.model_executor.model_runner_components.weight_updater import _unsupported_derived_weight_cache_error
 from torch import nn
 
-from llama4_kernels.sglang.weights import REPACKED, REQUANTISED, _keep_experts, _keep_linear, adapt_quant_config, adapt_text_only, adopt
+from llama4_kernels.sglang.weights import (
+    REPACKED,
+    REQUANTISED,
+    _keep_experts,
+    _keep_linear,
+    adapt_quant_config,
+    adapt_text_only,
+    adopt,
+    moe_is_fp8,
+)
 
 N, K = 256, 384
 CHANNEL = {"num_bits": 8, "type": "float", "strategy": "channel"}
@@ -95,6 +104,14 @@ def test_scales_per_tensor_stay_with_gate_and_up_and_are_loaded_again_in_place()
     assert layer.ops_w13.scale.tolist() == [[2, 2, 4, 4], [6, 6, 8, 8]] and layer.ops_w13.input_scale.item() == 6
     assert layer.ops_w2.scale.tolist() == [10, 12] and layer.ops_w2.input_scale.item() == 14
     assert kept == [scale.data_ptr() for linear in (layer.ops_w13, layer.ops_w2) for scale in (linear.scale, linear.input_scale)]
+
+
+@pytest.mark.parametrize(
+    "name, is_quantised, expected", [("shared_expert", True, True), ("shared_expert", False, False), ("q_proj", True, False)]
+)
+def test_whether_the_moe_layers_are_fp8(name, is_quantised, expected):
+    model, _ = linear(config(one=("Linear", CHANNEL, PER_TOKEN)) if is_quantised else None, name)
+    assert moe_is_fp8(model) == expected
 
 
 def test_layers_that_sglang_repacks_are_not_updated(monkeypatch):

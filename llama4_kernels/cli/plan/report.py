@@ -26,6 +26,8 @@ def launch_line(case: Case, fit: Fit) -> list[str]:
         raise PlanError("llama4_kernels does not serve int4 weights")
     if q.ep > 1:
         raise PlanError(f"llama4_kernels does not serve --ep-size {q.ep}")
+    if case.gpu.name == "a100" and (case.model.weights == "fp8" or q.kv_dtype == "fp8"):
+        raise PlanError("llama4_kernels serves FP8 from compute capability 8.9 on in CUDA graphs, which an a100 does not have")
     pairs = [("--model-path", case.model.path), ("--model-impl", "llama4_kernels"), ("--tp-size", q.tp)]
     pairs += [("--dp-size", q.gpus // q.tp)] if q.gpus > q.tp else []
     pairs += [("--quantization", "fp8")] if case.model.at_load else []
