@@ -20,6 +20,7 @@ from llama4_kernels.triton.quantization import why_not_e4m3
 
 SHORT = 8
 MAX_SPLITS = 128
+MOST_DIMS = 512  # of a head: the smallest tiles of more fill the shared memory of small GPUs
 PARTIAL_BYTES = 1 << 26  # where the splits' results would take more, there are fewer splits
 NO_CHUNK = 1 << 30
 
@@ -85,4 +86,6 @@ def chunked_attention(
 
 
 def why_not_chunked_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, **_) -> str:
+    if q.shape[2] > MOST_DIMS:
+        return f"heads have {q.shape[2]} dimensions, more than {MOST_DIMS}"
     return why_not_e4m3(q.device) if k_cache.dtype == torch.float8_e4m3fn else ""

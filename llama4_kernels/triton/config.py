@@ -167,7 +167,7 @@ def _moe_down(dtype: torch.dtype, tokens: int, *, experts: int, n: int, k: int, 
 
 
 def _attention_prefill(dtype: torch.dtype, tokens: int, *, head_dim: int, shared_kib: int) -> Config:
-    if dtype == torch.float32:
+    if dtype == torch.float32 or head_dim > 256:
         return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
     if shared_kib < _HOPPER_KIB:
         return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
@@ -176,8 +176,9 @@ def _attention_prefill(dtype: torch.dtype, tokens: int, *, head_dim: int, shared
 
 
 def _attention_split(dtype: torch.dtype, tokens: int, *, head_dim: int, rows: int) -> Config:
-    if dtype == torch.float32:
-        return {"SPLIT_KEYS": 256, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2, "programs_per_sm": 2}
+    if dtype == torch.float32 or head_dim > 256:
+        stages = 2 if head_dim <= 256 else 1
+        return {"SPLIT_KEYS": 256, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": stages, "programs_per_sm": 2}
     block = min(max(triton.next_power_of_2(rows), 16), 32)
     warps, programs = (4, 2) if block == 16 else (8, 1)  # 4 warps have too few registers for 32 rows
     return {"SPLIT_KEYS": 256, "BLOCK_M": block, "BLOCK_N": 64, "num_warps": warps, "num_stages": 3, "programs_per_sm": programs}

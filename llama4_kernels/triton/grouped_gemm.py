@@ -40,7 +40,7 @@ def grouped_gemm(
     out = torch.empty(tokens, n, dtype=out_dtype, device=offsets.device)
     shape = dict(groups=groups, n=n, k=k, form=w.form, shared_kib=config.shared_kib(offsets.device))
     launch = config.choose("grouped_gemm", offsets.device, w.values.dtype, tokens=tokens, **shape)
-    step = block_k(w.values)
+    step = block_k(x.values, w.values)
     tiles = most_tiles(tokens, groups, launch["BLOCK_T"]) * triton.cdiv(n, launch["BLOCK_N"])
     if tiles and groups:
         _grouped_gemm[(min(tiles, config.programs(offsets.device, launch)),)](

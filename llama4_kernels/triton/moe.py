@@ -138,14 +138,15 @@ def _gate_up(inputs: _Inputs, routing: Routing, layer: MoEWeights, dtype: torch.
     if splits > 1:
         parts = torch.empty(tiles, splits, 2, part, dtype=torch.float32, device=device)
         counters = tickets(device, tiles)
+    step_s, step_r = block_k(x_s.values, w_s.values), block_k(x_r.values, w_r.values)
     _gate_up_kernel[(min(tiles * splits, config.programs(device, launch)),)](
         x_s.values, x_s.scale, w_s.values, w_s.scale, h_s.values, h_s.scale, width_s,
         x_r.values, x_r.scale, w_r.values, w_r.scale, h_r.values, h_r.scale, width_r,
         routing.order, routing.offsets, routing.scores if inputs.weigh else None, parts, counters, tokens, experts, k,
         GROUPS=groups_width(experts), BLOCK_H=BLOCK_H, PART=part,
-        X_S=x_s.form, W_S=w_s.form, H_S=h_s.form, SCALED_S=accumulates_scaled(x_s, w_s), K_S=block_k(w_s.values),
-        X_R=x_r.form, W_R=w_r.form, H_R=h_r.form, SCALED_R=accumulates_scaled(x_r, w_r), K_R=block_k(w_r.values),
-        EVEN_K=k % max(block_k(w_s.values), block_k(w_r.values)) == 0, **config.options(launch),
+        X_S=x_s.form, W_S=w_s.form, H_S=h_s.form, SCALED_S=accumulates_scaled(x_s, w_s), K_S=step_s,
+        X_R=x_r.form, W_R=w_r.form, H_R=h_r.form, SCALED_R=accumulates_scaled(x_r, w_r), K_R=step_r,
+        EVEN_K=k % max(step_s, step_r) == 0, **config.options(launch),
     )  # fmt: skip
     return shared, routed
 
@@ -164,7 +165,7 @@ def _down(
     row_tiles = triton.cdiv(tokens, launch["BLOCK_T"])
     if row_tiles:
         present = torch.empty(row_tiles, 3, experts, dtype=torch.int32, device=device)
-        step_s, step_r = block_k(w_s.values), block_k(w_r.values)
+        step_s, step_r = block_k(h_s.values, w_s.values), block_k(h_r.values, w_r.values)
         _down_kernel[(triton.cdiv(n, launch["BLOCK_N"]), row_tiles)](
             h_s.values, h_s.scale, w_s.values, w_s.scale, k_s, h_r.values, h_r.scale, w_r.values, w_r.scale, k_r,
             routing.order, routing.offsets, present, out, tokens, experts, n,

@@ -138,6 +138,7 @@ def accumulates_scaled(a: Operand, b: Operand) -> bool:
     return PER_BLOCK.value in (a.form, b.form)
 
 
-def block_k(values: Tensor) -> int:
-    """Columns of one step along K: 128 bytes of a row, the width of the shared-memory swizzle; with fp8 one block of scales too."""
-    return 128 // values.element_size()
+def block_k(a: Tensor, b: Tensor) -> int:
+    """Columns of one step along K: 128 bytes of a row of the wider operand, as wide as the shared-memory swizzle and as a block of scales of
+    fp8."""
+    return 128 // max(a.element_size(), b.element_size())

@@ -1,4 +1,4 @@
-"""Triton converts e4m3 from compute capability 8.9 on: before, what needs it goes to another backend, and all else stays."""
+"""What Triton refuses: e4m3 before compute capability 8.9, which goes to another backend while all else stays, and heads too wide."""
 
 import pytest
 import torch
@@ -43,3 +43,9 @@ def test_only_e4m3_is_refused_before_8_9(monkeypatch, op):
     monkeypatch.setattr(config, "capability", lambda device: (8, 0))
     assert refusal(op, fp8=True) == "cpu has compute capability 8.0: Triton converts e4m3 from 8.9 on"
     assert op == "quantize_per_token" or refusal(op, fp8=False) == ""
+
+
+@pytest.mark.parametrize("head_dim, refused", [(512, ""), (576, "heads have 576 dimensions, more than 512")])
+def test_heads_whose_smallest_tiles_do_not_fit_are_refused(head_dim, refused):
+    q, cache = torch.zeros(3, 1, head_dim, dtype=BF16), torch.zeros(4, 1, 1, head_dim, dtype=BF16)
+    assert backend._refusal("triton", "chunked_attention")(q, cache, cache) == refused
