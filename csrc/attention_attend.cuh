@@ -7,6 +7,7 @@
 #include "hopper/math.cuh"
 #include "hopper/memory.cuh"
 #include "hopper/wgmma.cuh"
+#include "warp.cuh"
 
 namespace llama4_kernels {
 
@@ -269,8 +270,8 @@ private:
             for (int i = 0; i < ATTENTION_TILE / 2; ++i) {
                 if (i / 2 % 2 == r) highest = fmaxf(highest, scores[i]);
             }
-            highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
-            highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
+            highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, 1));
+            highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, 2));
             const float reference = highest == -INFINITE ? 0.0f : highest * scale;
             correction[r] = hopper::exp2_approximate(fmaf(maximum[r], scale, -reference));
             maximum[r] = highest;
@@ -312,8 +313,8 @@ private:
     __device__ void divide_output() {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            total[r] += __shfl_xor_sync(~0u, total[r], 1);
-            total[r] += __shfl_xor_sync(~0u, total[r], 2);
+            total[r] += __shfl_xor_sync(ALL_LANES, total[r], 1);
+            total[r] += __shfl_xor_sync(ALL_LANES, total[r], 2);
             correction[r] = shared.v_scale / total[r];
         }
         correct_output();
@@ -390,7 +391,7 @@ private:
                 highest = fmaxf(highest, part_weights[part]);
             }
 #pragma unroll
-            for (int distance = WARP / 2; distance > 0; distance /= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, distance));
+            for (int distance = WARP / 2; distance > 0; distance /= 2) highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, distance));
             for (int part = lane; part < parts; part += WARP) {
                 part_weights[part] = hopper::exp2_approximate(part_weights[part] - highest);
                 sum += part_weights[part];
@@ -415,9 +416,9 @@ private:
             }
             __syncwarp();
 #pragma unroll
-            for (int distance = WARP / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+            for (int distance = WARP / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, distance);
             if constexpr (TOGETHER == 2) {
-                for (float& element : result) element += __shfl_xor_sync(~0u, element, WARP / 2);
+                for (float& element : result) element += __shfl_xor_sync(ALL_LANES, element, WARP / 2);
             }
             if (own > 0) continue;
             __nv_bfloat16* to = static_cast<__nv_bfloat16*>(a.out) + row_start(a, item, item.first_row + row) + dim;

@@ -12,6 +12,7 @@
 #include "hopper/barrier.cuh"
 #include "hopper/cp_async.cuh"
 #include "hopper/tma.cuh"
+#include "warp.cuh"
 
 namespace llama4_kernels {
 
@@ -141,7 +142,7 @@ private:
         return static_cast<const uint8_t*>(cache) + row + lane % CHUNKS * 16;
     }
 
-    __device__ int64_t slot_of_step(int64_t slot, int step) const { return __shfl_sync(~0u, slot, step * (WARP / CHUNKS) + lane / CHUNKS); }
+    __device__ int64_t slot_of_step(int64_t slot, int step) const { return __shfl_sync(ALL_LANES, slot, step * (WARP / CHUNKS) + lane / CHUNKS); }
 
     // Byte, in a tile, of a chunk of this lane's key of a step. The swizzle repeats every 8 keys: few offsets to keep in registers.
     __device__ uint32_t chunk_of_step(int step, int chunk) const {
@@ -155,8 +156,8 @@ private:
     __device__ void load(const Ring<HEAD_DIM>& ring, const hopper::TensorMap& map, const void* cache, int64_t slot, int kv_head, int count) {
         hopper::Barrier& full = ring.full[count % ATTENTION_STAGES];
         ring.wait_empty(count);
-        const int64_t first_slot = __shfl_sync(~0u, slot, 0);
-        const bool consecutive = __all_sync(~0u, slot >= 0 && slot == first_slot + lane);
+        const int64_t first_slot = __shfl_sync(ALL_LANES, slot, 0);
+        const bool consecutive = __all_sync(ALL_LANES, slot >= 0 && slot == first_slot + lane);
         if (lane == 0) ring.gathered[count % ATTENTION_STAGES][warp] = !consecutive;
         if (consecutive) {
             if (lane == 0) {

@@ -11,6 +11,7 @@
 #include "device.h"
 #include "hopper/barrier.cuh"
 #include "indices.cuh"
+#include "warp.cuh"
 
 namespace llama4_kernels {
 
@@ -89,19 +90,15 @@ __device__ inline void count_all_items(const AttentionArguments& a, int* ends, i
     if (threadIdx.x < WARP) {
         int splits = 0;
         for (int b = threadIdx.x; b < a.requests; b += WARP) splits -= min(ends[b], 0);
-        for (int distance = WARP / 2; distance > 0; distance /= 2) splits += __shfl_xor_sync(~0u, splits, distance);
+        for (int distance = WARP / 2; distance > 0; distance /= 2) splits += __shfl_xor_sync(ALL_LANES, splits, distance);
         const int run_of_all = splits_per_run(int64_t(splits) * a.num_kv_heads, gridDim.x);
         if (threadIdx.x == 0) run = run_of_all;
         int before = 0;
         for (int first = 0; first < a.requests; first += WARP) {
             const int b = first + threadIdx.x;
-            int sum = b < a.requests ? items_of_pieces(ends[b], run_of_all) : 0;
-            for (int distance = 1; distance < WARP; distance *= 2) {
-                const int other = __shfl_up_sync(~0u, sum, distance);
-                if (int(threadIdx.x) >= distance) sum += other;
-            }
+            const int sum = inclusive_sum(b < a.requests ? items_of_pieces(ends[b], run_of_all) : 0);
             if (b < a.requests) ends[b] = before + sum;
-            before += __shfl_sync(~0u, sum, WARP - 1);
+            before += __shfl_sync(ALL_LANES, sum, WARP - 1);
         }
     }
     __syncthreads();

@@ -12,6 +12,7 @@
 #include "hopper/cluster.cuh"
 #include "hopper/registers.cuh"
 #include "tile_scheduler.cuh"
+#include "warp.cuh"
 
 namespace llama4_kernels {
 namespace {
@@ -217,7 +218,7 @@ template <class Shape, bool GATHER>
 __device__ void multiply_and_store(SharedMemory<Shape>& shared, const BlockTiles<Shape>& tiles, const Problem& problem) {
     static_assert(SCALE_BLOCK % Shape::WARPGROUP_CHANNELS == 0, "a warpgroup's channels share the scales of their block");
     // The same in all lanes, as the compiler then knows: descriptors stay in uniform registers.
-    const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0);
+    const int warpgroup = __shfl_sync(ALL_LANES, threadIdx.x / WARPGROUP, 0);
     GemmConsumer<Shape, GATHER> consumer(shared.stages, warpgroup);
     for (int64_t index = tiles.first(); index < tiles.count(); index += tiles.step()) {
         const BlockTile tile = shared.tiles[consumer.first_stage()];

@@ -82,11 +82,7 @@ public:
         for (int start = 0; start < row_tiles(); start += WARP) {
             const int row_tile = start + lane;
             const int steps = row_tile < row_tiles() ? steps_of(row_tile * Shape::TOKENS) : 0;
-            int through = steps;
-            for (int distance = 1; distance < int(WARP); distance *= 2) {
-                const int lower = __shfl_up_sync(ALL_LANES, through, distance);
-                if (lane >= distance) through += lower;
-            }
+            const int through = inclusive_sum(steps);
             if (row_tile < row_tiles()) first_step_[row_tile] = before + through - steps;
             before += __shfl_sync(ALL_LANES, through, WARP - 1);
         }

@@ -17,10 +17,10 @@
 #include "moe.h"
 #include "moe_runs.cuh"
 #include "pipeline.cuh"
+#include "warp.cuh"
 
 namespace llama4_kernels {
 
-constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int SCALE_BLOCK = 128;
 
 template <int TOKENS_, int SETS_>

@@ -4,11 +4,10 @@
 
 #include "quantization.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp8.h>
-
 #include "device.h"
 #include "e4m3.cuh"
+#include "floats.cuh"
+#include "warp.cuh"
 
 namespace llama4_kernels {
 namespace {
@@ -17,10 +16,6 @@ constexpr int PIECE = 16;
 constexpr int THREADS = 512;
 constexpr int SHORT_ROW = 8;  // pieces, a lane each
 constexpr int WARP = 32;
-constexpr unsigned ALL_LANES = 0xffffffffu;
-
-__device__ inline float to_float(float value) { return value; }
-__device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
 template <class T>
 struct alignas(16) Piece {

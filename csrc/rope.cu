@@ -3,18 +3,16 @@
 
 #include "rope.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp8.h>
-
 #include "device.h"
+#include "floats.cuh"
 #include "indices.cuh"
+#include "warp.cuh"
 
 namespace llama4_kernels {
 namespace {
 
 constexpr int THREADS = 128;
 constexpr int WARP = 32;
-constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int WIDE = 8;  // pairs that are read and written as vectors, where head_dim and the pointers allow
 
 // ---- elements
@@ -23,24 +21,6 @@ template <class T, int WIDTH>
 struct alignas(std::min<size_t>(16, sizeof(T) * WIDTH)) Vector {
     T elements[WIDTH];
 };
-
-__device__ inline float to_float(float value) { return value; }
-__device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
-
-template <class T>
-__device__ inline T from_float(float value);
-template <>
-__device__ inline float from_float<float>(float value) {
-    return value;
-}
-template <>
-__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
-    return __float2bfloat16_rn(value);
-}
-template <>
-__device__ inline __nv_fp8_storage_t from_float<__nv_fp8_storage_t>(float value) {
-    return __nv_cvt_float_to_fp8(value, __NV_SATFINITE, __NV_E4M3);
-}
 
 template <class T, int WIDTH>
 __device__ inline void load(const T* from, float (&values)[WIDTH]) {

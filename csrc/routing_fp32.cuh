@@ -2,9 +2,7 @@
 // shared memory, multiplies them with slices of 16 experts, and reads the others' sums through distributed shared memory.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp8.h>
-
+#include "floats.cuh"
 #include "hopper/cluster.cuh"
 #include "hopper/dependent_launch.cuh"
 #include "routing_sort.cuh"
@@ -26,9 +24,6 @@ struct Problem {
 };
 
 // ---- numbers
-
-__device__ inline float to_float(float value) { return value; }
-__device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
 template <class T>
 struct alignas(4 * sizeof(T)) Four {

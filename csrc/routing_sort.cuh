@@ -7,12 +7,12 @@
 #include "hopper/memory.cuh"
 #include "routing.h"
 #include "routing_key.cuh"
+#include "warp.cuh"
 
 namespace llama4_kernels::routing {
 
 using hopper::WARP;
 
-constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int IDS_AT_ONCE = 8;  // that a thread asks L2 for
 
 // Whether this block is the last of `blocks`, in all of its threads. What the sort reads is written before, by thread 0 or ahead of a
@@ -128,11 +128,7 @@ __device__ inline void sort_many_tokens(int* memory, const RouteArguments& a) {
         int lower = 0;
         for (int first = 0; first < bins; first += WARP) {
             const int expert = first + lane, count = expert < bins ? starts[expert] : 0;
-            int sum = count;
-            for (int by = 1; by < WARP; by *= 2) {
-                const int below = __shfl_up_sync(ALL_LANES, sum, by);
-                if (lane >= by) sum += below;
-            }
+            const int sum = inclusive_sum(count);
             if (expert < bins) a.offsets[expert] = starts[expert] = lower + sum - count;
             lower += __shfl_sync(ALL_LANES, sum, WARP - 1);
         }

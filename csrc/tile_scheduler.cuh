@@ -6,6 +6,7 @@
 
 #include "device.h"
 #include "hopper/layout.cuh"
+#include "warp.cuh"
 
 namespace llama4_kernels {
 
@@ -27,17 +28,12 @@ public:
 
     // By all lanes of one warp, before a barrier of the block.
     __device__ void fill() {
-        constexpr unsigned ALL_LANES = 0xffffffffu;
         const int lane = threadIdx.x % hopper::WARP;
         int before = 0;
         for (int start = 0; start < groups_; start += hopper::WARP) {
             const int group = start + lane;
             const int tiles = group < groups_ ? (offsets_[group + 1] - offsets_[group] + ROWS - 1) / ROWS : 0;
-            int through = tiles;
-            for (int distance = 1; distance < int(hopper::WARP); distance *= 2) {
-                const int lower = __shfl_up_sync(ALL_LANES, through, distance);
-                if (lane >= distance) through += lower;
-            }
+            const int through = inclusive_sum(tiles);
             if (group < groups_) first_tile_[group] = before + through - tiles;
             before += __shfl_sync(ALL_LANES, through, hopper::WARP - 1);
         }
