@@ -19,6 +19,7 @@ NOTHING = (
 
 def table(records: Iterable[Record]) -> str:
     """Markdown: for each GPU the newest result of the short list of workloads, the ones that lose among them."""
+    records = list(records)
     on_gpu = [each for each in compare.latest(records).values() if each.machine.kind == "gpu"]
     if not on_gpu:
         return NOTHING
@@ -26,7 +27,7 @@ def table(records: Iterable[Record]) -> str:
     parts = []
     for device in sorted({each.machine.device for each in on_gpu}):
         mine = [each for each in on_gpu if each.machine.device == device and each.workload in listed and not _is_bf16_moe(each)]
-        parts.append(_device_table(device, sorted(mine, key=lambda each: listed[each.workload])))
+        parts.append(_device_table(device, sorted(mine, key=lambda each: listed[each.workload]), records))
     return "\n\n".join(parts)
 
 
@@ -36,7 +37,8 @@ def _is_bf16_moe(record: Benchmark) -> bool:
     return workload.dtype == "bf16" and workload.op in (*workloads.TOKEN_OPS, "decoder_layer")
 
 
-def _device_table(device: str, records: list[Benchmark]) -> str:
+def _device_table(device: str, records: list[Benchmark], everything: Iterable[Record]) -> str:
+    """everything: what the newest `records` were picked from, where a run's own peers are."""
     commits = sorted({each.machine.short_commit for each in records})
     lines = [
         f"{device}, commit {', '.join(commits)}; median of CUDA-graph replays with a cold L2 cache and random data, ratios within one run.",
@@ -47,9 +49,16 @@ def _device_table(device: str, records: list[Benchmark]) -> str:
     for name in dict.fromkeys(each.workload for each in records):
         right = [each for each in records if each.workload == name and each.status == "ok"]
         ours = min((each for each in right if not each.peer), key=_time, default=None)
-        peer = min((each for each in right if each.peer), key=_time, default=None)
+        peer = min(_peers(ours, everything), key=_time, default=None) if ours else None
         lines.append(_row(name, ours, peer))
     return "\n".join(lines)
+
+
+def _peers(ours: Benchmark, records: Iterable[Record]) -> list[Benchmark]:
+    """The right results of peers in the run of ours: another run's clocks are not the same."""
+    run = compare.latest(each for each in records if each.run == ours.run)
+    mine = (ours.workload, ours.machine.device)
+    return [each for each in run.values() if each.peer and each.status == "ok" and (each.workload, each.machine.device) == mine]
 
 
 def _row(name: str, ours: Benchmark | None, peer: Benchmark | None) -> str:

@@ -50,6 +50,25 @@ def test_a_row_gives_the_fastest_right_results_and_keeps_the_shapes_that_lose():
     assert list(rows) == [f"fused_moe/fp8/scout/tp8/t{tokens}" for tokens in (1, 8, 64)]
 
 
+def test_a_ratio_is_of_two_results_of_one_run():
+    def at(run, *arguments, **fields):
+        return synthetic.benchmark(*arguments, run=f"2026112{run}T120000Z-aaaaaaa", date=f"2026-11-2{run}T12:00:00Z", noise=0, **fields)
+
+    lone, whole = "fused_moe/fp8/scout/tp8/t1", "fused_moe/fp8/scout/tp8/t8"
+    records = [
+        at(1, lone, "sglang", peer=True, us=200.0),
+        at(2, lone, "cuda", us=100.0),
+        at(1, whole, "cuda", us=100.0),
+        at(1, whole, "sglang", peer=True, us=300.0),
+        at(1, whole, "fbgemm", peer=True, us=400.0),
+        at(2, whole, "sglang", peer=True, us=150.0),
+        at(2, whole, "fbgemm", peer=True, us=50.0),
+    ]
+    rows = {line.split("`")[1]: line for line in readme.table(records).splitlines() if line.startswith("| `")}
+    assert rows[lone].endswith("| – | – |")
+    assert rows[whole].endswith("| sglang | 3.00 |")
+
+
 def test_the_command_rewrites_between_the_markers_only(tmp_path):
     path, results = tmp_path / "README.md", tmp_path / "results.json"
     path.write_text(EMPTY)

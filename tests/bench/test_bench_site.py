@@ -268,6 +268,29 @@ def test_a_chart_shows_what_the_records_say(browser, served):
 
 
 @in_browser
+def test_a_peer_is_set_against_ours_of_the_same_run(browser, tmp_path):
+    def at(run, name, *arguments, **fields):
+        return synthetic.benchmark(name, *arguments, run=f"run{run}", date=f"2026-11-1{run}T12:00:00Z", noise=0, **fields)
+
+    lone, whole = "fused_moe/fp8/scout/tp8/t1", "fused_moe/fp8/scout/tp8/t8"
+    records = (
+        at(1, lone, "sglang", peer=True, us=200.0),
+        at(2, lone, "cuda", us=100.0),
+        at(1, whole, "cuda", us=100.0),
+        at(1, whole, "sglang", peer=True, us=300.0),
+        at(2, whole, "sglang", peer=True, us=150.0),
+    )
+    site.build(record.Contents(records, ()), tmp_path)
+    watched = Watched(browser)
+    watched.open(tmp_path.joinpath("index.html").as_uri())
+    watched.choose(dtype="fp8")
+    assert watched.traces("fused_moe", "peers") == ["sglang"]
+    shown = watched.page.evaluate("document.querySelector(\"[data-op='fused_moe'] [data-chart=peers]\").data[0]")
+    assert [point[0] for point in shown["customdata"]] == [whole] and shown["y"] == pytest.approx([3.0])
+    assert watched.complaints == []
+
+
+@in_browser
 def test_filters_leave_what_they_name(browser, served):
     watched = Watched(browser)
     watched.open(served)
