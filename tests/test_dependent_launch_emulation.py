@@ -14,6 +14,7 @@ from test_moe_emulation import guarded_record
 from torch import Tensor
 
 from backends import assert_same_bits
+from llama4_kernels import switches
 from llama4_kernels.ops import MoEWeights
 from weights import moe_weights
 
@@ -49,11 +50,19 @@ def problem(tokens: int, form: str) -> tuple[Tensor, MoEWeights]:
 @pytest.mark.parametrize(("tokens", "form"), [(1, "channel"), (20, "bf16"), (20, "block"), (100, "channel")])
 def test_no_kernel_touches_what_the_one_ahead_may_still_write(monkeypatch, tokens, form, dependent):
     module = emulation.op_module("moe", emulation.load(emulation.build()))
-    monkeypatch.setenv(module.DEPENDENT_LAUNCH_VARIABLE, dependent)
+    monkeypatch.setenv(switches.DEPENDENT_LAUNCH, dependent)
     want, got = two_layers(module, *problem(tokens, form))
     assert want.isfinite().all() and want.any()
     assert_same_bits(got, want)
     assert not module.tickets(torch.device("cpu"), 1).any()
+
+
+@pytest.mark.parametrize("variable", [switches.DEPENDENT_LAUNCH, switches.PREFETCH])
+def test_a_switch_of_another_value_stops_the_layer(monkeypatch, variable):
+    module = emulation.op_module("moe", emulation.load(emulation.build()))
+    monkeypatch.setenv(variable, "off")
+    with pytest.raises(ValueError, match=f"^{variable} is 'off', needs 0 or 1$"):
+        module.fused_moe(*problem(1, "bf16"))
 
 
 WAIT = "    hopper::wait_for_dependencies();\n"

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from llama4_kernels import available_backends, use_backend
+from llama4_kernels import available_backends, switches, use_backend
 from llama4_kernels.bench import ceilings, inputs, peers, record, timing, workloads
 from llama4_kernels.bench.machine import Machine, clocks, default_device, this_machine
 from llama4_kernels.bench.peers import Case, NotInstalled, Unavailable
@@ -19,8 +18,6 @@ from llama4_kernels.bench.record import Benchmark, Ceilings, Check
 
 # Ops that a layer calls
 PARTS = {"attention_part": ("rope_qk_norm", "chunked_attention"), "decoder_layer": ("rope_qk_norm", "chunked_attention", "fused_moe")}
-# Variables that change what our backends launch
-SWITCHES = ("LLAMA4_KERNELS_PDL", "LLAMA4_KERNELS_PREFETCH", "LLAMA4_KERNELS_CHECK_VALUES")
 ON_CPU = "the reference in plain PyTorch on a CPU: it shows that the chain works, and says nothing about a kernel's speed"
 
 
@@ -40,7 +37,7 @@ class Job:
     @property
     def switches(self) -> list[str]:
         """As a shell sets them, those of this process that say how our backends run."""
-        return [] if self.peer else [f"{name}={os.environ[name]}" for name in SWITCHES if name in os.environ]
+        return [] if self.peer else switches.given()
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,8 @@ class Session:
 
 
 def start(options: Options | None = None) -> Session:
-    """Measures the ceilings, and names the run."""
+    """Measures the ceilings, and names the run; ValueError where a switch is neither 0 nor 1."""
+    switches.given()
     device = default_device()
     machine = this_machine(device)
     return Session(machine, ceilings.measure(device), record.run_id(machine, record.now()), options or Options())

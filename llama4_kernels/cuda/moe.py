@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
+from llama4_kernels import switches
 from llama4_kernels.counters import tickets
 from llama4_kernels.cuda import _C, launch
 from llama4_kernels.cuda.quantization import quantize_per_token
 from llama4_kernels.cuda.routing import route_top1, why_not_route_top1
 from llama4_kernels.ops.types import Linear, MoEWeights, Quantized, Routing
-
-DEPENDENT_LAUNCH_VARIABLE = "LLAMA4_KERNELS_PDL"
-PREFETCH_VARIABLE = "LLAMA4_KERNELS_PREFETCH"
 
 SCALE_BLOCK = 128
 MAX_EXPERTS = 1024
@@ -66,8 +62,7 @@ def moe_down(
 
 
 def fused_moe(x: Tensor, weights: MoEWeights) -> Tensor:
-    dependent = os.environ.get(DEPENDENT_LAUNCH_VARIABLE, "1") != "0"
-    prefetch = os.environ.get(PREFETCH_VARIABLE, "0") != "0"
+    dependent, prefetch = switches.is_on(switches.DEPENDENT_LAUNCH), switches.is_on(switches.PREFETCH)
     routing, codes = route_top1(x, weights.router, quantize=_wants_codes(weights), dependent=dependent)
     shared, routed = _gate_up(x, codes, routing, weights, dependent=dependent, prefetch=prefetch)
     return moe_down(shared, routed, routing, weights, dependent=dependent)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numbers
-import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from llama4_kernels import switches
 from llama4_kernels.ops.types import Linear, Quantized, Routing
 
 FP8 = torch.float8_e4m3fn
@@ -135,7 +135,7 @@ def kv_caches(
 def values_wanted(device: torch.device) -> bool:
     """Whether to check the values inside index tensors: on the CPU always; on a GPU, where it costs a host synchronisation,
     only with LLAMA4_KERNELS_CHECK_VALUES=1."""
-    return device.type == "cpu" or os.environ.get("LLAMA4_KERNELS_CHECK_VALUES") == "1"
+    return device.type == "cpu" or switches.is_on(switches.CHECK_VALUES)
 
 
 def in_range(op: str, name: str, value: Tensor, low: int, high: int, why: str = "") -> None:

@@ -56,6 +56,12 @@ def test_a_record_says_which_switches_were_set(tmp_path, monkeypatch):
     assert Job(TINY, "torch", peer=True).repro.startswith("llama4-kernels bench")
 
 
+def test_a_switch_of_another_value_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLAMA4_KERNELS_PDL", "off")
+    ran = invoke("--workload", TINY, "--backend", "reference", "--out", tmp_path / "results.json")
+    assert ran.exit_code == 2 and "bench: LLAMA4_KERNELS_PDL is 'off', needs 0 or 1" in ran.output and not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(not available_backends("fused_moe")["cuda"], reason="CUDA runs here")
 def test_a_backend_that_was_asked_for_and_cannot_run_is_an_error(tmp_path):
     ran = invoke("--workload", TINY, "--backend", "cuda", "--out", tmp_path / "results.json")
