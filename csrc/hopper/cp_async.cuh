@@ -9,10 +9,17 @@
 
 namespace llama4_kernels::hopper {
 
-// Copy 16 bytes, or write zeros where `valid` is false; `from` is not read then. Both addresses are multiples of 16.
+// Copy 16 bytes, or write zeros where `valid` is false; `from` is not read then. Both addresses are multiples of 16. By a predicate: of a
+// number of bytes that ptxas cannot see to be 0 or 16 it makes several instructions a copy.
 __device__ inline void cp_async_16(void* to, const void* from, bool valid = true) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0)
-                 : "memory");
+    asm volatile(
+        "{\n"
+        ".reg .pred ignore;\n"
+        "setp.eq.u32 ignore, %2, 0;\n"
+        "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, ignore;\n"
+        "}" ::"r"(shared_address(to)),
+        "l"(from), "r"(unsigned(valid))
+        : "memory");
 }
 
 // End this thread's group of copies.

@@ -92,6 +92,13 @@ def test_no_thread_waits_for_copies_that_others_read(stem):
     assert copying == {"attention": 4, "grouped_gemm": 12, "routing": 2}.get(stem, 3)
 
 
+@pytest.mark.parametrize("stem", ["attention", "grouped_gemm", "moe_gate_up", "moe_down", "routing"])
+def test_copies_are_of_16_bytes_or_none(stem):
+    """LDGSTS with ZFILL takes any number, for several instructions a copy."""
+    for name, code in machine_code.compile_stem(NVCC, stem).instructions.items():
+        assert not [text for text in code if text.startswith("LDGSTS") and "ZFILL" in text], name
+
+
 @pytest.mark.parametrize("stem", ["attention", "grouped_gemm", "moe_gate_up", "moe_down"])
 def test_proxy_fences_are_those_of_who_multiplies(stem):
     """A loader's might wait for all that it has asked for."""
