@@ -155,8 +155,8 @@ __device__ void load_with_tma(SharedMemory<Shape>& shared, const BlockTiles<Shap
                 for (int i = 0; i < SHARE; ++i) {
                     if (i * WARP + lane < Shape::TOKENS) stages.token_scales[at.stage][i * WARP + lane] = scales[i];
                 }
-                __syncwarp();
             }
+            __syncwarp();  // scales are written, and no lane still waits for this stage when lane 0 has gone round the ring
             if (lane == 0) load_stage<Shape, false, WEIGHT_HINT, L2::evict_last>(shared, at.stage, tile, step, weights, tokens);
         }
     }
@@ -222,6 +222,7 @@ __device__ void multiply_and_store(SharedMemory<Shape>& shared, const BlockTiles
     GemmConsumer<Shape, GATHER> consumer(shared.stages, warpgroup);
     for (int64_t index = tiles.first(); index < tiles.count(); index += tiles.step()) {
         const BlockTile tile = shared.tiles[consumer.first_stage()];
+        __syncwarp();  // all lanes have read it before one hands the stage back
         const int first_channel = tile.column_tile * Shape::CHANNELS + warpgroup * Shape::WARPGROUP_CHANNELS;
         float channel_scales[Shape::SETS][2];  // under way while the tile is summed
         if constexpr (Shape::FP8) {
