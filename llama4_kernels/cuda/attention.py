@@ -46,8 +46,8 @@ def chunked_attention(
     row_partial = torch.empty(tokens, num_heads, row_parts, head_dim, dtype=torch.float32, device=device)
     row_lse = torch.empty(tokens, num_heads, row_parts, dtype=torch.float32, device=device)
     row_blocks = tokens * (num_heads // num_kv_heads) // _C.ATTENTION_ROWS + requests
-    counters = tickets(device, 1 + (requests + row_blocks) * num_kv_heads)
     with launch.on(device) as stream:
+        counters = tickets(device, 1 + (requests + row_blocks) * num_kv_heads)
         _C.chunked_attention(
             q=q.data_ptr(),
             k_cache=k_cache.data_ptr(),
