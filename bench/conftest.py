@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama4_kernels.bench import record
+from llama4_kernels.bench import record, workloads
+from llama4_kernels.bench.machine import default_device
 from llama4_kernels.bench.measure import Job
 from llama4_kernels.bench.plan import plan
 from llama4_kernels.bench.runner import Runner
@@ -42,7 +43,9 @@ def pytest_generate_tests(metafunc):
     if "job" not in metafunc.fixturenames:
         return
     config = metafunc.config
-    jobs = plan(metafunc.module.OPS, config.getoption("--workloads"), None, None if config.getoption("--peers") else ["none"])
+    ops, patterns = metafunc.module.OPS, config.getoption("--workloads")
+    named_here = workloads.select(patterns, ops, default_device().type)
+    jobs = plan(ops, patterns, None, None if config.getoption("--peers") else ["none"]) if named_here else []
     marks = [pytest.mark.gpu] if torch.cuda.is_available() else []
     metafunc.parametrize("job", [pytest.param(job, id=name(job), marks=[*marks, pytest.mark.benchmark(timer=Clock())]) for job in jobs])
 
