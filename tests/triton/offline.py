@@ -22,7 +22,7 @@ LISTS = sorted(path.stem.removeprefix("shipped_") for path in HERE.glob("shipped
 
 
 def module(shipped_list: str):
-    """shipped_<list>.py: calls(architecture), and the names of kernels that use WGMMA and TMA on sm_90."""
+    """shipped_<list>.py: calls(architecture), and the names of kernels that use WGMMA on sm_90."""
     sys.path.insert(0, str(HERE))
     return importlib.import_module(f"shipped_{shipped_list}")
 

@@ -21,7 +21,6 @@ BATCHES = ((1, 1), (64, 64), (8, 64), (1, 8192), (8, 8192))  # requests, tokens:
 PAGINGS = (("slots", 1, True), ("slots", 1, False), ("pages", 64, False))  # what the page table holds, page size, SWA pool
 
 WGMMA = {"prefill_kernel", "split_kernel"}
-TMA: set[str] = set()
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:

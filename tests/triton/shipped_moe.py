@@ -19,7 +19,6 @@ TOKENS = (1, 16, 64, 256, 1024, 8192)
 FORMS = ("bfloat16", "per tensor", "per channel", "per block")
 
 WGMMA = {"_grouped_gemm", "_gate_up_kernel", "_down_kernel"}
-TMA: set[str] = set()
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
