@@ -17,7 +17,6 @@ copyright = "the authors of llama4_kernels, Apache-2.0"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton"]
 myst_heading_anchors = 4
-myst_enable_extensions = ["deflist"]
 nitpicky = True
 nitpick_ignore_regex = [("py:class", r"(torch\.)?(Tensor|dtype|device)|.*Iterator")]
 

@@ -97,7 +97,7 @@ def test_without_a_gpu_it_says_so(monkeypatch, tmp_path):
     assert shown.exit_code == 1 and "torch sees no GPU" in shown.output and not list(tmp_path.iterdir())
 
 
-def test_a_process_that_hangs_is_killed_with_its_children(tmp_path):
+def test_a_process_that_hangs_is_killed_with_its_children():
     started = time.monotonic()
     code = "import subprocess, sys; print(subprocess.Popen(['sleep', '60']).pid, flush=True); subprocess.run(['sleep', '60'])"
     lines: list[str] = []

@@ -19,7 +19,6 @@ from llama4_kernels import cuda
 ROOT = Path(__file__).parents[1]
 NOT_BUILT = cuda.why_not_built()
 built = pytest.mark.skipif(bool(NOT_BUILT), reason=NOT_BUILT or "-")
-needs_source = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="no setup.py")
 
 
 @pytest.fixture(scope="module")

@@ -42,11 +42,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Options:
-    """refcheck: compare results with the reference. rounds: samples, None for the timer's own number. seed: of the random inputs."""
+    """refcheck: compare results with the reference. rounds: samples, None for the timer's own number."""
 
     refcheck: bool = True
     rounds: int | None = None
-    seed: int = 0
 
 
 @dataclass
@@ -85,7 +84,7 @@ def run(job: Job, session: Session) -> Benchmark:
     """The record of a job, whose reason any exception becomes. Only NotInstalled is raised, for a peer that no workload will bring back."""
     device = default_device()
     try:
-        problem = _problem(job.workload, device, session.options.seed)
+        problem = _problem(job.workload, device)
         if not job.peer and (reason := missing(problem.workload.op, job.backend, device)):
             raise Unavailable(reason)
         with _backend(job):
@@ -100,8 +99,8 @@ def run(job: Job, session: Session) -> Benchmark:
 
 
 @functools.lru_cache(maxsize=1)
-def _problem(workload: str, device: torch.device, seed: int) -> inputs.Problem:
-    return inputs.make(workloads.parse(workload), device, seed)
+def _problem(workload: str, device: torch.device) -> inputs.Problem:
+    return inputs.make(workloads.parse(workload), device)
 
 
 @contextlib.contextmanager

@@ -163,7 +163,7 @@ def make(
     if text_only and vision:
         raise ValueError("text_only and vision exclude each other")
     path = _empty_folder(path)
-    config = _config(TEXT[like] | text_config, vision, text_only) | {"torch_dtype": dtype}
+    config = _config(TEXT[like] | text_config, text_only) | {"torch_dtype": dtype}
     tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in _weights(config, vision, seed).items()}
     if fp8:
         tensors = _quantise(tensors, config, path, fp8, fp8_attention)
@@ -225,7 +225,7 @@ def _empty_folder(path: str | Path) -> Path:
     return path
 
 
-def _config(text: dict[str, Any], vision: bool, text_only: bool) -> dict[str, Any]:
+def _config(text: dict[str, Any], text_only: bool) -> dict[str, Any]:
     tokens = {token: BYTES + i for i, token in enumerate(SPECIAL_TOKENS)}
     special = {
         "bos_token_id": tokens["<|begin_of_text|>"],

@@ -293,7 +293,7 @@ def evaluate(
     ] = None,
     limit: Annotated[Optional[int], typer.Option(min=1, help="Only so many questions of each subject.")] = None,
     max_gen_toks: Annotated[Optional[int], typer.Option(min=1, help="Tokens of an answer: 2048 if not given, 32 with --tiny.")] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Questions asked at a time.")] = 128,
+    concurrency: Annotated[Optional[int], typer.Option(min=1, help="Questions asked at a time: 128 if not given.")] = None,
     length: Annotated[list[int], typer.Option(min=64, help="--needle: tokens of the prompt; may be given several times.")] = [
         4096,
         10000,

@@ -12,7 +12,7 @@ from llama4_kernels.bench import compare
 NAMES = [f"fused_moe/fp8/scout/tp8/t{2**i}" for i in range(14)]
 
 
-def run(factor: float = 1.0, noise: float = 0.01, seed: int = 0, drift: float = 0.0, rounds: int = 50) -> list:
+def run(factor: float = 1.0, noise: float = 0.01, seed: int = 0, drift: float = 0.0) -> list:
     """All workloads, each with noise of its own; drift: how far this run as a whole is off, as another temperature would make it."""
     return [
         synthetic.benchmark(name, us=(10 + 5 * i) * factor * (1 + drift), noise=noise, seed=1000 * seed + i) for i, name in enumerate(NAMES)

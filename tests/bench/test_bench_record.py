@@ -123,7 +123,7 @@ def test_results_lie_under_the_gpu_by_date_and_commit(tmp_path):
     assert record.results_path(tmp_path, dirty, "2026-11-24T12:00:00Z") == tmp_path / "nvidia-h200" / "2026-11-24-unknown-dirty.json"
 
 
-def test_this_machine_is_described(tmp_path, monkeypatch):
+def test_this_machine_is_described(monkeypatch):
     here = machine.this_machine()
     assert here.torch == torch.__version__ and here.device and here.kind == ("gpu" if torch.cuda.is_available() else "cpu")
     assert (machine.clocks(machine.default_device()) is None) == (here.kind == "cpu")

@@ -89,7 +89,7 @@ def test_a_module_of_peers_that_does_not_import_stops_the_run_at_its_start():
         Runner(peer_modules=["no_such_module"]).__enter__()
 
 
-def test_without_refcheck_nothing_is_checked(monkeypatch):
+def test_without_refcheck_nothing_is_checked():
     import planted_peers  # noqa: F401
 
     session = measure.start(Options(refcheck=False, rounds=3))

@@ -40,10 +40,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Peer:
-    """name: stable, for records. ops: whose peer it is. about: one line. build: Problem -> Case, or Unavailable. bound: see Problem.error."""
+    """name: stable, for records. about: one line. build: Problem -> Case, or Unavailable. bound: see Problem.error."""
 
     name: str
-    ops: tuple[str, ...]
     about: str
     build: Callable[[Problem], Case]
     bound: float = BOUND
@@ -52,12 +51,11 @@ class Peer:
 _PEERS: dict[tuple[str, str], Peer] = {}
 
 
-def peer(name: str, *ops: str, about: str, bound: float = BOUND) -> Callable[[Callable[[Problem], Case]], Callable[[Problem], Case]]:
-    """Register the decorated function as the way to build the peer `name` for `ops`."""
+def peer(name: str, op: str, *, about: str, bound: float = BOUND) -> Callable[[Callable[[Problem], Case]], Callable[[Problem], Case]]:
+    """Register the decorated function as the way to build the peer `name` of `op`."""
 
     def register(build: Callable[[Problem], Case]) -> Callable[[Problem], Case]:
-        for op in ops:
-            _PEERS[op, name] = Peer(name, ops, about, build, bound)
+        _PEERS[op, name] = Peer(name, about, build, bound)
         return build
 
     return register

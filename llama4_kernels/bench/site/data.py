@@ -10,7 +10,7 @@ from typing import Any
 
 from llama4_kernels.bench import compare, workloads
 from llama4_kernels.bench.compare import Comparison
-from llama4_kernels.bench.record import Benchmark, Calibration, Record
+from llama4_kernels.bench.record import STATUSES, Benchmark, Calibration, Record
 from llama4_kernels.bench.workloads import ATTENTION_OPS, OPS, Workload
 
 FIRST = ("fused_moe", "chunked_attention", "decoder_layer", "grouped_gemm")
@@ -128,7 +128,7 @@ class Results:
             "implementations": sorted({(r.record.backend, r.record.peer) for r in self.results}, key=lambda pair: (pair[1], pair[0])),
             "devices": self.devices,
             "runs": [(date, commit) for date, commit, _ in runs],
-            "statuses": ["ok", "wrong", "failed", "unavailable"],
+            "statuses": list(STATUSES),
         }
         place = {name: {value: i for i, value in enumerate(values)} for name, values in tables.items()}
         run_place = {run: i for i, (_, _, run) in enumerate(runs)}

@@ -38,7 +38,7 @@ class Options:
 
 
 def run_accuracy(
-    options: Options, task: str | None, limit: int | None, max_gen_toks: int | None, concurrency: int, model: str | None
+    options: Options, task: str | None, limit: int | None, max_gen_toks: int | None, concurrency: int | None, model: str | None
 ) -> int:
     """The default: lm_eval. model: the guide's, or None to read it off the server's model name."""
 
@@ -48,7 +48,7 @@ def run_accuracy(
         protocol = accuracy.Protocol(
             task=task or ("own_questions" if tiny else "mmlu_pro"),
             max_gen_toks=max_gen_toks or (TINY_MAX_GEN_TOKS if tiny else accuracy.GUIDE_MAX_GEN_TOKS),
-            concurrency=concurrency,
+            concurrency=concurrency or accuracy.GUIDE_CONCURRENCY,
             limit=limit,
             model=model or guide.model_in(name),
         )
