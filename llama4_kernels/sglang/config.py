@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import Llama4TextConfig
@@ -54,6 +55,24 @@ def local_and_global_layers(config: Llama4TextConfig) -> tuple[list[int], list[i
     return local, [i for i in range(config.num_hidden_layers) if i not in local]
 
 
+def apply_overrides(config: Llama4TextConfig, overrides: dict[str, Any]) -> None:
+    """Derive anew which layers have RoPE, chunks and experts where `overrides`, which SGLang has written into `config`
+    (--json-model-override-args), hold another rule for them, and not the layers themselves."""
+    derived = Llama4TextConfig(
+        num_hidden_layers=config.num_hidden_layers,
+        no_rope_layers=overrides.get("no_rope_layers"),
+        no_rope_layer_interval=config.no_rope_layer_interval,
+        interleave_moe_layer_step=config.interleave_moe_layer_step,
+    )
+    for name, rules in (
+        ("no_rope_layers", {"no_rope_layer_interval"}),
+        ("layer_types", {"no_rope_layer_interval", "no_rope_layers"}),
+        ("moe_layers", {"interleave_moe_layer_step"}),
+    ):
+        if name not in overrides and rules & overrides.keys():
+            setattr(config, name, getattr(derived, name))
+
+
 def check_supported(config: Llama4TextConfig) -> None:
     """ValueError for what a Llama 4 config can say and no Llama 4 checkpoint uses, or no model can compute."""
     if config.num_experts_per_tok != 1:
@@ -63,6 +82,9 @@ def check_supported(config: Llama4TextConfig) -> None:
     if config.hidden_act != "silu":
         raise ValueError(f"llama4_kernels serves Llama 4 with hidden_act silu, config.json has {config.hidden_act}")
     rope = config.rope_parameters
+    for name in ("rope_type", "rope_theta"):
+        if name not in rope:
+            raise ValueError(f"config.json: rope_parameters is {rope}, needs a {name}")
     if rope["rope_type"] not in ROPE_TYPES:
         raise ValueError(f"llama4_kernels serves Llama 4 with rope_type {' or '.join(ROPE_TYPES)}, config.json has {rope['rope_type']}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:

@@ -51,17 +51,23 @@ def _is_asked_for(model_config) -> bool:
 
 def _derive_layers(result, model_config) -> None:
     """Refuse a model that is not Llama 4, and tell SGLang which layers keep one chunk of KV cache only: by the config's layer types,
-    where SGLang assumes every fourth layer to be global and text-only checkpoints to have no local layers."""
+    where SGLang assumes every fourth layer to be global and text-only checkpoints to have no local layers. Where no context is longer than a
+    chunk there is nothing to free: a pool for local layers would only be a limit of its own."""
     if not is_ours(model_config):
         return
-    from llama4_kernels.sglang.config import ARCHITECTURES, check_supported, local_and_global_layers
+    from llama4_kernels.sglang.config import ARCHITECTURES, apply_overrides, check_supported, local_and_global_layers
 
     architectures = model_config.hf_config.architectures or []
     if not set(architectures) & set(ARCHITECTURES):
         raise ValueError(f"--model-impl {MODEL_IMPL} serves Llama 4 ({' or '.join(ARCHITECTURES)}), this model is {architectures}")
-    check_supported(model_config.hf_text_config)
-    local, full = local_and_global_layers(model_config.hf_text_config)
-    model_config.is_hybrid_swa = bool(local and full) and not model_config.disable_hybrid_swa_memory
+    config = model_config.hf_text_config
+    overrides = model_config.model_override_args
+    apply_overrides(config, overrides if config is model_config.hf_config else overrides.get("text_config", {}))
+    check_supported(config)
+    local, full = local_and_global_layers(config)
+    frees_slots = local and full and config.attention_chunk_size < model_config.context_len
+    model_config.is_hybrid_swa = bool(frees_slots) and not model_config.disable_hybrid_swa_memory
+    model_config.sliding_window_size = None  # of a field that Llama 4 does not read; SGLang would free keys by it within the chunk
     if model_config.is_hybrid_swa:
         model_config.swa_attention_layer_ids, model_config.full_attention_layer_ids = local, full
     else:

@@ -58,7 +58,8 @@ def test_bfloat16_is_no_further_from_float32_than_transformers(like, make, oracl
 
 
 def test_a_pool_so_small_that_slots_are_used_again(make, oracle, tmp_path):
-    path = make("scout")
+    """By chunks of 64 tokens; Llama 4 reads no sliding_window."""
+    path = make("scout", sliding_window=8)
     with llama4_server(path, "--max-total-tokens=400", "--swa-full-tokens-ratio=0.6", log=tmp_path / "log") as server:
         for seed in range(6):
             for answer in ask_at_once(server, [prompt(150, seed), prompt(90, seed)], new_tokens=40):
@@ -80,10 +81,11 @@ def test_text_only_with_a_config_of_its_own(make, oracle, tmp_path):
         check_all(server, oracle(path))
 
 
-def test_no_chunk_and_no_temperature(make, oracle, tmp_path):
-    """transformers takes no config without a chunk size: its oracle has one larger than any prompt."""
+@pytest.mark.parametrize("chunk_size", [None, 4096])
+def test_no_chunk_within_the_context_and_no_temperature(chunk_size, make, oracle, tmp_path):
+    """transformers takes no config without a chunk size: its oracle has one as large as all of the KV cache."""
     options = {"attn_temperature_tuning": False, "interleave_moe_layer_step": 3}
-    with llama4_server(make(attention_chunk_size=None, **options), log=tmp_path / "log") as server:
+    with llama4_server(make(attention_chunk_size=chunk_size, **options), log=tmp_path / "log") as server:
         check_all(server, oracle(make(attention_chunk_size=4096, **options)))
 
 

@@ -97,7 +97,9 @@ def token_bytes(model: Model, flags: Flags) -> tuple[int, int]:
 
 
 def has_two_pools(model: Model, flags: Flags) -> bool:
-    return flags.swa_full_tokens_ratio is not None and bool(model.local_layers and model.global_layers)
+    """Local layers free slots only where a context may be longer than a chunk."""
+    frees_slots = model.local_layers and model.global_layers and model.chunk < flags.context_length
+    return flags.swa_full_tokens_ratio is not None and bool(frees_slots)
 
 
 def pools(model: Model, flags: Flags, kv_bytes: int, most_tokens: int | None = None) -> Pools | None:
