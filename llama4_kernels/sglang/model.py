@@ -30,6 +30,7 @@ from transformers import Llama4Config, Llama4TextConfig
 
 from llama4_kernels import ops
 from llama4_kernels.ops import backend
+from llama4_kernels.ops.checks import BLOCK
 from llama4_kernels.sglang.attention import layer_cache
 from llama4_kernels.sglang.checkpoint import CheckedWeights, CheckpointError
 from llama4_kernels.sglang.config import LayerConfig, check_sharding, cos_sin_cache, layer_config, rope_positions
@@ -225,9 +226,10 @@ class Llama4ForConditionalGeneration(mllama4.Llama4ForConditionalGeneration):
         self.has_vision = bool(get_mm().enable_multimodal)
         self.vision_model = self.multi_modal_projector = None
         if self.has_vision:
+            is_quantised = self._is_vision_quantised()  # refuses a checkpoint without a vision tower
             self.vision_model = mllama4.Llama4VisionModel(
                 config.vision_config,
-                quant_config=quant_config if self._is_vision_quantised() else None,
+                quant_config=quant_config if is_quantised else None,
                 prefix=add_prefix("vision_model", prefix),
             )
             self.multi_modal_projector = mllama4.Llama4MultiModalProjector(config)
@@ -243,7 +245,8 @@ class Llama4ForConditionalGeneration(mllama4.Llama4ForConditionalGeneration):
         device = self.language_model.lm_head.weight.device
         for choice in backend.choices(device):
             logger.info("llama4_kernels: %s -> %s (%s)", choice.op, choice.backend, choice.why)
-        check_graphs(device, is_fp8=moe_is_fp8(self))
+        cache = getattr(quant_config, "kv_cache_quant_algo", None)  # SGLang's choice where --kv-cache-dtype is auto
+        check_graphs(device, is_fp8=moe_is_fp8(self), checkpoint_cache=str(cache).lower())
 
     def _is_vision_quantised(self) -> bool:
         """Whether the checkpoint has scales for its vision tower, whatever it says of modules that it ignores, in whichever words."""
@@ -274,10 +277,15 @@ class Llama4ForConditionalGeneration(mllama4.Llama4ForConditionalGeneration):
         return CheckedWeights(weights, self.config, parameters, path=path, complete=complete)
 
     def permute_qk_weight_for_rotary(self, name: str, loaded_weight: Tensor) -> tuple[str, Tensor]:
-        """SGLang's permutation of the rows of q and k, from RoPE's interleaved to its half-split form, for scales per row too."""
+        """SGLang's permutation of the rows of q and k, from RoPE's interleaved to its half-split form, for scales per row too. CheckpointError
+        where it would take rows into blocks of other scales."""
         config = self.language_model.config
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-        if heads is None or not name.endswith(".weight_scale") or loaded_weight.shape[:1] != (heads * config.head_dim,):
+        is_scale = name.endswith((".weight_scale", ".weight_scale_inv"))
+        if heads is None or not is_scale or loaded_weight.shape[:1] != (heads * config.head_dim,):
+            if heads and is_scale and loaded_weight.dim() == 2 and len(loaded_weight) > 1 and BLOCK % config.head_dim:
+                needs = f"a head_dim that divides {BLOCK} where q and k have scales per block of {BLOCK} rows"
+                raise CheckpointError(f"config.json: head_dim is {config.head_dim}, {name} needs {needs}")
             return super().permute_qk_weight_for_rotary(name, loaded_weight)
         return name, loaded_weight.view(heads, config.head_dim // 2, 2, -1).transpose(1, 2).reshape(loaded_weight.shape)
 

@@ -58,6 +58,7 @@ def check_server() -> None:
             "--enable-return-routed-experts",
             "answers without them: which experts a token took is not kept",
         ),
+        (get_exec().features.enable_mis, "--enable-mis", "a sequence for each item that is scored: attention has no mask between items"),
         (get_lora().enable_lora, "--enable-lora", "weights without adapters: the MoE layer reads those of its experts itself"),
         (model.load_format not in LOAD_FORMATS, f"--load-format {model.load_format}", " or ".join(LOAD_FORMATS)),
         (
@@ -80,10 +81,11 @@ def check_server() -> None:
             raise ValueError(f"--model-impl llama4_kernels does not serve Llama 4 with {flag}, needs {needs}")
 
 
-def check_graphs(device: torch.device, *, is_fp8: bool) -> None:
+def check_graphs(device: torch.device, *, is_fp8: bool, checkpoint_cache: str) -> None:
     """ValueError where CUDA graphs would be captured of ops in plain PyTorch, which reads sizes on the host.
 
-    is_fp8: whether weights of the MoE layers are FP8; the KV cache is where its flag says so.
+    is_fp8: whether weights of the MoE layers are FP8. checkpoint_cache: "fp8" where the checkpoint asks for an FP8 KV cache, which it has where
+    no flag says otherwise.
     """
     if device.type != "cuda" or cuda_graph_fully_disabled():
         return
@@ -93,9 +95,11 @@ def check_graphs(device: torch.device, *, is_fp8: bool) -> None:
                 f"--model-impl llama4_kernels computes {choice.op} on {device} in plain PyTorch, which CUDA graphs cannot capture "
                 f"({choice.why}), needs {GRAPH_FLAGS}"
             )
+    cache = get_model().kv_cache_dtype
     for is_asked, what, instead in (
         (is_fp8, "FP8 weights", "bf16 weights"),
-        (get_model().kv_cache_dtype == "fp8_e4m3", "--kv-cache-dtype fp8_e4m3", "bfloat16"),
+        (cache == "fp8_e4m3", f"--kv-cache-dtype {cache}", "bfloat16"),
+        (cache == "auto" and checkpoint_cache == "fp8", "the FP8 KV cache that the checkpoint asks for", "--kv-cache-dtype bfloat16"),
     ):
         if is_asked and torch.cuda.get_device_capability(device) < E4M3_CAPABILITY:
             raise ValueError(

@@ -18,6 +18,7 @@ from sglang.srt.models.llama import LlamaMLP
 from torch import Tensor, nn
 
 from llama4_kernels import ops
+from llama4_kernels.ops.checks import BLOCK
 
 FP8 = torch.float8_e4m3fn
 DTYPES = (torch.bfloat16, torch.float32, FP8)
@@ -34,6 +35,7 @@ def adapt_quant_config(quant_config: QuantizationConfig) -> None:
     capability: the ops check their own. ValueError for a format whose parameters are not known here."""
     if (name := quant_config.get_name()) not in QUANTISATIONS:
         raise ValueError(f"--model-impl llama4_kernels does not serve Llama 4 quantised as {name}, needs {' or '.join(QUANTISATIONS)}")
+    blocks = {}
     for target, scheme in getattr(quant_config, "target_scheme_map", {}).items():
         for part in ("weights", "input_activations"):
             found = scheme[part]
@@ -42,6 +44,11 @@ def adapt_quant_config(quant_config: QuantizationConfig) -> None:
                 raise ValueError(
                     f"--model-impl llama4_kernels does not serve Llama 4 with {part} of {target} quantised as {has}, needs float of 8 bits"
                 )
+        blocks[f"block_structure of {target}"] = scheme["weights"].block_structure
+    blocks["weight_block_size"] = getattr(quant_config, "weight_block_size", None)
+    for name, size in blocks.items():
+        if size is not None and list(size) != [BLOCK, BLOCK]:
+            raise ValueError(f"--model-impl llama4_kernels does not serve Llama 4 with {name} {list(size)}, needs [{BLOCK}, {BLOCK}]")
     dtypes = [*quant_config.get_supported_act_dtypes(), torch.float32]
     quant_config.get_supported_act_dtypes = lambda: dtypes
     if not torch.cuda.is_available() and hasattr(quant_config, "_check_scheme_supported"):

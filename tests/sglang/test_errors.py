@@ -60,9 +60,9 @@ def test_bad_requests_are_refused(make, oracle, tmp_path):
         assert first["output_ids"] + second["output_ids"] == answer.generated[:8]
 
 
-def start_error(path, tmp_path, dtype="float32") -> str:
+def start_error(path, tmp_path, *flags, dtype="float32") -> str:
     log = tmp_path / "log"
-    with pytest.raises(ServerError, match="ended with exit code"), llama4_server(path, log=log, dtype=dtype):
+    with pytest.raises(ServerError, match="ended with exit code"), llama4_server(path, *flags, log=log, dtype=dtype):
         pass
     return log.read_text(errors="replace")
 
@@ -73,6 +73,10 @@ def test_a_model_that_is_not_llama_4(make, tmp_path):
     (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1, "intermediate_size": 64, "num_key_value_heads": 2}))
     lines = [line for line in start_error(path, tmp_path).splitlines() if line.startswith("ValueError: --model-impl llama4_kernels")]
     assert lines and "Llama 4" in lines[0] and "LlamaForCausalLM" in lines[0]
+
+
+def test_images_for_a_text_only_checkpoint(make, tmp_path):
+    assert "with --enable-multimodal, needs weights of a vision_model" in start_error(make(text_only=True), tmp_path, "--enable-multimodal")
 
 
 def test_float16_which_sglang_makes_of_float32_weights(make, tmp_path):

@@ -1,11 +1,13 @@
 """Flags of SGLang that this model refuses; tests/sglang/test_errors.py starts servers."""
 
 import copy
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+from sglang.srt.layers.quantization.fp8 import Fp8Config
 
 from llama4_kernels.ops.backend import Choice
 from llama4_kernels.sglang import server_modes
@@ -22,7 +24,7 @@ PLAIN = SimpleNamespace(
     deterministic=SimpleNamespace(enable_deterministic_inference=False),
     moe=SimpleNamespace(moe_runner_backend="auto", kt_weight_path=None, enable_paged_experts=False),
     offload=SimpleNamespace(cpu_offload_gb=0, offload_group_size=-1),
-    features=SimpleNamespace(enable_return_routed_experts=False),
+    features=SimpleNamespace(enable_return_routed_experts=False, enable_mis=False),
 )
 
 
@@ -66,6 +68,7 @@ def test_what_the_model_serves(monkeypatch, changes):
     ({"offload": {"cpu_offload_gb": 8}}, "--cpu-offload-gb 8, needs 0: the MoE layer"),
     ({"offload": {"offload_group_size": 2}}, "--offload-group-size 2, needs weights that stay"),
     ({"features": {"enable_return_routed_experts": True}}, "--enable-return-routed-experts, needs answers without"),
+    ({"features": {"enable_mis": True}}, "--enable-mis, needs a sequence for each item"),
     ({"memory": {"enable_unified_memory": True}}, "--enable-unified-memory, needs K and V of a layer in one piece"),
     ({"lora": {"enable_lora": True}}, "--enable-lora, needs weights without adapters"),
     ({"model": {"load_format": "sharded_state"}}, "--load-format sharded_state, needs auto or safetensors or"),
@@ -108,7 +111,15 @@ def a_gpu(monkeypatch):
 ], ids=str)  # fmt: skip
 def test_what_graphs_capture(a_gpu, capability, is_fp8, given):
     a_gpu(capability, **given)
-    server_modes.check_graphs(GPU, is_fp8=is_fp8)
+    server_modes.check_graphs(GPU, is_fp8=is_fp8, checkpoint_cache="none")
+
+
+def test_a_flag_keeps_the_cache_that_the_checkpoint_asks_for_from_graphs(a_gpu):
+    a_gpu((8, 0), kv_cache_dtype="bfloat16")
+    server_modes.check_graphs(GPU, is_fp8=False, checkpoint_cache="fp8")
+    a_gpu((8, 0))
+    with pytest.raises(ValueError, match="with the FP8 KV cache that the checkpoint asks for in CUDA graphs .* needs --kv-cache-dtype bfloat16"):
+        server_modes.check_graphs(GPU, is_fp8=False, checkpoint_cache="fp8")
 
 
 @pytest.mark.parametrize("is_fp8, given, message", [
@@ -119,8 +130,8 @@ def test_what_graphs_capture(a_gpu, capability, is_fp8, given):
 def test_what_graphs_cannot_capture(a_gpu, is_fp8, given, message):
     a_gpu((8, 0), **given)
     with pytest.raises(ValueError, match=message):
-        server_modes.check_graphs(GPU, is_fp8=is_fp8)
-    server_modes.check_graphs(torch.device("cpu"), is_fp8=is_fp8)
+        server_modes.check_graphs(GPU, is_fp8=is_fp8, checkpoint_cache="none")
+    server_modes.check_graphs(torch.device("cpu"), is_fp8=is_fp8, checkpoint_cache="none")
 
 
 @pytest.mark.parametrize("name", ["w8a8_fp8", "mxfp8", "awq"])
@@ -128,6 +139,19 @@ def test_quantisations_that_the_model_refuses(name):
     needs = "needs fp8 or compressed_tensors or modelopt_fp8"
     with pytest.raises(ValueError, match=f"does not serve Llama 4 quantised as {name}, {needs}"):
         adapt_quant_config(SimpleNamespace(get_name=lambda: name))
+
+
+@pytest.mark.parametrize("size, refused", [([128, 128], False), ([64, 64], True), ([1, 128], True)])
+@pytest.mark.parametrize("kind", ["fp8", "compressed-tensors"])
+def test_blocks_that_share_a_scale(kind, size, refused):
+    if kind == "fp8":
+        quant_config, name = Fp8Config(is_checkpoint_fp8_serialized=True, weight_block_size=size), "weight_block_size"
+    else:
+        block = FLOAT | {"strategy": "block", "block_structure": size}
+        inputs = PER_TOKEN | {"strategy": "group", "group_size": 128}
+        quant_config, name = CompressedTensorsConfig.from_config(groups(("float-quantized", ["Linear"], block, inputs))), "block_structure of Linear"
+    with pytest.raises(ValueError, match=rf"with {name} \[{size[0]}, {size[1]}\], needs \[128, 128\]") if refused else nullcontext():
+        adapt_quant_config(quant_config)
 
 
 FLOAT = {"num_bits": 8, "type": "float", "strategy": "channel"}
