@@ -7,12 +7,12 @@ set -e
 cd "$(dirname "$0")/.."
 folder="${1:-.venv/oldest}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-python=python
+python=python3
 if [ -n "$TRITON_ONLY" ]; then
-    python -m pip install -q --no-deps --target "$folder/triton" triton==3.6.0
+    python3 -m pip install -q --no-deps --target "$folder/triton" triton==3.6.0
     export PYTHONPATH="$folder/triton${PYTHONPATH:+:$PYTHONPATH}"
 else
-    python -m venv "$folder"
+    python3 -m venv "$folder"
     python="$folder/bin/python"
     LLAMA4_KERNELS_CUDA=off "$python" -m pip install -q "torch==2.11.*" triton==3.6.0 "numpy<2.4" transformers \
         pytest pytest-xdist hypothesis -e .

@@ -78,6 +78,41 @@ def test_why_not_gives_the_reason_that_the_build_recorded(tmp_path, monkeypatch)
     assert "no compiler that day" in llama4_kernels.cuda.why_not_built()
 
 
+PYTHON = """#!/bin/sh
+echo "$0 $@" >> "$LOG"
+case "$*" in
+    "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && touch "$3/pip" ;;
+    "-m pip "*) [ -e "$(dirname "$0")/../pip" ] ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("left", ["nothing", "no pip", "oldest alone", "whole"])
+def test_environment_is_made_where_it_is_missing_or_was_left_unfinished(tmp_path, left):
+    """scripts/environment.sh with a stand-in for Python; `left`: what an earlier start has left of .venv."""
+    for file in ("scripts/environment.sh", "pyproject.toml", "setup.py", "CMakeLists.txt", "csrc/bindings.cpp"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / file)
+    stand_in, venv = tmp_path / "bin" / "python3", tmp_path / ".venv"
+    stand_in.parent.mkdir()
+    stand_in.write_text(PYTHON)
+    stand_in.chmod(0o755)
+    if left in ("no pip", "whole"):
+        (venv / "bin").mkdir(parents=True)
+        shutil.copy(stand_in, venv / "bin" / "python")
+    if left == "whole":
+        (venv / "pip").touch()
+    if left == "oldest alone":
+        (venv / "oldest").mkdir(parents=True)
+    environ = {"PATH": f"{stand_in.parent}:{os.environ['PATH']}", "LOG": str(tmp_path / "log")}
+    command = ["sh", "-c", ". scripts/environment.sh && command -v python", "scripts/test.sh"]
+    ran = [subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True) for _ in range(2)]
+    assert all(each.returncode == 0 and each.stdout.endswith(f"{venv}/bin/python\n") for each in ran), ran
+    calls = (tmp_path / "log").read_text().splitlines()
+    assert sum("-m venv .venv" in call for call in calls) == (left != "whole")
+    assert sum("-m pip install" in call for call in calls) == 1, "the second start finds everything"
+
+
 def in_subprocess(code: str) -> dict:
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return json.loads(subprocess.run([sys.executable, "-c", code], env=environ, check=True, capture_output=True, text=True).stdout)
