@@ -140,7 +140,7 @@ def test_opcheck(quantize):
         (torch.ones(2, 8), torch.ones(4, 9), ValueError, r"router has shape \[4, 9\], needs \[E, 8\]"),
         (torch.ones(2, 8), torch.ones(4, 8).int(), TypeError, "router has dtype int32, needs bfloat16 or float32"),
         (torch.ones(2, 8), torch.ones(4, 8, device="meta"), ValueError, "router is on meta, needs cpu"),
-        (torch.ones(2, 8), torch.ones(0, 8), ValueError, r"router has shape \[0, H\], needs at least one expert"),
+        (torch.ones(2, 8), torch.ones(0, 8), ValueError, r"router has shape \[0, 8\], needs at least one expert"),
     ],
 )
 def test_bad_input_is_named(x, router, error, message):

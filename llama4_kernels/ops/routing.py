@@ -33,7 +33,7 @@ def route_top1(x: Tensor, router: Tensor, *, quantize: bool = False) -> tuple[Ro
     checks.tensor("route_top1", "router", router, dtype=checks.FLOATS, shape=("E", x.shape[1]), device=x.device)
     checks.flag("route_top1", "quantize", quantize)
     if len(router) == 0:
-        raise ValueError("route_top1: router has shape [0, H], needs at least one expert")
+        raise ValueError(f"route_top1: router has shape {list(router.shape)}, needs at least one expert")
     expert_ids, scores, order, offsets, *quantized = torch.ops.llama4_kernels.route_top1(x, router, quantize)
     return Routing(expert_ids, scores, order, offsets), Quantized(*quantized) if quantize else None
 
