@@ -24,6 +24,7 @@ SCHEMA = 1
 SCHEMA_FILE = Path(__file__).parent / "record.schema.json"
 STATUSES = ("ok", "wrong", "failed", "unavailable")
 PROBLEMS_SHOWN = 5  # of one file
+RESULTS = Path("bench/results")  # a folder for each device, below the folder that a command is called in
 
 
 @dataclass(frozen=True)

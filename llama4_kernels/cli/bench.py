@@ -18,7 +18,6 @@ from llama4_kernels.bench.record import Benchmark, Record
 from llama4_kernels.bench.runner import JOB_SECONDS, Runner
 from llama4_kernels.cli.tables import new_table
 
-RESULTS = Path("bench/results")
 PLAIN_WIDTH = 200  # of tables that go to a file or a pipe
 
 
@@ -52,7 +51,7 @@ def run(
                 importlib.import_module(module)
             jobs = plan(ops, patterns, backends, peer_names)
             with Runner(options, peer_modules, job_seconds) as runner:
-                path = out or record.results_path(RESULTS, runner.session.machine, record.now())
+                path = out or record.results_path(record.RESULTS, runner.session.machine, record.now())
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.open("a").close()  # now rather than when all is measured
                 records = _measure(jobs, runner, path, console)

@@ -9,24 +9,26 @@ from pathlib import Path
 from llama4_kernels.bench import formats, readme, record, site
 from llama4_kernels.bench.record import Benchmark
 
-RESULTS = Path("bench/results")
-
 
 def run(results: Sequence[Path], *, out: Path | None = None, readme_path: Path | None = None, exports: Sequence[str] = ()) -> int:
     """The command: 0, or 1 where no result could be read or something could not be written; what could not be read is said.
 
     results: files, or folders of them; where none is given, the folder of each device in bench/results. exports: "format=path" each.
     """
-    contents = record.read(*(results or sorted(path for path in RESULTS.glob("*") if path.is_dir())))
+    paths = results or sorted(path for path in record.RESULTS.glob("*") if path.is_dir())
+    if not paths:
+        print(f"report: {record.RESULTS.absolute()} holds no folder of results, nothing is written: name files or folders", file=sys.stderr)
+        return 1
+    contents = record.read(*paths)
     for problem in contents.problems:
         print(f"report: {problem}", file=sys.stderr)
     benchmarks = [each for each in contents.records if isinstance(each, Benchmark)]
     devices = sorted({each.machine.device for each in contents.records})
     print(
-        f"report: {len(benchmarks)} benchmarks and {len(contents.records) - len(benchmarks)} calibrations from {', '.join(devices) or 'nowhere'}"
+        f"report: {len(benchmarks)} benchmarks and {len(contents.records) - len(benchmarks)} calibrations of {', '.join(devices) or 'no device'}"
     )
     if readme_path is not None and not contents.records:
-        print(f"report: no result was read from {', '.join(map(str, results)) or RESULTS}, nothing is written", file=sys.stderr)
+        print(f"report: no result was read from {', '.join(map(str, paths))}, nothing is written", file=sys.stderr)
         return 1
     try:
         if readme_path is not None:

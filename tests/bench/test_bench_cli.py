@@ -215,6 +215,12 @@ def test_the_whole_chain_from_measurement_to_formats_readme_and_site(tmp_path):
     assert len(written["pytest"]["benchmarks"]) == len(written["action"]) == 2 and len(written["oss"]) >= 2 * 4
 
 
+def test_report_without_results_names_the_folder_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ran = CliRunner().invoke(app, ["report", "--out", "site"])
+    assert ran.exit_code == 1 and f"{tmp_path}/bench/results holds no folder of results" in ran.output and not (tmp_path / "site").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
