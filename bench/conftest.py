@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from llama4_kernels.bench import record, workloads
-from llama4_kernels.bench.machine import default_device
 from llama4_kernels.bench.measure import Job
 from llama4_kernels.bench.plan import plan
 from llama4_kernels.bench.runner import Runner
+from llama4_kernels.ops.backend import default_device
 
 
 class Clock:

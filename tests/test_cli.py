@@ -316,7 +316,7 @@ def test_doctor_fails_without_the_entry_point(monkeypatch):
 
 @has_sglang
 def test_doctor_warns_of_an_untested_sglang(monkeypatch):
-    monkeypatch.setattr(doctor, "_version", lambda package: "0.4.0")
+    monkeypatch.setattr(doctor, "installed_version", lambda package: "0.4.0")
     monkeypatch.setattr(doctor, "_picked_up", lambda: doctor.Row("picked up", "OK", ""))
     row = next(doctor.plugin())
     assert (row.what, row.status) == ("sglang", "WARN") and "0.4.0" in row.found

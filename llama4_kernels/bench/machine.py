@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from llama4_kernels.ops.backend import default_device
+
 COMMIT_VARIABLE = "LLAMA4_KERNELS_COMMIT"
 
 
@@ -63,7 +65,7 @@ def this_machine(device: torch.device | None = None) -> Machine:
     commit, dirty = _commit()
     common = {
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": installed_version("triton"),
         "python": platform.python_version(),
         "commit": commit,
         "dirty": dirty,
@@ -81,10 +83,6 @@ def clocks(device: torch.device) -> Clocks | None:
     if device.type != "cuda":
         return None
     return Clocks(*map(_number, _smi(device, "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")))
-
-
-def default_device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _smi(device: torch.device, *fields: str) -> list[str | None]:
@@ -109,7 +107,8 @@ def _cpu_name() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """Of a package, None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

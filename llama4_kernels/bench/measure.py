@@ -12,9 +12,10 @@ import torch
 
 from llama4_kernels import available_backends, switches, use_backend
 from llama4_kernels.bench import ceilings, inputs, peers, record, timing, workloads
-from llama4_kernels.bench.machine import Machine, clocks, default_device, this_machine
+from llama4_kernels.bench.machine import Machine, clocks, this_machine
 from llama4_kernels.bench.peers import Case, NotInstalled, Unavailable
 from llama4_kernels.bench.record import Benchmark, Ceilings, Check
+from llama4_kernels.ops.backend import default_device
 
 # Ops that a layer calls
 PARTS = {"attention_part": ("rope_qk_norm", "chunked_attention"), "decoder_layer": ("rope_qk_norm", "chunked_attention", "fused_moe")}

@@ -13,8 +13,8 @@ import torch
 
 from llama4_kernels import use_backend
 from llama4_kernels.bench import inputs
-from llama4_kernels.bench.machine import default_device
 from llama4_kernels.bench.workloads import parse
+from llama4_kernels.ops.backend import default_device
 
 METRICS = {
     "us": "gpu__time_duration.sum",

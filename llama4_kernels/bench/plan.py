@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from llama4_kernels.bench import measure, peers, workloads
-from llama4_kernels.bench.machine import default_device
 from llama4_kernels.bench.measure import Job
-from llama4_kernels.ops.backend import BACKENDS
+from llama4_kernels.ops.backend import BACKENDS, default_device
 
 
 def plan(

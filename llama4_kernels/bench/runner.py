@@ -11,10 +11,10 @@ from multiprocessing.connection import Connection
 import torch
 
 from llama4_kernels.bench import measure, record
-from llama4_kernels.bench.machine import default_device
 from llama4_kernels.bench.measure import Job, Options, Session
 from llama4_kernels.bench.peers import NotInstalled
 from llama4_kernels.bench.record import Benchmark
+from llama4_kernels.ops.backend import default_device
 
 JOB_SECONDS = 600.0  # a first call may compile for minutes
 

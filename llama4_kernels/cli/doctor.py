@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from llama4_kernels.bench.machine import installed_version
+
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
 
@@ -67,7 +69,7 @@ def installed() -> Iterator[Row]:
     """Python and packages."""
     yield Row("python", "OK", f"{platform.python_version()} ({sys.executable})")
     for package in ("llama4_kernels", "torch", "triton", "transformers"):
-        version = _version(package)
+        version = installed_version(package)
         if version:
             yield Row(package, "OK", version)
         else:
@@ -120,7 +122,7 @@ def backends() -> Iterator[Row]:
 
 def plugin() -> Iterator[Row]:
     """Whether SGLang would find, load and keep the plugin; stops at the first cause why not."""
-    sglang = _version("sglang")
+    sglang = installed_version("sglang")
     if not sglang or importlib.util.find_spec("sglang") is None:
         yield Row("sglang", "FAIL", "not installed in this environment", 'pip install "llama4_kernels[sglang]"')
         return
@@ -182,13 +184,6 @@ def _print(rows: list[Row], failures: list[Row]) -> None:
             print(f"{row.status:4}  {row.what}: {row.found}" + (f" -> {row.advice}" if row.advice else ""))
     for row in failures:
         print(f"FAIL: {row.what}: {row.found}" + (f"; {row.advice}" if row.advice else ""), file=sys.stderr)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _tested_sglang() -> SpecifierSet:

@@ -7,11 +7,10 @@ import sys
 from rich.console import Console
 
 from llama4_kernels.bench import ceilings, measure, ncu, static, workloads
-from llama4_kernels.bench.machine import default_device
 from llama4_kernels.bench.workloads import Workload
 from llama4_kernels.cli.bench import PLAIN_WIDTH
 from llama4_kernels.cli.tables import new_table
-from llama4_kernels.ops.backend import BACKENDS
+from llama4_kernels.ops.backend import BACKENDS, default_device
 
 
 def run(op: str, name: str, backend: str | None = None) -> int:

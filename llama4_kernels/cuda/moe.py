@@ -8,11 +8,10 @@ from torch import Tensor
 from llama4_kernels import switches
 from llama4_kernels.counters import tickets
 from llama4_kernels.cuda import _C, launch
-from llama4_kernels.cuda.quantization import quantize_per_token
+from llama4_kernels.cuda.quantization import SCALE_BLOCK, quantize_per_token
 from llama4_kernels.cuda.routing import route_top1, why_not_route_top1
 from llama4_kernels.ops.types import Linear, MoEWeights, Quantized, Routing
 
-SCALE_BLOCK = 128
 MAX_EXPERTS = 1024
 ROW_ALIGNMENT = 16
 

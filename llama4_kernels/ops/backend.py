@@ -83,13 +83,13 @@ def available_backends(op: str, device: torch.device | str | None = None) -> dic
     """
     if op not in OPS:
         raise ValueError(f"op is {op!r}, needs one of {', '.join(OPS)}")
-    device = _default_device() if device is None else torch.device(device)
+    device = default_device() if device is None else torch.device(device)
     return {backend: _why_not(backend, op, device) for backend in BACKENDS}
 
 
 def choices(device: torch.device | str | None = None) -> list[Choice]:
     """The choice for every op on `device`; RuntimeError where a requested backend cannot run."""
-    device = _default_device() if device is None else torch.device(device)
+    device = default_device() if device is None else torch.device(device)
     return [_choose(op, device, os.environ.get(ENVIRONMENT_VARIABLE, ""), _in_context.get()) for op in OPS]
 
 
@@ -201,5 +201,6 @@ def _in_module(backend: str, op: str, name: str) -> Callable | None:
     return getattr(importlib.import_module(module), name, None)
 
 
-def _default_device() -> torch.device:
+def default_device() -> torch.device:
+    """The current GPU where there is one, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

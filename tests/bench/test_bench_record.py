@@ -11,6 +11,7 @@ import synthetic
 import torch
 
 from llama4_kernels.bench import machine, record
+from llama4_kernels.ops.backend import default_device
 
 
 def test_the_schema_is_one():
@@ -126,6 +127,6 @@ def test_results_lie_under_the_gpu_by_date_and_commit(tmp_path):
 def test_this_machine_is_described(monkeypatch):
     here = machine.this_machine()
     assert here.torch == torch.__version__ and here.device and here.kind == ("gpu" if torch.cuda.is_available() else "cpu")
-    assert (machine.clocks(machine.default_device()) is None) == (here.kind == "cpu")
+    assert (machine.clocks(default_device()) is None) == (here.kind == "cpu")
     monkeypatch.setenv(machine.COMMIT_VARIABLE, "abcdef0123-dirty")
     assert (machine.this_machine().commit, machine.this_machine().dirty) == ("abcdef0123", True)
