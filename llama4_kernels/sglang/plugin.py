@@ -9,6 +9,8 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 MODEL_IMPL = "llama4_kernels"
 
+_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+_RESULTS = "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
 _RUNNER = "sglang.srt.model_executor.model_runner_components"
 
 _registered = False
@@ -27,7 +29,11 @@ def register() -> None:
         (f"{_RUNNER}.weight_updater.WeightUpdater.update_weights_from_disk", _update_weights_from_disk, HookType.AROUND),
         (f"{_RUNNER}.weight_updater.WeightUpdater.update_weights_from_tensor", _update_weights_from_tensor, HookType.AROUND),
         ("sglang.srt.managers.tp_worker.BaseTpWorker.deserialize_own_rank", _deserialize_own_rank, HookType.AROUND),
-        ("sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request", _check_request, HookType.AFTER),
+        (f"{_MANAGER}._validate_one_request", _check_request, HookType.AFTER),
+        ("sglang.srt.session.session_controller.Session.create_req", _forget_replaced_requests, HookType.BEFORE),
+        ("sglang.srt.layers.sampler.Sampler._preprocess_logits", _keep_probabilities_finite, HookType.AFTER),
+        (f"{_RESULTS}._apply_prefill_grammar", _blame_min_new_tokens, HookType.AFTER),
+        (f"{_RESULTS}._accept_grammar_tokens", _blame_min_new_tokens, HookType.AFTER),
         ("sglang.srt.model_executor.model_runner.adjust_config_with_unaligned_cpu_tp", _adjust_config_on_cpu, HookType.AROUND),
     ):
         HookRegistry.register(target, hook, kind)
@@ -47,6 +53,13 @@ def is_ours(model_config) -> bool:
 def _is_asked_for(model_config) -> bool:
     """Whether `model_config` is of a server started with --model-impl llama4_kernels: of its model or of the draft."""
     return str(model_config.model_impl).lower() == MODEL_IMPL
+
+
+def _is_served() -> bool:
+    """Whether the server of this process was started with --model-impl llama4_kernels: for hooks that are given no model_config."""
+    from sglang.srt.runtime_context import get_model
+
+    return _is_asked_for(get_model())
 
 
 def _derive_layers(result, model_config) -> None:
@@ -145,10 +158,41 @@ def _check_request(result, manager, request, input_ids) -> None:
         request,
         input_ids,
         vocab_size=config.vocab_size,
+        end_tokens=_end_tokens(config, manager.tokenizer),
         computes_whole_prompts=get_memory().disable_radix_cache and get_schedule().chunked_prefill_size == -1,
         image_token_id=token_id,
         image_token=manager.tokenizer.convert_ids_to_tokens(token_id) if manager.tokenizer is not None and token_id is not None else None,
     )
+
+
+def _end_tokens(model_config, tokenizer) -> frozenset[int]:
+    """What SGLang keeps from an answer until it has min_new_tokens."""
+    tokens = set(model_config.hf_eos_token_id or ())
+    if tokenizer is not None:
+        tokens |= {tokenizer.eos_token_id, *(tokenizer.additional_stop_token_ids or ())}
+    return frozenset(tokens - {None})
+
+
+def _forget_replaced_requests(session, req, *args, **kwargs) -> None:
+    """Where a request replaces all of a session, clear it from its roots on: SGLang clears what it iterates over, which ends the server."""
+    turn = req.session_params
+    if _is_served() and turn.replace and turn.rid is None and not session.streaming:
+        for root in [node for node in session.req_nodes.values() if node.parent is None]:
+            root.clear(session.req_nodes)
+
+
+def _keep_probabilities_finite(result, sampler, logits, sampling_info) -> None:
+    if _is_served():
+        from llama4_kernels.sglang.sampling import keep_probabilities_finite
+
+        keep_probabilities_finite(result, sampling_info)
+
+
+def _blame_min_new_tokens(result, processor, req=None, *args, **kwargs) -> None:
+    if _is_served():
+        from llama4_kernels.sglang.sampling import blame_min_new_tokens
+
+        blame_min_new_tokens(req)
 
 
 def _adjust_config_on_cpu(original, model_config, load_config, tp_size):

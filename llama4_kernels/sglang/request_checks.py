@@ -9,12 +9,17 @@ import re
 # What SGLang holds integers of sampling parameters in.
 INT32_MAX = 2**31 - 1
 
+# Logits stay finite in float32 when they are divided by the smallest temperature, 1e-6: infinite ones make the probabilities NaN.
+LARGEST_LOGIT_BIAS = 1e30
+SMALLEST_REPETITION_PENALTY = 1e-3
+
 
 def check_request(
     request,
     input_ids: list[int] | None,
     *,
     vocab_size: int,
+    end_tokens: frozenset[int],
     computes_whole_prompts: bool,
     image_token_id: int | None,
     image_token: str | None,
@@ -23,6 +28,7 @@ def check_request(
 
     request: SGLang's GenerateReqInput of one prompt.
     input_ids: its tokens, those of its images included; None where there are none yet.
+    end_tokens: those that end an answer, of config.json, generation_config.json and the tokenizer.
     computes_whole_prompts: whether each is prefilled in one piece, none of it from a cache.
     image_token_id, image_token: what stands for a part of an image, in input_ids and in text; None where the model sees no images.
     """
@@ -36,12 +42,11 @@ def check_request(
     if input_ids == [] and not _continues_a_session(request):
         raise ValueError("the prompt has no tokens, needs at least one")
     _check_tokens("input_ids", input_ids, vocab_size)
-    stops = request.sampling_params.get("stop_token_ids") or ()
-    _check_tokens("stop_token_ids", [token for token in stops if token is not None], vocab_size)
-    for name in ("top_k", "min_new_tokens"):
-        value = request.sampling_params.get(name)
-        if isinstance(value, int) and value > INT32_MAX:
-            raise ValueError(f"{name} is {value}, needs at most {INT32_MAX}")
+    _check_sampling_params(request.sampling_params, vocab_size, end_tokens)
+    if request.lora_id is not None:
+        raise ValueError("lora_id is given, needs a request without one: the model has no adapters")
+    if request.return_hidden_states not in (True, False, "last"):
+        raise ValueError(f'return_hidden_states is {request.return_hidden_states!r}, needs true, false or "last"')
     # Also without return_logprob: SGLang takes the largest of the requests that run together.
     _check_type("top_logprobs_num", request.top_logprobs_num, int)
     if not 0 <= request.top_logprobs_num <= vocab_size:
@@ -54,7 +59,6 @@ def check_request(
         if not computes_whole_prompts:
             raise ValueError("token_indices_to_pool is given, needs a server with --disable-radix-cache and --chunked-prefill-size -1")
         _check_positions("token_indices_to_pool", request.token_indices_to_pool, len(input_ids or ()))
-    _check_patterns(request.sampling_params.get("stop_regex"))
     if request.image_data and image_token_id is not None:
         formats = {_format(image) for image in (request.image_data if isinstance(request.image_data, list) else [request.image_data])}
         if "precomputed_embedding" in formats:
@@ -64,6 +68,32 @@ def check_request(
             raise ValueError(
                 f"the prompt has {image_token or image_token_id} beside image_data, needs one <|image|> for each image, no more"
             )
+
+
+def _check_sampling_params(params: dict, vocab_size: int, end_tokens: frozenset[int]) -> None:
+    stops = {token for token in params.get("stop_token_ids") or () if token is not None}
+    _check_tokens("stop_token_ids", stops, vocab_size)
+    for name in ("top_k", "min_new_tokens"):
+        value = params.get(name)
+        if isinstance(value, int) and value > INT32_MAX:
+            raise ValueError(f"{name} is {value}, needs at most {INT32_MAX}")
+    min_new_tokens = params.get("min_new_tokens")
+    if isinstance(min_new_tokens, int) and min_new_tokens > 0:
+        if end_tokens and max(end_tokens) >= vocab_size:
+            raise ValueError(
+                f"min_new_tokens is {min_new_tokens}, needs a checkpoint that ends answers with tokens from 0 to {vocab_size - 1}, it has "
+                f"{max(end_tokens)} as eos_token_id"
+            )
+        if len(stops | end_tokens) == vocab_size:
+            raise ValueError(f"min_new_tokens is {min_new_tokens}, needs a token that is not in stop_token_ids")
+    logit_bias = params.get("logit_bias")
+    for token, bias in logit_bias.items() if isinstance(logit_bias, dict) else ():
+        if not isinstance(bias, int | float) or not abs(bias) <= LARGEST_LOGIT_BIAS:
+            raise ValueError(f"logit_bias has {bias!r} for {token}, needs numbers from {-LARGEST_LOGIT_BIAS:g} to {LARGEST_LOGIT_BIAS:g}")
+    penalty = params.get("repetition_penalty")
+    if isinstance(penalty, int | float) and penalty < SMALLEST_REPETITION_PENALTY:
+        raise ValueError(f"repetition_penalty is {penalty}, needs at least {SMALLEST_REPETITION_PENALTY:g}")
+    _check_patterns(params.get("stop_regex"))
 
 
 def _continues_a_session(request) -> bool:
@@ -87,7 +117,7 @@ def _check_positions(name: str, positions: list[int], length: int) -> None:
         raise ValueError(f"{name} is {positions}, needs positions of the prompt, from 0 to {length - 1}")
 
 
-def _check_tokens(name: str, tokens: list[int] | None, vocab_size: int) -> None:
+def _check_tokens(name: str, tokens: list[int] | set[int] | None, vocab_size: int) -> None:
     for token in (min(tokens), max(tokens)) if tokens else ():
         if not 0 <= token < vocab_size:
             raise ValueError(f"{name} has {token}, needs tokens from 0 to {vocab_size - 1}")

@@ -16,6 +16,20 @@ from llama4_kernels.cli.checkpoint import VOCABULARY
 from llama4_kernels.cli.server import ServerError
 from llama4_kernels.sglang.config import check_sharding, check_supported, rope_positions
 
+HELLO = [{"role": "user", "content": "hello"}]
+
+# What SGLang would sample from NaN for, and what the answer says of it. Of equal probabilities top_k takes tokens that end no answer.
+SAMPLED_FROM_NAN = (
+    ({"top_p": 0.9, "logit_bias": {"5": 1e39}}, "logit_bias"),
+    ({"top_p": 0.9, "logit_bias": {"5": 3e38}, "temperature": 0.5}, "logit_bias"),
+    ({"top_p": 0.9, "logit_bias": {str(token): -1e39 for token in range(VOCABULARY)}}, "logit_bias"),
+    ({"top_p": 0.9, "repetition_penalty": 1e-42}, "repetition_penalty"),
+    ({"top_p": 0.9, "min_new_tokens": 4, "stop_token_ids": list(range(VOCABULARY))}, "min_new_tokens is 4, needs a token"),
+    ({"top_k": 2, "min_new_tokens": 4, "regex": "a"}, "min_new_tokens is 4, needs a grammar"),
+    ({"top_k": 2, "min_new_tokens": 1, "ebnf": 'root ::= ""'}, "min_new_tokens is 1, needs a grammar"),
+    ({"temperature": 0, "min_new_tokens": 4, "regex": "a"}, "min_new_tokens is 4, needs a grammar"),
+)
+
 
 def test_bad_requests_are_refused(make, oracle, tmp_path):
     """And good ones answered after them, the turn of a session without tokens of its own among them."""
@@ -41,11 +55,19 @@ def test_bad_requests_are_refused(make, oracle, tmp_path):
             {"input_ids": prompt(4), "sampling_params": {"top_k": 2**31}},
             {"input_ids": prompt(4), "token_indices_to_pool": [3], "sampling_params": {"max_new_tokens": 0}},
             {"input_ids": prompt(4), "session_params": {"id": ["of no session"]}},
+            {"input_ids": prompt(4), "lora_id": ["a"]},
+            {"input_ids": prompt(4), "return_hidden_states": []},
+            {"input_ids": prompt(4), "return_hidden_states": [False]},
             {},
         ):
             assert 400 <= requests.post(f"{server.url}/generate", json=body, timeout=60).status_code < 500
+        for params, message in SAMPLED_FROM_NAN:
+            body = {"input_ids": prompt(4), "sampling_params": {"max_new_tokens": 20} | params}
+            refused = requests.post(f"{server.url}/generate", json=body, timeout=60)
+            assert refused.status_code == 400 and message in refused.text
         for route, question in (
             ("chat/completions", {"messages": [{"role": "user", "content": "a" * 3000}]}),
+            ("chat/completions", {"messages": HELLO, "regex": "a", "min_tokens": 10, "max_tokens": 20, "top_k": 2}),
             ("completions", {"prompt": prompt(4), "min_tokens": 2, "stop_token_ids": [10000]}),
         ):
             assert 400 <= requests.post(f"{server.url}/v1/{route}", json=question | {"model": "tiny"}, timeout=60).status_code < 500
@@ -58,6 +80,8 @@ def test_bad_requests_are_refused(make, oracle, tmp_path):
         turn = {"id": session, "rid": first["meta_info"]["id"]}
         second = server.post("/generate", {"input_ids": [], "session_params": turn, **greedy})
         assert first["output_ids"] + second["output_ids"] == answer.generated[:8]
+        anew = server.post("/generate", {"input_ids": prompt(70), "session_params": {"id": session, "replace": True}, **greedy})
+        assert anew["output_ids"] == first["output_ids"]
 
 
 def start_error(path, tmp_path, *flags, dtype="float32") -> str:

@@ -1,5 +1,6 @@
 """What is refused of a request; test_errors.py and test_vision.py ask servers."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -7,11 +8,17 @@ from sglang.srt.multimodal.modality import MultimodalInputFormat
 
 from llama4_kernels.sglang.request_checks import check_request
 
-MODEL = {"vocab_size": 320, "computes_whole_prompts": True, "image_token_id": 264, "image_token": "<|patch|>"}
+MODEL = {
+    "vocab_size": 320,
+    "end_tokens": frozenset({261, 262}),
+    "computes_whole_prompts": True,
+    "image_token_id": 264,
+    "image_token": "<|patch|>",
+}
 PLAIN = {
     "text": None, "input_ids": None, "input_embeds": None, "image_data": None, "sampling_params": {}, "return_logprob": False,
     "logprob_start_len": -1, "top_logprobs_num": 0, "positional_embed_overrides": None, "session_params": None,
-    "token_indices_to_pool": None,
+    "token_indices_to_pool": None, "lora_id": None, "return_hidden_states": False,
 }  # fmt: skip
 
 
@@ -34,6 +41,11 @@ def check(tokens, fields, model=MODEL):
     ([1], {"sampling_params": {"stop_regex": ["a+", "b|c"]}}),
     ([1, 2], {"token_indices_to_pool": [0, 1]}),
     ([1], {"sampling_params": {"top_k": 2**31 - 1, "min_new_tokens": 2**31 - 1}}),
+    ([1], {"sampling_params": {"logit_bias": {"5": -1e30, "6": 100}, "repetition_penalty": 1e-3}}),
+    ([1], {"sampling_params": {"logit_bias": None, "repetition_penalty": None}}),
+    ([1], {"sampling_params": {"min_new_tokens": 2, "stop_token_ids": list(range(1, 320))}}),
+    ([1], {"sampling_params": {"min_new_tokens": 0, "stop_token_ids": list(range(320))}}),
+    ([1], {"return_hidden_states": "last"}),
     ([1], {"sampling_params": {"top_k": None, "min_new_tokens": "5"}}),  # read, or refused, by SGLang
 ], ids=str)  # fmt: skip
 def test_what_is_taken(tokens, fields):
@@ -47,6 +59,13 @@ def test_a_model_without_images_takes_their_token_for_text():
 def test_positions_of_a_prompt_that_may_be_computed_in_part():
     with pytest.raises(ValueError, match="token_indices_to_pool is given, needs a server with --disable-radix-cache and --chunked-prefill"):
         check([1, 2], {"token_indices_to_pool": [0]}, MODEL | {"computes_whole_prompts": False})
+
+
+def test_an_end_of_the_answer_outside_of_the_vocabulary():
+    model = MODEL | {"end_tokens": frozenset({2, 320})}
+    check([1], {"sampling_params": {"min_new_tokens": 0}}, model)
+    with pytest.raises(ValueError, match="min_new_tokens is 2, needs a checkpoint that ends answers with tokens from 0 to 319, it has 320"):
+        check([1], {"sampling_params": {"min_new_tokens": 2}}, model)
 
 
 @pytest.mark.parametrize("tokens, fields, message", [
@@ -76,6 +95,13 @@ def test_positions_of_a_prompt_that_may_be_computed_in_part():
     ([1, 2], {"token_indices_to_pool": []}, r"token_indices_to_pool is \[\], needs positions of the prompt, from 0 to 1"),
     ([1], {"sampling_params": {"stop_regex": "("}}, r"stop_regex is '\(', needs a regular expression"),
     ([1], {"sampling_params": {"stop_regex": ["a", "("]}}, r"stop_regex is '\(', needs a regular expression"),
+    *(([1], {"sampling_params": {"logit_bias": {"5": bias}}}, r"logit_bias has .* for 5, needs numbers from -1e\+30 to 1e\+30")
+      for bias in (1e39, -1e39, 3e38, math.nan, math.inf, "1", None)),
+    ([1], {"sampling_params": {"repetition_penalty": 1e-42}}, "repetition_penalty is 1e-42, needs at least 0.001"),
+    ([1], {"sampling_params": {"min_new_tokens": 1, "stop_token_ids": list(range(320))}}, "min_new_tokens is 1, needs a token that is not"),
+    ([1], {"sampling_params": {"min_new_tokens": 1, "stop_token_ids": {*range(320)} - {262}}}, "min_new_tokens is 1, needs a token that"),
+    ([1], {"lora_id": "a"}, "lora_id is given"),
+    *(([1], {"return_hidden_states": mode}, 'return_hidden_states is .*, needs true, false or "last"') for mode in ([], [False], "first", None)),
     ([5, 264], {"text": "<|image|><|patch|>", "image_data": ["a.png"]}, r"the prompt has <\|patch\|> beside image_data"),
     ([5, 264], {"input_ids": [264, 5], "image_data": ["a.png"]}, r"the prompt has <\|patch\|> beside image_data"),
     ([264], {"input_ids": [264], "image_data": [{"format": "processor_output"}, "a.png"]}, r"the prompt has <\|patch\|> beside"),
