@@ -147,6 +147,13 @@ def test_many_requests_get_a_row_each_and_no_more():
     assert found.largest_requests >= 5000
 
 
+def test_as_many_requests_as_fit_are_at_most_at_once():
+    found = answer(gpu="h200", context=1, requests=100_000)
+    assert found.fit.problem is None and found.largest_requests >= 100_000
+    assert "most at once of 1: 100000 or more" in invoke("--model", "scout", "--gpu", "h200", "--context", "1", "--concurrency", "100000").output
+    assert "or more" not in invoke("--model", "scout", "--gpu", "h200", "--context", "1000000").output
+
+
 def test_one_pool_holds_every_token_in_every_layer():
     found = answer(gpu="h100", one_pool=True, context=1_000_000, requests=6)
     assert "the KV cache must hold 6,000,000 tokens, 137.3 GiB" in found.fit.problem

@@ -27,7 +27,7 @@ from llama4_kernels.cli.plan.memory import (
 from llama4_kernels.cli.plan.model import Model, Weights
 
 KV_BYTES = {"bf16": 2, "fp8": 1}
-MOST_REQUESTS = 65536
+MOST_REQUESTS = 65536  # that are tried where no more were asked for
 MARGIN = 2 * GIB  # that a plan leaves free for fragmentation and whatever the estimates of the dynamic part miss
 
 
@@ -105,7 +105,8 @@ class Plan:
 
     default_problem: what stands in the way of one such request where only the context length and the question's own flags are given, with
         no margin at all.
-    largest_context: for as many requests as were asked for, or one; None where nothing fits. largest_requests: at `context`.
+    largest_context: for as many requests as were asked for, or one; None where nothing fits. largest_requests: at `context`, of
+        most_requests that were tried.
     nearest: where it does not fit, changes of the question under which it does, by description.
     """
 
@@ -116,6 +117,7 @@ class Plan:
     default_problem: str | None
     largest_context: int | None
     largest_requests: int
+    most_requests: int
     nearest: dict[str, Plan]
 
 
@@ -158,11 +160,13 @@ def _answer(case: Case) -> Plan:
     most_context = case.model.max_context
     largest_context = _largest(lambda context: _fits(case, context, q.requests or 1), most_context)
     context = q.context or largest_context or min(case.model.chunk or most_context, most_context)
-    largest_requests = _largest(lambda requests: _fits(case, context, requests), MOST_REQUESTS) or 0
+    most_requests = max(MOST_REQUESTS, q.requests or 0)
+    largest_requests = _largest(lambda requests: _fits(case, context, requests), most_requests) or 0
     requests = q.requests or max(largest_requests, 1)
     default = case.base_flags(context)
     default_problem = _problem(case, default, memory(case.model, case.gpu, default), 1, margin=0)
-    return Plan(case, context, requests, arrange(case, context, requests), default_problem, largest_context, largest_requests, {})
+    fit = arrange(case, context, requests)
+    return Plan(case, context, requests, fit, default_problem, largest_context, largest_requests, most_requests, {})
 
 
 def arrange(case: Case, context: int, requests: int) -> Fit:

@@ -116,9 +116,8 @@ def show(plan: Plan, console: Console) -> None:
     else:
         console.print(f"does not fit: {plan.requests} x {plan.context:,} tokens: {fit.problem}", style="red", soft_wrap=True)
     if plan.largest_context:
-        console.print(
-            f"largest context for {q.requests or 1} at once: {plan.largest_context:,}; most at once of {plan.context:,}: {plan.largest_requests}"
-        )
+        most = f"{plan.largest_requests}{' or more' if plan.largest_requests == plan.most_requests else ''}"
+        console.print(f"largest context for {q.requests or 1} at once: {plan.largest_context:,}; most at once of {plan.context:,}: {most}")
     for note in notes(plan):
         console.print(f"note: {note}", soft_wrap=True)
     for change, near in plan.nearest.items():
