@@ -53,6 +53,10 @@ class Result:
     def verdict(self) -> str:
         return self.change.verdict if self.change else ""
 
+    @property
+    def is_regression(self) -> bool:
+        return self.change is not None and self.change.is_regression
+
 
 @dataclass
 class Results:
@@ -98,7 +102,7 @@ class Results:
 
     @property
     def regressions(self) -> list[Result]:
-        return [r for r in self.results if r.newest and r.change is not None and r.change.is_regression]
+        return [r for r in self.results if r.newest and r.is_regression]
 
     def page(self, workload: Shown) -> dict[str, Any]:
         """What the page of one workload shows."""
@@ -109,7 +113,7 @@ class Results:
             if result.record.timing and result.record.status == "ok":
                 label = f"{result.record.backend} on {result.record.machine.device}"
                 point = {"date": result.record.date, "commit": _commit(result.record), "us": result.record.timing.median_us}
-                history[label].append({**point, "verdict": result.verdict})
+                history[label].append({**point, "verdict": result.verdict, "regression": result.is_regression})
         newest.sort(key=lambda r: (r.record.machine.device, r.record.peer, r.record.status != "ok", _time(r.record)))
         return {"newest": newest, "history": history, "work": workloads.work(workload.parsed)}
 

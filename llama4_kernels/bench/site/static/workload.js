@@ -11,9 +11,9 @@ if (historyChart) {
       line: { color: PALETTE[i % PALETTE.length] },
       hovertemplate: "%{y:.4g} µs<br>%{text}<extra>%{fullData.name}</extra>",
       marker: {
-        symbol: points.map((p) => (p.verdict === "slower" ? MARK.symbol : "circle")),
-        size: points.map((p) => (p.verdict === "slower" ? MARK.size : 7)),
-        color: points.map((p) => (p.verdict === "slower" ? MARK.color : PALETTE[i % PALETTE.length])),
+        symbol: points.map((p) => (p.regression ? MARK.symbol : "circle")),
+        size: points.map((p) => (p.regression ? MARK.size : 7)),
+        color: points.map((p) => (p.regression ? MARK.color : PALETTE[i % PALETTE.length])),
       },
     }));
     return {
