@@ -123,16 +123,49 @@ def test_a_folder_that_cannot_be_made_is_said(command):
     assert result.exit_code == 1 and "FAIL: [Errno 2] No such file or directory: '/proc/nowhere" in unboxed(result.output)
 
 
+OF_EXTRAS = (
+    *("sglang", "safetensors", "transformers", "tokenizers", "openai", "requests", "psutil", "matplotlib", "lm_eval"),
+    *("triton", "jsonschema_rs", "jinja2", "numpy", "plotly", "pytest_benchmark", "scipy"),
+)
+RESULTS = next((Path(__file__).parents[1] / "bench" / "results" / "cpu").glob("*.json"))
+
+
+def without(packages, arguments: str, folder: Path) -> subprocess.CompletedProcess:
+    """A command where these packages are not there; torch, which warns without NumPy, has it."""
+    code = f"import sys, torch; sys.modules.update(dict.fromkeys({packages})); from llama4_kernels.cli.main import app; app()"
+    return subprocess.run([sys.executable, "-c", code, *arguments.split()], capture_output=True, text=True, cwd=folder)
+
+
 @pytest.mark.parametrize(
-    "arguments", ["demo", "guide", "eval --tiny scout --needle", "eval --url http://127.0.0.1:1 --needle"], ids=lambda text: text.split()[0]
+    "arguments",
+    [
+        "demo",
+        "guide",
+        "eval --tiny scout --needle",
+        "eval --url http://127.0.0.1:1 --needle",
+        f"bench --measured {RESULTS} --compare {RESULTS}",
+        f"report {RESULTS} --out site",
+        "profile fused_moe fp8/tiny/tp1/t4 --backend triton",
+        "tune",
+    ],
+    ids=lambda text: text.split()[0],
 )
 def test_a_package_that_came_alone_says_what_is_missing(arguments, tmp_path):
     """`pip install .` brings torch, typer and rich."""
-    absent = ("sglang", "safetensors", "transformers", "tokenizers", "openai", "requests", "psutil", "matplotlib", "lm_eval")
-    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); from llama4_kernels.cli.main import app; app()"
-    ran = subprocess.run([sys.executable, "-c", code, *arguments.split()], capture_output=True, text=True, cwd=tmp_path)
+    ran = without(OF_EXTRAS, arguments, tmp_path)
     assert ran.returncode == 1
     assert "is not installed: pip install" in ran.stderr and len(ran.stderr.splitlines()) == 1, ran.stderr
+
+
+@pytest.mark.parametrize("package", ["jsonschema_rs", "jinja2", "plotly"])
+def test_what_is_missing_is_named_as_pip_knows_it(package, tmp_path):
+    ran = without((package,), f"report {RESULTS} --out site", tmp_path)
+    assert (ran.returncode, ran.stderr) == (1, f'report: {package} is not installed: pip install "llama4_kernels[bench]"\n')
+
+
+def test_bench_measures_without_any_extra(tmp_path):
+    ran = without(OF_EXTRAS, "bench --workload quantize_per_token/fp8/tiny/tp1/t4 --backend reference --rounds 2 --out out.json", tmp_path)
+    assert ran.returncode == 0 and "1 record added to out.json" in ran.stdout, ran.stderr
 
 
 def test_version():

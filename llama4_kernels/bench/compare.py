@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
-
-import numpy as np
 
 from llama4_kernels.bench.record import Benchmark, Record
 
@@ -74,7 +73,7 @@ def compare_two(now: Benchmark | None, before: Benchmark | None) -> Comparison:
     if now.status != "ok":
         return Comparison(now, before, "broken")
     samples = now.timing.samples_us, before.timing.samples_us
-    ratio = float(np.median(samples[0]) / np.median(samples[1]))
+    ratio = statistics.median(samples[0]) / statistics.median(samples[1])
     return Comparison(now, before, _verdict(ratio, *samples), ratio)
 
 
@@ -83,7 +82,7 @@ def _verdict(ratio: float, now: tuple[float, ...], before: tuple[float, ...]) ->
     if abs(ratio - 1) <= MARGIN:
         return "same"
     if min(len(now), len(before)) >= MANY:
-        (now_low, now_high), (before_low, before_high) = (np.quantile(samples, [0.25, 0.75]) for samples in (now, before))
+        (now_low, _, now_high), (before_low, _, before_high) = (statistics.quantiles(samples, method="inclusive") for samples in (now, before))
         if now_low > before_high * (1 + MARGIN):
             return "slower"
         if now_high < before_low * (1 - MARGIN):
@@ -95,6 +94,7 @@ def _verdict(ratio: float, now: tuple[float, ...], before: tuple[float, ...]) ->
 @functools.cache
 def ratio_interval(now: tuple[float, ...], before: tuple[float, ...]) -> tuple[float, float]:
     """The interval of the ratio of the medians, by a percentile bootstrap; the same samples give the same interval."""
+    import numpy as np
     from scipy.stats import bootstrap
 
     if len(now) < 2 or len(before) < 2:

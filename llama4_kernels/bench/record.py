@@ -248,10 +248,8 @@ def _files(paths: Iterable[Path], problems: list[str]) -> Iterator[Path]:
 
 @functools.cache
 def _validator() -> Any:
-    try:
-        import jsonschema_rs
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('reading results needs jsonschema_rs: pip install "llama4_kernels[bench]"') from error
+    import jsonschema_rs
+
     return jsonschema_rs.Draft202012Validator(json.loads(SCHEMA_FILE.read_text()))
 
 

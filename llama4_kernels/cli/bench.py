@@ -48,14 +48,14 @@ def run(
             records: Sequence[Record] = list(compare.latest(_read(measured)).values())
         else:
             for module in peer_modules:
-                importlib.import_module(module)
+                _import(module)
             jobs = plan(ops, patterns, backends, peer_names)
             with Runner(options, peer_modules, job_seconds) as runner:
                 path = out or record.results_path(record.RESULTS, runner.session.machine, record.now())
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.open("a").close()  # now rather than when all is measured
                 records = _measure(jobs, runner, path, console)
-    except (ValueError, ModuleNotFoundError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     benchmarks = [each for each in records if isinstance(each, Benchmark)]
@@ -69,6 +69,13 @@ def run(
         print(f"bench: {each.workload} on {each.backend} {each.status}: {each.reason}", file=sys.stderr)
     regressions = [] if before is None else _compare(records, before, console)
     return 1 if bad or regressions else 0
+
+
+def _import(module: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"--peer-module {module} cannot be imported: {error}") from error
 
 
 def _read(path: Path) -> Sequence[Record]:

@@ -9,6 +9,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from llama4_kernels.cli.extras import needed
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -93,9 +95,10 @@ def tune(
     out: Annotated[Optional[Path], typer.Option(dir_okay=False, help="Table to write; the installed one of this GPU if not given.")] = None,
 ) -> None:
     """Time launch configurations of the Triton kernels on this GPU and keep the fastest for each shape."""
-    from llama4_kernels.bench import tune
+    with needed("tune", "bench"):
+        from llama4_kernels.bench import tune
 
-    raise typer.Exit(tune.run(op, workload, tokens, out))
+        raise typer.Exit(tune.run(op, workload, tokens, out))
 
 
 @app.command()
@@ -128,12 +131,13 @@ def bench(
     """
     if measured is not None and compare is None:
         raise typer.BadParameter("needs --compare, the results to compare with", param_hint="--measured")
-    from llama4_kernels.bench.measure import Options
-    from llama4_kernels.cli import bench
+    with needed("bench", "bench"):
+        from llama4_kernels.bench.measure import Options
+        from llama4_kernels.cli import bench
 
-    modules, options = peer_module or (), Options(refcheck, rounds)
-    keep = {"out": out, "base": compare, "measured": measured}
-    raise typer.Exit(bench.run(op, workload, backend, peer, peer_modules=modules, options=options, job_seconds=job_seconds, **keep))
+        modules, options = peer_module or (), Options(refcheck, rounds)
+        keep = {"out": out, "base": compare, "measured": measured}
+        raise typer.Exit(bench.run(op, workload, backend, peer, peer_modules=modules, options=options, job_seconds=job_seconds, **keep))
 
 
 @app.command()
@@ -156,9 +160,10 @@ def report(
     """
     if not (out or readme or export):
         raise typer.BadParameter("give at least one of --out, --readme and --export")
-    from llama4_kernels.cli import report
+    with needed("report", "bench"):
+        from llama4_kernels.cli import report
 
-    raise typer.Exit(report.run(results or [], out=out, readme_path=readme, exports=export or ()))
+        raise typer.Exit(report.run(results or [], out=out, readme_path=readme, exports=export or ()))
 
 
 @app.command()
@@ -170,9 +175,10 @@ def profile(
     ] = None,
 ) -> None:
     """Show Nsight Compute's counters of a workload's kernels beside its floor; without ncu, the same kernels' static figures."""
-    from llama4_kernels.cli import profile
+    with needed("profile", "bench"):
+        from llama4_kernels.cli import profile
 
-    raise typer.Exit(profile.run(op, workload, backend))
+        raise typer.Exit(profile.run(op, workload, backend))
 
 
 @app.command()

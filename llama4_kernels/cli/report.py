@@ -42,9 +42,6 @@ def run(results: Sequence[Path], *, out: Path | None = None, readme_path: Path |
             print(f"report: {form} written to {path}")
         if out is not None:
             print(f"report: {site.build(contents, out)} pages written to {out}, first {out / 'index.html'}")
-    except ModuleNotFoundError as missing:
-        print(f'report: {missing.name} is not installed: pip install "llama4_kernels[bench]"', file=sys.stderr)
-        return 1
     except (ValueError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 1
