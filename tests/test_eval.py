@@ -215,13 +215,39 @@ def test_a_wrong_folder(mode, config, says, tmp_path):
         (["--tiny", "scout", "--needle", "--parity"], "exclude each other"),
         (["--url", "http://x", "--parity"], "give MODEL or --tiny"),
         (["model", "--fp8"], "only with --tiny"),
-        (["--tiny", "scout", "--depth", "1.5"], "--depth"),
+        (["--tiny", "scout", "--needle", "--depth", "1.5"], "--depth"),
+        (["--tiny", "scout", "--concurrency", "1"], "--concurrency"),
         (["--tiny", "scout", "--parity", "--text", "/nowhere/text"], "does not exist"),
     ],
 )
 def test_options_that_do_not_go_together(arguments, says):
     result = run_eval(*arguments)
     assert result.exit_code == 2 and says in " ".join(result.output.replace("│", " ").split())
+
+
+URL = ["--url", "http://x"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [*URL, "--tp", "1"],
+        [*URL, "--server-flag=--log-level=info"],
+        *(["--tiny", "scout", "--needle", *given] for given in (["--task", "mmlu_pro"], ["--limit", "1"], ["--guide", "scout"])),
+        *(["--tiny", "scout", "--parity", *given] for given in (["--concurrency", "128"], ["--max-gen-toks", "9"], ["--length", "4096"])),
+        *([*URL, *given] for given in (["--length", "4096"], ["--depth", "0"], ["--text", __file__], ["--tokens", "9"])),
+        *([*URL, *given] for given in (["--dtype", "float32"], ["--against", "transformers"])),
+        [*URL, "--needle", "--tokens", "9"],
+    ],
+    ids=lambda arguments: " ".join(Path(each).name for each in arguments),
+)
+def test_an_option_without_effect_is_named(arguments):
+    """Of the default's value too: what was asked for is not done."""
+    result = run_eval(*arguments)
+    option = next(each for each in reversed(arguments) if each.startswith("--")).partition("=")[0]
+    said = " ".join(result.output.replace("│", " ").split())
+    assert result.exit_code == 2 and f"Invalid value for '{option}': " in said
+    assert any(why in said for why in ("has no effect with", "only with --needle", "only with --parity"))
 
 
 @has_lm_eval
@@ -252,7 +278,8 @@ def test_the_server_is_started_as_the_guide_starts_it(arguments, model, flags, t
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"architectures": ["Llama4ForConditionalGeneration"]}')
     arguments = [tmp_path / "model" if argument == "MODEL" else argument for argument in arguments]
-    assert "not today" in only_line(run_eval(*arguments, "--task", "own_questions", "--out", tmp_path / "out"))
+    task = () if "--needle" in arguments else ("--task", "own_questions")
+    assert "not today" in only_line(run_eval(*arguments, *task, "--out", tmp_path / "out"))
     assert started == [(model, flags, 8 if "--tp" in arguments else 1)]
 
 

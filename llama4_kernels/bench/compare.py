@@ -82,7 +82,9 @@ def _verdict(ratio: float, now: tuple[float, ...], before: tuple[float, ...]) ->
     if abs(ratio - 1) <= MARGIN:
         return "same"
     if min(len(now), len(before)) >= MANY:
-        (now_low, _, now_high), (before_low, _, before_high) = (statistics.quantiles(samples, method="inclusive") for samples in (now, before))
+        (now_low, _, now_high), (before_low, _, before_high) = (
+            statistics.quantiles(samples, method="inclusive") for samples in (now, before)
+        )
         if now_low > before_high * (1 + MARGIN):
             return "slower"
         if now_high < before_low * (1 - MARGIN):

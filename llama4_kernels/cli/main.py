@@ -24,6 +24,14 @@ def _version(wanted: bool) -> None:
         raise typer.Exit(0)
 
 
+def _refuse_unused(context: typer.Context, *rules: tuple[bool, tuple[str, ...], str]) -> None:
+    """BadParameter for an option on the command line that has no effect. A rule: whether that is so, parameters' names, and why."""
+    for unused, names, why in rules:
+        for parameter in context.command.params if unused else ():
+            if parameter.name in names and context.get_parameter_source(parameter.name).name == "COMMANDLINE":
+                raise typer.BadParameter(why, context, parameter)
+
+
 @app.callback()
 def main(
     wanted: Annotated[bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)] = False,
@@ -103,6 +111,7 @@ def tune(
 
 @app.command()
 def bench(
+    context: typer.Context,
     op: Annotated[Optional[list[str]], typer.Option(help="Only these ops; may be given several times.")] = None,
     workload: Annotated[
         Optional[list[str]],
@@ -129,8 +138,12 @@ def bench(
 
     Exits with 1 where one of our backends fails, is wrong, was asked for and cannot run, or is slower than what --compare names.
     """
-    if measured is not None and compare is None:
-        raise typer.BadParameter("needs --compare, the results to compare with", param_hint="--measured")
+    measuring = ("op", "workload", "backend", "peer", "peer_module", "out", "refcheck", "rounds", "job_seconds")
+    _refuse_unused(
+        context,
+        (compare is None, ("measured",), "needs --compare, the results to compare with"),
+        (measured is not None, measuring, "has no effect with --measured, which compares everything in it and measures nothing"),
+    )
     with needed("bench", "bench"):
         from llama4_kernels.bench.measure import Options
         from llama4_kernels.cli import bench
@@ -278,6 +291,7 @@ class Against(str, Enum):
 
 @app.command("eval")
 def evaluate(
+    context: typer.Context,
     model: Annotated[Optional[str], typer.Argument(help="Checkpoint to serve: a folder, or a name in the Hugging Face cache.")] = None,
     url: Annotated[Optional[str], typer.Option(help="A running OpenAI-compatible server, such as http://127.0.0.1:30000.")] = None,
     tiny: Annotated[
@@ -299,7 +313,7 @@ def evaluate(
     ] = None,
     limit: Annotated[Optional[int], typer.Option(min=1, help="Only so many questions of each subject.")] = None,
     max_gen_toks: Annotated[Optional[int], typer.Option(min=1, help="Tokens of an answer: 2048 if not given, 32 with --tiny.")] = None,
-    concurrency: Annotated[Optional[int], typer.Option(min=1, help="Questions asked at a time: 128 if not given.")] = None,
+    concurrency: Annotated[Optional[int], typer.Option(min=2, help="Questions asked at a time: 128 if not given.")] = None,
     length: Annotated[list[int], typer.Option(min=64, help="--needle: tokens of the prompt; may be given several times.")] = [
         4096,
         10000,
@@ -332,10 +346,16 @@ def evaluate(
         raise typer.BadParameter("give one of MODEL, --url and --tiny")
     if needle and parity:
         raise typer.BadParameter("--needle and --parity exclude each other")
-    if parity and url is not None:
-        raise typer.BadParameter("--parity reads the checkpoint's files: give MODEL or --tiny", param_hint="--url")
-    if fp8 and tiny is None:
-        raise typer.BadParameter("only with --tiny; a checkpoint says by itself whether it is FP8", param_hint="--fp8")
+    scored = ("task", "guide", "limit", "max_gen_toks", "concurrency")
+    _refuse_unused(
+        context,
+        (parity, ("url",), "--parity reads the checkpoint's files: give MODEL or --tiny"),
+        (tiny is None, ("fp8",), "only with --tiny; a checkpoint says by itself whether it is FP8"),
+        (url is not None, ("tp", "server_flag"), "has no effect with --url, whose server runs already"),
+        (needle or parity, scored, "has no effect with --needle and --parity, which ask none of lm_eval's questions"),
+        (not needle, ("length", "depth"), "only with --needle"),
+        (not parity, ("text", "tokens", "dtype", "against"), "only with --parity"),
+    )
     from llama4_kernels.cli.eval import command
 
     options = command.Options(model, url, tiny.value if tiny else None, fp8, tp, tuple(server_flag), out)

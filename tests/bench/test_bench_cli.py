@@ -112,6 +112,9 @@ def test_a_wrong_peer_is_shown_and_fails_nothing(tmp_path):
         (["--workload", TINY, "--peer", "deepgemm"], "peer is 'deepgemm', needs all, none, or one of fbgemm_cutlass"),
         (["--workload", TINY, "--peer-module", "no_such_module"], "No module named 'no_such_module'"),
         (["--measured", ROOT], "needs --compare"),
+        (["--measured", ROOT, "--compare", ROOT, "--op", "rope_qk_norm"], "'--op': has no effect with --measured"),
+        (["--measured", ROOT, "--compare", ROOT, "--out", "f"], "'--out': has no effect with --measured"),
+        (["--measured", ROOT, "--compare", ROOT, "--no-refcheck"], "'--refcheck': has no effect with --measured"),
         (["--workload", TINY, "--backend", "reference", "--out", "/proc/nowhere.json"], "No such file or directory: '/proc/nowhere.json'"),
     ],
 )

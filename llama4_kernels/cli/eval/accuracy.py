@@ -35,7 +35,12 @@ TIMEOUT = 3600  # seconds for one answer, which may wait for its turn on the ser
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is asked, and how. limit: questions of each subject, None for all. model: "scout", "maverick" or None, to compare with."""
+    """What is asked, and how.
+
+    concurrency: at least 2, since lm_eval asks one by one, and keeps nothing, at 1.
+    limit: questions of each subject, None for all.
+    model: "scout", "maverick" or None, to compare with.
+    """
 
     task: str
     max_gen_toks: int
@@ -108,7 +113,7 @@ def _evaluate(tasks: list[Any], target: Target, protocol: Protocol, log: AnswerL
         log,
         model=target.model,
         base_url=f"{target.url}/v1/chat/completions",
-        num_concurrent=max(protocol.concurrency, 2),  # lm_eval asks one by one, and keeps nothing, at 1
+        num_concurrent=protocol.concurrency,
         timeout=TIMEOUT,
         max_gen_toks=protocol.max_gen_toks,
     )
