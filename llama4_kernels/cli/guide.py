@@ -60,20 +60,23 @@ class Broken(Exception):
 
 @dataclass(frozen=True)
 class Line:
-    """One launch line of the guide: which model, its flags beside the path and --tp, and whether it takes images."""
+    """One launch line of the guide: which model, its flags beside the path and --tp, whether it takes images, and what to know of it."""
 
     like: Literal["scout", "maverick"]
     flags: tuple[str, ...]
     images: bool = False
+    note: str = ""
 
     def __str__(self) -> str:
         words = ["python3", "-m", "sglang.launch_server", "--model-path", PRESETS[self.like].repositories["bf16"], "--tp", "8", *self.flags]
-        return shlex.join([*words, "--model-impl", "llama4_kernels"])
+        return shlex.join([*words, "--model-impl", "llama4_kernels"]) + (f"  # {self.note}" if self.note else "")
 
 
 LINES = {
     "scout-1m": Line("scout", ("--context-length=1000000", *CHAT_FLAGS, *IMAGE_FLAGS), images=True),
-    "scout-2.5m": Line("scout", ("--context-length=2500000", *CHAT_FLAGS)),
+    "scout-2.5m": Line(
+        "scout", ("--context-length=2500000", *CHAT_FLAGS), note="SGLang 0.5.23 needs --max-running-requests too: docs/serving.md"
+    ),
     "maverick": Line("maverick", CHAT_FLAGS),
     "scout-accuracy": Line("scout", ("--mem-fraction-static=0.8", "--context-length=65536", *CHAT_FLAGS)),
     "maverick-accuracy": Line("maverick", ("--mem-fraction-static=0.8", "--context-length=65536", *CHAT_FLAGS)),
