@@ -1,4 +1,4 @@
-"""The four records that the ops take and give. All tensors of one record are on one device."""
+"""The four records that the ops take and give. All tensors of one record are on one device. A record is equal to itself alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Quantized:
     """FP8 activations.
 
@@ -20,7 +20,7 @@ class Quantized:
     scale: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Routing:
     """Top-1 expert of each of T tokens, and the tokens sorted by expert.
 
@@ -36,7 +36,7 @@ class Routing:
     offsets: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Linear:
     """A weight, or a stack of weights, K-major: y = x · weightᵀ.
 
@@ -51,7 +51,7 @@ class Linear:
     input_scale: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MoEWeights:
     """One MoE layer's weights on this rank. H hidden size, E experts, I expert intermediate size on this rank.
 
