@@ -75,7 +75,9 @@ def use_backend(default: str | None = None, **per_op: str) -> Iterator[None]:
 
 
 def available_backends(op: str, device: torch.device | str | None = None) -> dict[str, str]:
-    """Backend -> "" where it can compute `op` on `device` (the first GPU if there is one, else the CPU), or why not.
+    """Backend -> "" where it can compute `op` on `device` (the current GPU if there is one, else the CPU), or why not.
+
+    op: a name such as "fused_moe"; ValueError for any other than those of llama4_kernels.ops.
 
     >>> import llama4_kernels
     >>> llama4_kernels.available_backends("route_top1", "cpu")["reference"]

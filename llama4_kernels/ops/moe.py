@@ -66,6 +66,7 @@ def moe_down(
     y[t] = shared[m] · shared_w2ᵀ + routed[m] · w2[e]ᵀ for the token t = routing.order[m] at sorted position m, with its expert e.
 
     shared: [T, I_shared], routed: [T, I], in sorted order, as moe_gate_up returns them: Quantized where that path's w2 is fp8.
+    routing: the one that moe_gate_up was given. weights: the layer's, of which w2 and shared_w2 are multiplied and the others checked.
     out_dtype: bfloat16 or float32, or None for the dtype of the hidden activations that are not Quantized (bfloat16 where both are).
     Returns y [T, H] in token order. Both products are added in fp32 and rounded once.
     Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with
