@@ -42,7 +42,7 @@ def chunked_attention(
         page page_table[row, j // page_size]; with "slots" it is at slot page_table[row, j] = page · page_size + offset.
     page_table_rows: [B] int32 or int64, each request's row of page_table; None is row b for request b.
     slot_map: [slots] int32 or int64, only with "slots": the slot in these caches for each slot in page_table.
-    chunk_size: C ≥ 1, or None for full causal attention. scale: None is 1 / √D.
+    chunk_size: C ≥ 1, or None for full causal attention. scale: finite; None is 1 / √D.
     k_scale, v_scale: float32 [] or [1], only with fp8 caches: k = codes · k_scale; None is 1.
     Returns [Tq, Hq, D] in q's dtype. Only entries of page_table and keys that some query of the request sees are read: what stands
     elsewhere, NaN included, does not matter.

@@ -47,17 +47,24 @@ def tensor(
 
 
 def integer(op: str, name: str, value: object, *, needs: str = "an int of at least 1") -> None:
-    """Check an int argument that is at least 1. Raises TypeError for another type, ValueError for less; `needs` says what fits."""
-    if not isinstance(value, (numbers.Integral, torch.SymInt)):
+    """Check an int argument that is at least 1. Raises TypeError for another type, bool among them, ValueError for less; `needs` says what
+    fits."""
+    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
         raise TypeError(f"{op}: {name} is {value!r}, needs {needs}")
     if value < 1:
         raise ValueError(f"{op}: {name} is {value}, needs {needs}")
 
 
-def number(op: str, name: str, value: object) -> None:
-    """Check an argument that is a Python number. Raises TypeError for anything else, tensors among it, which would be read on the host."""
-    if not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{op}: {name} is {value!r}, needs a float")
+def number(op: str, name: str, value: object, *, least: float | None = None) -> None:
+    """Check an argument that is a Python number, finite in float32 and at least `least`.
+
+    Raises TypeError for anything else, bools among it and tensors, which would be read on the host; ValueError for a number out of range.
+    """
+    needs = "a finite float" if least is None else f"a finite float of at least {least}"
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{op}: {name} is {value!r}, needs {needs}")
+    if not abs(value) <= torch.finfo(torch.float32).max or (least is not None and value < least):
+        raise ValueError(f"{op}: {name} is {value}, needs {needs}")
 
 
 def flag(op: str, name: str, value: object) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
-
 import torch
 from torch import Tensor
 
@@ -39,6 +37,7 @@ def rope_qk_norm(
     4. k_cache, v_cache: each token's k and v are written to its slot.
 
     qkv: [T, (num_heads + 2 · num_kv_heads) · D] bfloat16 or float32, q | k | v, contiguous. positions: [T] int32 or int64.
+    num_heads, num_kv_heads: of q, and of k and v each; both at least 1, on this tensor-parallel rank.
     head_dim: D, even. cos_sin: [max_position, D] float32, D/2 cosines, then D/2 sines.
     k_cache, v_cache: [pages, page_size, num_kv_heads, D] bfloat16, float32 or float8_e4m3fn, contiguous; written in place.
     slots: [T] int64, page · page_size + offset in the page; a token with slot −1 is not written. Required with the caches.
@@ -46,7 +45,8 @@ def rope_qk_norm(
     slot_map: [slots] int32 or int64, only with the caches: a token is written to slot_map[slot] instead, or not at all where that is −1.
     k_scale, v_scale: float32 [] or [1], only with fp8 caches: codes = e4m3(k / k_scale), saturated to ±448; None is 1.
     Returns q [T, num_heads, D] in qkv's dtype; without caches (q, k, v), k and v [T, num_kv_heads, D]. Each rounded once.
-    Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with
+    Raises TypeError or ValueError for a wrong dtype, shape, device or layout, for a qk_norm_eps that is negative, for it or an attn_scale
+    that is not finite, for a floor_scale below 1, and on the CPU (on a GPU with
     LLAMA4_KERNELS_CHECK_VALUES=1) for positions outside cos_sin and slots outside the caches.
 
     >>> import torch
@@ -69,9 +69,9 @@ def rope_qk_norm(
         checks.tensor(op, "cos_sin", cos_sin, dtype=torch.float32, shape=("max_position", head_dim), device=device)
     checks.flag(op, "interleaved", interleaved)
     if qk_norm_eps is not None:
-        checks.number(op, "qk_norm_eps", qk_norm_eps)
-    if temperature is not None and not _is_temperature(temperature):
-        raise ValueError(f"{op}: temperature is {temperature!r}, needs (attn_scale, floor_scale) with an int floor_scale of at least 1")
+        checks.number(op, "qk_norm_eps", qk_norm_eps, least=0)
+    if temperature is not None:
+        _check_temperature(op, temperature)
     _check_caches(op, k_cache, v_cache, slots, slot_map, k_scale, v_scale, tokens, num_kv_heads, head_dim, device)
     attn_scale, floor_scale = (None, None) if temperature is None else temperature
     q, k, v = torch.ops.llama4_kernels.rope_qk_norm(
@@ -81,11 +81,12 @@ def rope_qk_norm(
     return (q, k, v) if k_cache is None else q
 
 
-def _is_temperature(value: object) -> bool:
+def _check_temperature(op: str, value: object) -> None:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        return False
+        raise ValueError(f"{op}: temperature is {value!r}, needs (attn_scale, floor_scale)")
     attn_scale, floor_scale = value
-    return isinstance(attn_scale, numbers.Real) and isinstance(floor_scale, numbers.Integral) and floor_scale >= 1
+    checks.number(op, "attn_scale of temperature", attn_scale)
+    checks.integer(op, "floor_scale of temperature", floor_scale)
 
 
 def _check_caches(
