@@ -188,7 +188,10 @@ def test_a_server_of_something_else(tmp_path):
     assert "/shop/v1/models names no model" in line
 
 
-@pytest.mark.parametrize("mode", [("--task", "own_questions"), ("--needle",), ("--parity",)])
+MODES = pytest.mark.parametrize("mode", [("--task", "own_questions"), ("--needle",), ("--parity",)])
+
+
+@MODES
 @pytest.mark.parametrize(
     "config, says",
     [
@@ -204,7 +207,16 @@ def test_a_wrong_folder(mode, config, says, tmp_path):
     if config is not None:
         (model / "config.json").write_text(config)
     assert says in only_line(run_eval(model, "--out", tmp_path / "out", *mode))
-    assert f"{tmp_path / 'nowhere'} is neither a folder nor" in only_line(run_eval(tmp_path / "nowhere", "--out", tmp_path / "out", *mode))
+
+
+@MODES
+def test_a_model_that_is_no_folder(mode, tmp_path):
+    def said_of(model):
+        return only_line(run_eval(model, "--out", tmp_path / "out", *mode))
+
+    assert f"{tmp_path / 'nowhere'} does not exist: correct the path" in said_of(tmp_path / "nowhere")
+    assert f"{__file__} is a file: give the folder" in said_of(__file__)
+    assert "or run `hf download no-one/nothing`" in said_of("no-one/nothing")
 
 
 @pytest.mark.parametrize(

@@ -77,10 +77,7 @@ def check_model(model: str | Path) -> None:
     """EvalError where `model` is neither the folder of a Llama 4 checkpoint nor in the Hugging Face cache."""
     config = Path(model) / "config.json"
     if not Path(model).is_dir():
-        if not _is_cached(str(model)):
-            raise EvalError(
-                f"{model} is neither a folder nor a model in the Hugging Face cache: correct the path, or run `hf download {model}`"
-            )
+        _check_cached(model)
         return
     if not config.is_file():
         raise EvalError(f"{model} holds no config.json: give the folder of a checkpoint")
@@ -98,11 +95,18 @@ def chunk_size(model: str | Path) -> int | None:
     return config.get("text_config", config).get("attention_chunk_size")
 
 
-def _is_cached(name: str) -> bool:
+def _check_cached(model: str | Path) -> None:
+    """EvalError where `model`, which is no folder, is not the name of a model in the Hugging Face cache either."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
+    if Path(model).exists():
+        raise EvalError(f"{model} is a file: give the folder of a checkpoint")
     try:
-        return isinstance(try_to_load_from_cache(name, "config.json"), str)
-    except HFValidationError:
-        return False
+        found = try_to_load_from_cache(str(model), "config.json")
+    except HFValidationError as error:  # a path, which no model is named by
+        raise EvalError(f"{model} does not exist: correct the path") from error
+    if not isinstance(found, str):
+        raise EvalError(
+            f"{model} is neither a folder nor a model in the Hugging Face cache: correct the path, or run `hf download {model}`"
+        )
