@@ -141,9 +141,9 @@ class Random:
         return torch.randperm(count, **self._where)
 
 
-def make(workload: Workload, device: torch.device, seed: int = 0) -> Problem:
-    """Random inputs of a workload; the same on the same device for the same seed. On the meta device they have no values."""
-    random = Random(device, seed)
+def make(workload: Workload, device: torch.device) -> Problem:
+    """Random inputs of a workload; the same on the same device. On the meta device they have no values."""
+    random = Random(device, seed=0)
     op = workload.op
     if op == "rope_qk_norm":
         return Problem(workload, _rope(workload, random))

@@ -1,6 +1,6 @@
 """`llama4-kernels guide`: the launch lines of SGLang's Llama 4 guide with this plugin, on tiny random checkpoints, and what they promise.
 
-A line is kept as it stands but for the model's path, two ranks in place of eight, and TINY_FLAGS. Each promise is asked for with the
+A line is kept as it stands but for the model's path, RANKS in place of eight, and TINY_FLAGS. Each promise is asked for with the
 official openai client. A random model says nothing sensible, so what is checked is what holds of any model: that a stream adds up to the
 answer given at once, that a forced tool call or schema comes back as one that parses, that an image changes the answer.
 """
