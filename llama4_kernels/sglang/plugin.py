@@ -5,11 +5,14 @@ Every hook asks for `--model-impl llama4_kernels` before it does anything, so th
 
 from __future__ import annotations
 
+import sys
+
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 MODEL_IMPL = "llama4_kernels"
 
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+_REQUESTS = "sglang.srt.managers.io_struct"
 _RESULTS = "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
 _RUNNER = "sglang.srt.model_executor.model_runner_components"
 
@@ -29,6 +32,11 @@ def register() -> None:
         (f"{_RUNNER}.weight_updater.WeightUpdater.update_weights_from_disk", _update_weights_from_disk, HookType.AROUND),
         (f"{_RUNNER}.weight_updater.WeightUpdater.update_weights_from_tensor", _update_weights_from_tensor, HookType.AROUND),
         ("sglang.srt.managers.tp_worker.BaseTpWorker.deserialize_own_rank", _deserialize_own_rank, HookType.AROUND),
+        (f"{_REQUESTS}.GenerateReqInput.normalize_batch_and_arguments", _normalize_request, HookType.AROUND),
+        (f"{_REQUESTS}.EmbeddingReqInput.normalize_batch_and_arguments", _read_request, HookType.AROUND),
+        (f"{_MANAGER}.init_model_config", _hook_routes, HookType.AFTER),
+        (f"{_MANAGER}._init_req_state", _read_request, HookType.AROUND),
+        (f"{_MANAGER}._tokenize_one_request", _tokenize_request, HookType.AROUND),
         (f"{_MANAGER}._validate_one_request", _check_request, HookType.AFTER),
         ("sglang.srt.session.session_controller.Session.create_req", _forget_replaced_requests, HookType.BEFORE),
         ("sglang.srt.layers.sampler.Sampler._preprocess_logits", _keep_probabilities_finite, HookType.AFTER),
@@ -143,6 +151,38 @@ def _deserialize_own_rank(original, worker, serialized_named_tensors):
         return original(worker, serialized_named_tensors)
     except Exception as error:
         return error
+
+
+def _read_request(original, *args, **kwargs):
+    if not _is_served():
+        return original(*args, **kwargs)
+    from llama4_kernels.sglang.request_errors import read_request
+
+    with read_request():
+        return original(*args, **kwargs)
+
+
+def _normalize_request(original, request):
+    _read_request(original, request)
+    if _is_served() and request.parallel_sample_num < 1:
+        raise ValueError(f"n is {request.parallel_sample_num}, needs at least 1")
+
+
+async def _tokenize_request(original, manager, request):
+    if not is_ours(manager.model_config):
+        return await original(manager, request)
+    from llama4_kernels.sglang.request_errors import read_request
+
+    with read_request():
+        return await original(manager, request)
+
+
+def _hook_routes(result, manager) -> None:
+    """Only of the process that has routes: the others would have to import them."""
+    if is_ours(manager.model_config) and "sglang.srt.entrypoints.http_server" in sys.modules:
+        from llama4_kernels.sglang.routes import hook_routes
+
+        hook_routes()
 
 
 def _check_request(result, manager, request, input_ids) -> None:

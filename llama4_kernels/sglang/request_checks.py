@@ -41,7 +41,7 @@ def check_request(
             _check_type(f"{name} of session_params", value, kind)
     if input_ids == [] and not _continues_a_session(request):
         raise ValueError("the prompt has no tokens, needs at least one")
-    _check_tokens("input_ids", input_ids, vocab_size)
+    check_tokens("input_ids", input_ids, vocab_size)
     _check_sampling_params(request.sampling_params, vocab_size, end_tokens)
     if request.lora_id is not None:
         raise ValueError("lora_id is given, needs a request without one: the model has no adapters")
@@ -70,9 +70,16 @@ def check_request(
             )
 
 
+def check_tokens(name: str, tokens: list[int] | set[int] | None, vocab_size: int) -> None:
+    """ValueError where `tokens`, the argument `name`, are not all of the vocabulary."""
+    for token in (min(tokens), max(tokens)) if tokens else ():
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"{name} has {token}, needs tokens from 0 to {vocab_size - 1}")
+
+
 def _check_sampling_params(params: dict, vocab_size: int, end_tokens: frozenset[int]) -> None:
     stops = {token for token in params.get("stop_token_ids") or () if token is not None}
-    _check_tokens("stop_token_ids", stops, vocab_size)
+    check_tokens("stop_token_ids", stops, vocab_size)
     for name in ("top_k", "min_new_tokens"):
         value = params.get(name)
         if isinstance(value, int) and value > INT32_MAX:
@@ -115,12 +122,6 @@ def _check_type(name: str, value: object, kind: type) -> None:
 def _check_positions(name: str, positions: list[int], length: int) -> None:
     if not positions or min(positions) < 0 or max(positions) >= length:
         raise ValueError(f"{name} is {positions}, needs positions of the prompt, from 0 to {length - 1}")
-
-
-def _check_tokens(name: str, tokens: list[int] | set[int] | None, vocab_size: int) -> None:
-    for token in (min(tokens), max(tokens)) if tokens else ():
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"{name} has {token}, needs tokens from 0 to {vocab_size - 1}")
 
 
 def _check_patterns(patterns: str | list[str] | None) -> None:

@@ -31,6 +31,40 @@ SAMPLED_FROM_NAN = (
 )
 
 
+def tokens(count, **params):
+    """`count` prompts of four tokens, or one that is in no list."""
+    return {"input_ids": [prompt(4)] * count or prompt(4), **params}
+
+
+# What SGLang answers with status 500: fields of another type or length than it takes them to have.
+MISREAD = (
+    *(("generate", tokens(0, sampling_params=params)) for params in ({"n": None}, {"n": 0}, [], [{}, {}], {"choice": ["a"]})),
+    *(("generate", tokens(2, sampling_params=params)) for params in ({"n": 0}, {"n": -1}, [{}])),
+    *(("generate", tokens(2, return_logprob=True) | short) for short in (
+        {"return_logprob": [True]}, {"top_logprobs_num": [1]}, {"logprob_start_len": [0]}, {"token_ids_logprob": [[1]]})),
+    *(("generate", tokens(0, rid=rid)) for rid in (["a"], [])),
+    ("generate", tokens(0, session_params={"unknown": 1})),
+    ("generate", {"input_embeds": []}),
+    ("generate", {"input_embeds": [[]]}),
+    *(("v1/chat/completions", body) for body in ([], "a", 5)),
+    *(("v1/chat/completions", {"model": "tiny", "messages": HELLO, **field}) for field in (
+        {"response_format": "json"}, {"response_format": {"type": "json_schema", "schema": "x"}}, {"rid": ["a"]}, {"rid": ["a", "b"]},
+        *({"chat_template_kwargs": {name: 5}} for name in ("messages", "tokenize", "add_generation_prompt")))),
+    ("classify", {"input_ids": []}),
+    ("encode", {"input_ids": []}),
+    ("encode", {"text": ["a"], "rid": "x"}),
+    ("encode", {"text": "a", "sampling_params": []}),
+    ("detokenize", {"tokens": [-1]}),
+    ("detokenize", {"tokens": [[1], [VOCABULARY]]}),
+    ("parse_function_call", {"text": "a", "tools": [], "tool_call_parser": "unknown"}),
+    ("separate_reasoning", {"text": "a", "reasoning_parser": "unknown"}),
+    ("api/chat", {"model": "tiny", "messages": [], "stream": False}),
+    ("api/generate", {"model": "tiny", "prompt": "a", "stream": False, "options": {"temperature": -1}}),
+    ("api/generate", {"model": "tiny", "prompt": "a", "stream": False, "options": {"num_predict": 4, "temperature": "x"}}),
+    ("api/generate", {"model": "tiny", "prompt": "a" * 3000, "stream": False}),
+)  # fmt: skip
+
+
 def test_bad_requests_are_refused(make, oracle, tmp_path):
     """And good ones answered after them, the turn of a session without tokens of its own among them."""
     path = make("scout")
@@ -71,6 +105,9 @@ def test_bad_requests_are_refused(make, oracle, tmp_path):
             ("completions", {"prompt": prompt(4), "min_tokens": 2, "stop_token_ids": [10000]}),
         ):
             assert 400 <= requests.post(f"{server.url}/v1/{route}", json=question | {"model": "tiny"}, timeout=60).status_code < 500
+        for route, body in MISREAD:
+            assert requests.post(f"{server.url}/{route}", json=body, timeout=60).status_code == 400, (route, body)
+        assert server.post("/detokenize", {"tokens": [64, 65]})["text"] == "ab"
         answer = ask(server, prompt(70))
         assert_agrees(answer, oracle(path))
 
