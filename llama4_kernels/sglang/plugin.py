@@ -193,16 +193,24 @@ def _check_request(result, manager, request, input_ids) -> None:
 
     from llama4_kernels.sglang.request_checks import check_request
 
-    token_id = getattr(config.hf_config, "image_token_index", None) if manager.mm_processor else None
     check_request(
         request,
         input_ids,
         vocab_size=config.vocab_size,
         end_tokens=_end_tokens(config, manager.tokenizer),
         computes_whole_prompts=get_memory().disable_radix_cache and get_schedule().chunked_prefill_size == -1,
-        image_token_id=token_id,
-        image_token=manager.tokenizer.convert_ids_to_tokens(token_id) if manager.tokenizer is not None and token_id is not None else None,
+        image_tokens=_image_tokens(manager.mm_processor),
     )
+
+
+def _image_tokens(mm_processor):
+    """None where SGLang has no processor of images."""
+    if mm_processor is None:
+        return None
+    from llama4_kernels.sglang.media_checks import ImageTokens
+
+    image, part_id, tokenizer = mm_processor._processor.image_token, mm_processor.IM_TOKEN_ID, mm_processor._processor.tokenizer
+    return ImageTokens(image, tokenizer.convert_tokens_to_ids(image), tokenizer.convert_ids_to_tokens(part_id), part_id)
 
 
 def _end_tokens(model_config, tokenizer) -> frozenset[int]:

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import re
 
+from llama4_kernels.sglang.media_checks import ImageTokens, check_media
+
 # What SGLang holds integers of sampling parameters in.
 INT32_MAX = 2**31 - 1
 
@@ -21,8 +23,7 @@ def check_request(
     vocab_size: int,
     end_tokens: frozenset[int],
     computes_whole_prompts: bool,
-    image_token_id: int | None,
-    image_token: str | None,
+    image_tokens: ImageTokens | None,
 ) -> None:
     """ValueError for a request that the model cannot compute.
 
@@ -30,7 +31,7 @@ def check_request(
     input_ids: its tokens, those of its images included; None where there are none yet.
     end_tokens: those that end an answer, of config.json, generation_config.json and the tokenizer.
     computes_whole_prompts: whether each is prefilled in one piece, none of it from a cache.
-    image_token_id, image_token: what stands for a part of an image, in input_ids and in text; None where the model sees no images.
+    image_tokens: None where the model sees no images.
     """
     for name in ("input_embeds", "positional_embed_overrides"):
         if getattr(request, name) is not None:
@@ -43,6 +44,9 @@ def check_request(
         raise ValueError("the prompt has no tokens, needs at least one")
     check_tokens("input_ids", input_ids, vocab_size)
     _check_sampling_params(request.sampling_params, vocab_size, end_tokens)
+    for name in ("return_routed_experts", "return_indexer_topk"):
+        if getattr(request, name):
+            raise ValueError(f"{name} is set, needs an answer without: the model keeps no such choices of its layers")
     if request.lora_id is not None:
         raise ValueError("lora_id is given, needs a request without one: the model has no adapters")
     if request.return_hidden_states not in (True, False, "last"):
@@ -59,15 +63,7 @@ def check_request(
         if not computes_whole_prompts:
             raise ValueError("token_indices_to_pool is given, needs a server with --disable-radix-cache and --chunked-prefill-size -1")
         _check_positions("token_indices_to_pool", request.token_indices_to_pool, len(input_ids or ()))
-    if request.image_data and image_token_id is not None:
-        formats = {_format(image) for image in (request.image_data if isinstance(request.image_data, list) else [request.image_data])}
-        if "precomputed_embedding" in formats:
-            raise ValueError("image_data has the format precomputed_embedding, needs images or the format processor_output")
-        has_parts = image_token_id in (request.input_ids or ()) or (request.text and image_token and image_token in request.text)
-        if has_parts and formats != {"processor_output"}:
-            raise ValueError(
-                f"the prompt has {image_token or image_token_id} beside image_data, needs one <|image|> for each image, no more"
-            )
+    check_media(request, image_tokens)
 
 
 def check_tokens(name: str, tokens: list[int] | set[int] | None, vocab_size: int) -> None:
@@ -106,12 +102,6 @@ def _check_sampling_params(params: dict, vocab_size: int, end_tokens: frozenset[
 def _continues_a_session(request) -> bool:
     """Whether the tokens of earlier turns come before those of the request."""
     return bool((request.session_params or {}).get("id"))
-
-
-def _format(image) -> str:
-    """Of what SGLang's Engine takes in place of an image, processor_output or precomputed_embedding; empty for an image."""
-    given = image.get("format", "") if isinstance(image, dict) else ""
-    return getattr(given, "name", given).lower()
 
 
 def _check_type(name: str, value: object, kind: type) -> None:

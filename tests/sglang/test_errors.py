@@ -90,6 +90,8 @@ def test_bad_requests_are_refused(make, oracle, tmp_path):
             {"input_ids": prompt(4), "token_indices_to_pool": [3], "sampling_params": {"max_new_tokens": 0}},
             {"input_ids": prompt(4), "session_params": {"id": ["of no session"]}},
             {"input_ids": prompt(4), "lora_id": ["a"]},
+            {"input_ids": prompt(4), "return_routed_experts": True},
+            *({"text": "a", f"{medium}_data": ["a"]} for medium in ("image", "video", "audio")),
             {"input_ids": prompt(4), "return_hidden_states": []},
             {"input_ids": prompt(4), "return_hidden_states": [False]},
             {},

@@ -6,19 +6,20 @@ from types import SimpleNamespace
 import pytest
 from sglang.srt.multimodal.modality import MultimodalInputFormat
 
+from llama4_kernels.sglang.media_checks import ImageTokens
 from llama4_kernels.sglang.request_checks import check_request
 
 MODEL = {
     "vocab_size": 320,
     "end_tokens": frozenset({261, 262}),
     "computes_whole_prompts": True,
-    "image_token_id": 264,
-    "image_token": "<|patch|>",
+    "image_tokens": ImageTokens("<|image|>", 263, "<|patch|>", 264),
 }
 PLAIN = {
     "text": None, "input_ids": None, "input_embeds": None, "image_data": None, "sampling_params": {}, "return_logprob": False,
     "logprob_start_len": -1, "top_logprobs_num": 0, "positional_embed_overrides": None, "session_params": None,
-    "token_indices_to_pool": None, "lora_id": None, "return_hidden_states": False,
+    "token_indices_to_pool": None, "lora_id": None, "video_data": None, "audio_data": None,
+    "return_routed_experts": False, "return_indexer_topk": False, "return_hidden_states": False,
 }  # fmt: skip
 
 
@@ -30,6 +31,9 @@ def check(tokens, fields, model=MODEL):
     ([0, 319], {}),
     ([264, 264], {"input_ids": [264, 264]}),
     ([5, 264, 264], {"text": "<|image|>a", "image_data": ["a.png"]}),
+    ([264] * 4, {"input_ids": [263, 5, 263], "image_data": ["a.png", "b.png"]}),
+    ([5], {"text": "<|image|>", "image_data": [None]}),
+    ([5], {"text": "<|image|><|patch|>", "image_data": [], "video_data": [], "audio_data": [None]}),
     ([264], {"input_ids": [264], "image_data": [{"format": "processor_output"}]}),
     ([264], {"text": "<|patch|>", "image_data": {"format": MultimodalInputFormat.PROCESSOR_OUTPUT}}),
     ([], {"input_ids": [], "session_params": {"id": "a"}}),
@@ -52,8 +56,10 @@ def test_what_is_taken(tokens, fields):
     check(tokens, fields)
 
 
-def test_a_model_without_images_takes_their_token_for_text():
-    check([264], {"input_ids": [264], "image_data": ["a.png"]}, MODEL | {"image_token_id": None, "image_token": None})
+def test_a_model_without_images_takes_their_token_for_text_and_no_image():
+    check([264], {"input_ids": [264]}, MODEL | {"image_tokens": None})
+    with pytest.raises(ValueError, match="image_data is given, needs a checkpoint with a vision tower"):
+        check([264], {"input_ids": [264], "image_data": ["a.png"]}, MODEL | {"image_tokens": None})
 
 
 def test_positions_of_a_prompt_that_may_be_computed_in_part():
@@ -102,6 +108,12 @@ def test_an_end_of_the_answer_outside_of_the_vocabulary():
     ([1], {"sampling_params": {"min_new_tokens": 1, "stop_token_ids": {*range(320)} - {262}}}, "min_new_tokens is 1, needs a token that"),
     ([1], {"lora_id": "a"}, "lora_id is given"),
     *(([1], {"return_hidden_states": mode}, 'return_hidden_states is .*, needs true, false or "last"') for mode in ([], [False], "first", None)),
+    *(([1], {name: True}, f"{name} is set, needs an answer without") for name in ("return_routed_experts", "return_indexer_topk")),
+    *(([5], {"text": "a", name: ["a.mp4"]}, f"{name} is given, needs text and images only") for name in ("video_data", "audio_data")),
+    ([5], {"text": "a", "image_data": ["a.png"]}, r"image_data has 1 images, the prompt has <\|image\|> 0 times, needs one for each"),
+    ([5], {"text": "<|image|>", "image_data": ["a.png", "b.png"]}, r"image_data has 2 images, the prompt has <\|image\|> 1 times"),
+    ([5], {"text": "<|image|>", "image_data": ["a.png", None]}, r"image_data has 2 images, the prompt has <\|image\|> 1 times"),
+    ([5], {"input_ids": [5], "image_data": "a.png"}, r"image_data has 1 images, the prompt has <\|image\|> 0 times"),
     ([5, 264], {"text": "<|image|><|patch|>", "image_data": ["a.png"]}, r"the prompt has <\|patch\|> beside image_data"),
     ([5, 264], {"input_ids": [264, 5], "image_data": ["a.png"]}, r"the prompt has <\|patch\|> beside image_data"),
     ([264], {"input_ids": [264], "image_data": [{"format": "processor_output"}, "a.png"]}, r"the prompt has <\|patch\|> beside"),

@@ -19,15 +19,27 @@ from llama4_kernels.sglang.vision import vision_tensors
 
 
 def test_an_image_request(make, tmp_path):
-    """And a text that has the token of an image's parts itself, which is refused."""
+    """And some that are refused: a text with the token of an image's parts, an image without a place in the text, a file that there is not."""
     path = make("scout", vision=True)
     reference = demo.Reference(Oracle(path), None)
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "PNG")
     image = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
     with llama4_server(path, "--enable-multimodal", log=tmp_path / "log") as server:
-        refused = requests.post(f"{server.url}/generate", json={"text": "<|image|><|patch|>", "image_data": [image]}, timeout=60)
-        assert refused.status_code == 400 and "<|patch|> beside image_data" in refused.text
+        for text, media, message in (
+            ("<|image|><|patch|>", {"image_data": [image]}, "<|patch|> beside image_data"),
+            ("a", {"image_data": [image]}, "image_data has 1 images, the prompt has <|image|> 0 times"),
+            ("<|image|>", {"image_data": [image] * 2}, "image_data has 2 images, the prompt has <|image|> 1 times"),
+            ("a", {"video_data": ["a.mp4"]}, "video_data is given"),
+            ("a", {"audio_data": ["a.wav"]}, "audio_data is given"),
+            ("", {"image_data": [image]}, "the request cannot be read"),
+            ("<|image|>", {"image_data": [str(tmp_path / "nowhere.png")]}, "No such file or directory"),
+        ):
+            refused = requests.post(f"{server.url}/generate", json={"text": text, **media}, timeout=60)
+            assert refused.status_code == 400 and message in refused.text, (text, refused.text)
+        (place,) = server.post("/tokenize", {"prompt": "<|image|>", "add_special_tokens": False})["tokens"]
+        places = {"input_ids": [[place], [place]], "image_data": [[image], [image]], "sampling_params": {"max_new_tokens": 1}}
+        assert len(server.post("/generate", places)) == 2
         compared = demo.ask_about_image(server, reference, path)
     assert compared.difference.max() <= demo.TOLERANCE and compared.greedy == compared.generated
 
