@@ -1,13 +1,16 @@
 """The guide's lines and the judgement of their answers. That the real server keeps the promises: tests/sglang/test_guide_engine.py."""
 
+import contextlib
 import json
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from llama4_kernels.cli import guide
 from llama4_kernels.cli.main import app
+from llama4_kernels.cli.server import ServerError
 
 pytest.importorskip("openai")
 
@@ -38,6 +41,19 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
     (tmp_path / "model.safetensors").touch()
     result = invoke("--keep", str(tmp_path))
     assert result.exit_code == 2 and "is not empty" in " ".join(result.output.replace("│", " ").split())
+
+
+def test_how_far_a_server_has_come_is_shown(monkeypatch, tmp_path, capsys):
+    @contextlib.contextmanager
+    def serve(path, *flags, log, tp, progress):
+        progress(12.0, "loading weights")
+        raise ServerError("out of luck")
+        yield
+
+    monkeypatch.setattr(guide, "serve", serve)
+    monkeypatch.setattr(guide.checkpoint, "make", lambda folder, like, **config: folder)
+    (broken,) = guide._run_line(Console(), "maverick", guide.LINES["maverick"], tmp_path)
+    assert "starting sglang.launch_server, 12 s: loading weights" in capsys.readouterr().out and broken == "maverick: out of luck"
 
 
 class Client:

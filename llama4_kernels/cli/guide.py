@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from llama4_kernels.cli import checkpoint
+from llama4_kernels.cli.demo import start_progress
 from llama4_kernels.cli.plan.model import PRESETS
 from llama4_kernels.cli.server import ServerError, serve
 from llama4_kernels.cli.tables import new_table
@@ -113,8 +114,13 @@ def _run_line(console: Console, name: str, line: Line, folder: Path) -> list[str
     path = checkpoint.make(folder / name, line.like, vision=line.images, max_position_embeddings=positions)
     table = new_table("promise", "", "seen")
     broken = []
+    flags = ("--model-impl=llama4_kernels", *line.flags, *TINY_FLAGS)
     try:
-        with serve(path, "--model-impl=llama4_kernels", *line.flags, *TINY_FLAGS, log=folder / f"{name}.log", tp=RANKS) as server:
+        with (
+            start_progress(console) as progress,
+            serve(path, *flags, log=folder / f"{name}.log", tp=RANKS, progress=progress) as server,
+        ):
+            progress(server.seconds_to_start, "")
             if server.serving() is None:
                 return [f"{name}: the server runs SGLang's own model; run `llama4-kernels doctor`"]
             table.add_row("starts", "kept", f"healthy after {server.seconds_to_start:.0f} s")
