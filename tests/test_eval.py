@@ -24,7 +24,7 @@ import pytest
 from evaluations import after, has_lm_eval, has_transformers, only_line, run_eval
 from standin import serving
 
-from llama4_kernels.cli.eval import command, guide
+from llama4_kernels.cli.eval import accuracy, command, guide
 from llama4_kernels.cli.eval.answers import AnswerLog
 from llama4_kernels.cli.eval.target import EvalError
 
@@ -60,6 +60,18 @@ def test_the_score_is_what_was_right(answer, score, tmp_path):
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [sample["metrics"]["exact_match"] for sample in samples] == [score / 100] * QUESTIONS
     assert f"| own_questions | {QUESTIONS} | {score:.1f} |" in (tmp_path / "results.md").read_text()
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+@has_lm_eval
+def test_the_picture_has_a_bar_for_each_score_with_its_standard_error():
+    from llama4_kernels.cli.eval.harness import Score
+
+    (axes,) = accuracy.draw([Score("all", 75.0, 1.5, 800), Score("law", 60.0, None, 1)], "a model").axes
+    assert [bar.get_width() for bar in axes.patches] == [75.0, 60.0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["all", "law"] and axes.yaxis_inverted()
+    (errors,) = [line for line in axes.collections]
+    assert [segment[:, 0].tolist() for segment in errors.get_segments()] == [[73.5, 76.5], [60.0, 60.0]]
 
 
 @has_lm_eval

@@ -37,6 +37,7 @@ def test_a_model_that_reads_everything_finds_every_number(tmp_path):
     with serving(reader()) as stand_in:
         result = seek(stand_in, tmp_path)
     assert result.exit_code == 0 and "OK: found 6 of 6; 3 of 3 in prompts of more than 8192 tokens" in result.stdout
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
     for (length, _), probe in probes(tmp_path).items():
         assert 0.99 * length <= probe["tokens"] <= 1.01 * length + 60
 
@@ -66,6 +67,20 @@ def test_a_prompt_that_is_too_long_is_shown_and_the_others_are_asked(tmp_path):
     with serving(lambda prompt: 400 if len(prompt) > 8000 * CHARACTERS_PER_TOKEN else reader()(prompt)) as stand_in:
         result = seek(stand_in, tmp_path)
     assert result.exit_code == 1 and "FAIL: found 3 of 6; 0 of 0" in result.stdout and "refused: Error code: 400" in result.stdout
+
+
+def test_the_picture_shows_what_was_found_by_length_and_depth():
+    given = {(1000, 0.0): True, (1000, 1.0): False, (9000, 0.0): False, (9000, 1.0): None}
+    outcomes = [
+        needle.Outcome(length, depth, 0 if found is None else length + 7, None if found is None else "answer", bool(found))
+        for (length, depth), found in given.items()
+    ]
+    (axes,) = needle.draw(outcomes, [1000, 9000], [0.0, 1.0], "a model").axes
+    assert {text.get_position(): text.get_text() for text in axes.texts} == {(0, 0): "yes", (1, 0): "no", (0, 1): "no", (1, 1): "–"}
+    (yes, no), (no_again, refused) = axes.images[0].get_array()
+    assert no == no_again and len({int(yes), int(no), int(refused)}) == 3
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0%", "100%"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1007", "9007"]
 
 
 def test_a_search_that_broke_goes_on(tmp_path):

@@ -1,7 +1,7 @@
 """`llama4-kernels eval`: lm_eval's MMLU-Pro over a server, as SGLang's guide for Llama 4 runs it, beside the guide's scores.
 
 In the folder `out`: answers.jsonl, which a broken run goes on from; samples.jsonl, every question with what was made of its answer;
-results.json; results.md, the table; lm_eval.log and server.log.
+results.json; results.md, the table; results.png, the scores as bars; lm_eval.log and server.log.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.metadata
-import importlib.util
 import json
 import sys
 from contextlib import AbstractContextManager
@@ -25,6 +24,8 @@ from llama4_kernels.cli.eval.target import EvalError, Target
 from llama4_kernels.cli.tables import new_table
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from llama4_kernels.cli.eval.harness import Score
 
 GUIDE_MAX_GEN_TOKS = 2048
@@ -63,12 +64,6 @@ class Protocol:
         return ""
 
 
-def check_installed() -> None:
-    """EvalError where lm_eval is not there."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise EvalError('lm_eval is not installed: pip install "llama4_kernels[eval]"')
-
-
 def run(console: Console, name: str, server: AbstractContextManager[Target], protocol: Protocol, out: Path) -> int:
     """Ask, score, compare and write; 1 where the score lies below the guide's by more than chance, else 0. EvalError where it breaks off.
 
@@ -101,6 +96,7 @@ def run(console: Console, name: str, server: AbstractContextManager[Target], pro
         "versions": {name: importlib.metadata.version(name) for name in ("llama4_kernels", "lm_eval", "datasets")},
     }
     _write(out, record, harness.samples(results), scores)
+    draw(scores, f"{name}, {protocol.task}").savefig(out / "results.png", dpi=120)
     return _report(console, scores, comparisons, protocol, out)
 
 
@@ -143,6 +139,19 @@ def _write(out: Path, record: dict[str, Any], samples: list[dict[str, Any]], sco
     lines = ["| subject | questions | accuracy, % | standard error, % |", "|---|---:|---:|---:|"]
     lines += [f"| {' | '.join(_row(score))} |" for score in scores]
     (out / "results.md").write_text("\n".join(lines) + "\n")
+
+
+def draw(scores: list[Score], title: str) -> Figure:
+    """A bar for each score, the whole first, with its standard error."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1.5 + 0.3 * len(scores)), layout="constrained")
+    axes = figure.subplots()
+    errors = [score.stderr or 0.0 for score in scores]
+    axes.barh([score.name for score in scores], [score.accuracy for score in scores], xerr=errors, color="C0", capsize=3)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 100), xlabel="accuracy and its standard error, %", title=title)
+    return figure
 
 
 def _row(score: Score) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ def run_accuracy(
     """The default: lm_eval. model: the guide's, or None to read it off the server's model name."""
 
     def ask(console: Console) -> int:
-        accuracy.check_installed()
+        _require("lm_eval", "matplotlib")
         tiny, name = options.tiny is not None, _name(options)
         protocol = accuracy.Protocol(
             task=task or ("own_questions" if tiny else "mmlu_pro"),
@@ -63,6 +64,7 @@ def run_needle(options: Options, lengths: list[int], depths: list[float]) -> int
     context = round(max(lengths) * NEEDLE_MARGIN) + 256
 
     def ask(console: Console) -> int:
+        _require("matplotlib")
         server = _target(console, options, (f"--context-length={context}",), context)
         return needle.run(console, _name(options), server, lengths, depths, options.out)
 
@@ -73,7 +75,7 @@ def run_parity(options: Options, text: Path | None, tokens: int | None, dtype: s
     """--parity."""
 
     def compare(console: Console) -> int:
-        parity.check_installed()
+        _require("matplotlib")
         with contextlib.ExitStack() as stack:
             model = Path(options.model) if options.tiny is None else _tiny(stack, options)
             everything = ["transformers", *(["stock"] if torch.cuda.is_available() else [])]
@@ -101,6 +103,13 @@ def _one_line(evaluate) -> int:
     except ModuleNotFoundError as missing:
         print(f'FAIL: {missing.name} is not installed: pip install "llama4_kernels[sglang,eval]"', file=sys.stderr)
     return 1
+
+
+def _require(*packages: str) -> None:
+    """EvalError where one of them is not there: before there is anything to lose."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise EvalError(f'{package} is not installed: pip install "llama4_kernels[eval]"')
 
 
 def _name(options: Options) -> str:

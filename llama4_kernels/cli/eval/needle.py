@@ -1,7 +1,9 @@
 """`llama4-kernels eval --needle`: a number hidden at some depth of a long text, asked back.
 
 Llama 4's local layers see one chunk of 8192 tokens, so whatever lies further back than that reaches the answer through its global layers
-alone. The check asks any OpenAI-compatible server, counts tokens as that server reports them, and keeps every answer in answers.jsonl.
+alone. The check asks any OpenAI-compatible server and counts tokens as that server reports them.
+
+In the folder `out`: answers.jsonl, which a broken run goes on from; results.json; results.png, what was found by length and depth.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import re
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
@@ -21,6 +24,9 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from llama4_kernels.cli.eval.answers import AnswerLog
 from llama4_kernels.cli.eval.target import EvalError, Target
 from llama4_kernels.cli.tables import new_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CHUNK = 8192
 TIMEOUT = 3600  # seconds for one answer
@@ -107,6 +113,7 @@ def run(console: Console, name: str, server: AbstractContextManager[Target], len
                 progress.advance(task)
     record = {"url": target.url, "model": name, "implementation": implementation, "probes": [asdict(o) for o in outcomes]}
     (out / "results.json").write_text(json.dumps(record, indent=2) + "\n")
+    draw(outcomes, lengths, depths, name).savefig(out / "results.png", dpi=120)
     return _report(console, outcomes, lengths, depths, out)
 
 
@@ -167,8 +174,7 @@ def _report(console: Console, outcomes: list[Outcome], lengths: list[int], depth
     table = new_table("tokens", *(f"{depth:.0%}" for depth in depths))
     for length in lengths:
         row = [o for o in outcomes if o.length == length]
-        counted = [o.tokens for o in row if o.tokens]
-        table.add_row(str(max(counted)) if counted else f"{length} asked", *(_cell(o) for o in row))
+        table.add_row(_tokens(row), *(_cell(o) for o in row))
     console.print("the number's place in the text, 0% the start; yes: found, no: another answer, –: the prompt was refused", soft_wrap=True)
     console.print(table)
     for refused in dict.fromkeys(o.refused for o in outcomes if o.refused):
@@ -181,6 +187,32 @@ def _report(console: Console, outcomes: list[Outcome], lengths: list[int], depth
         f"{verdict}: found {found} of {len(outcomes)}; {found_past} of {len(past)} in prompts of more than {CHUNK} tokens", soft_wrap=True
     )
     return 0 if found == len(outcomes) else 1
+
+
+def draw(outcomes: list[Outcome], lengths: list[int], depths: list[float], title: str) -> Figure:
+    """A field for each length and depth, by colour and word: found, another answer, or refused."""
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+
+    rows = [[o for o in outcomes if o.length == length] for length in lengths]
+    colors = {"yes": "skyblue", "no": "tab:orange", "–": "lightgrey"}
+    kinds = [[list(colors).index(_cell(o)) for o in row] for row in rows]
+    figure = Figure(figsize=(3 + 0.8 * len(depths), 1.5 + 0.4 * len(lengths)), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(kinds, cmap=ListedColormap(list(colors.values())), vmin=0, vmax=len(colors) - 1, aspect="auto")
+    for y, row in enumerate(rows):
+        for x, outcome in enumerate(row):
+            axes.text(x, y, _cell(outcome), ha="center", va="center")
+    axes.set_xticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    axes.set_yticks(range(len(lengths)), [_tokens(row) for row in rows])
+    axes.set(xlabel="the number's place in the text, 0% the start", ylabel="tokens", title=title)
+    return figure
+
+
+def _tokens(row: list[Outcome]) -> str:
+    """Of the prompts of one length."""
+    counted = [o.tokens for o in row if o.tokens]
+    return str(max(counted)) if counted else f"{row[0].length} asked"
 
 
 def _cell(outcome: Outcome) -> str:

@@ -10,7 +10,6 @@ In the folder `out`: parity.json, every token's logprobs; parity.png, |Δlogprob
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import tempfile
 from dataclasses import dataclass
@@ -51,12 +50,6 @@ class Series:
             return ""
         value = float(getattr(self.difference, self.statistic)())
         return "" if value <= self.bound else f"{self.statistic} |Δlogprob| from {self.against} is {value:.1e}, over {self.bound:.1e}"
-
-
-def check_installed() -> None:
-    """EvalError where matplotlib is not there."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise EvalError('matplotlib is not installed: pip install "llama4_kernels[eval]"')
 
 
 def run(
