@@ -64,10 +64,10 @@ def _is_asked_for(model_config) -> bool:
 
 
 def _is_served() -> bool:
-    """Whether the server of this process was started with --model-impl llama4_kernels: for hooks that are given no model_config."""
-    from sglang.srt.runtime_context import get_model
+    """Whether this process is of a server started with --model-impl llama4_kernels: for hooks that are given no model_config."""
+    from sglang.srt.runtime_context import get_context, get_model
 
-    return _is_asked_for(get_model())
+    return get_context().is_config_namespace_published("model") and _is_asked_for(get_model())
 
 
 def _derive_layers(result, model_config) -> None:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from sglang.srt.multimodal.modality import MultimodalInputFormat
 
+from llama4_kernels.sglang import plugin
 from llama4_kernels.sglang.media_checks import ImageTokens
 from llama4_kernels.sglang.request_checks import check_request
 
@@ -122,3 +123,10 @@ def test_an_end_of_the_answer_outside_of_the_vocabulary():
 def test_what_is_refused(tokens, fields, message):
     with pytest.raises(ValueError, match=message):
         check(tokens, fields)
+
+
+def test_requests_outside_of_a_server_are_left_to_sglang():
+    seen = []
+    for hook in (plugin._normalize_request, plugin._read_request):
+        hook(seen.append, "no request")
+    assert seen == ["no request"] * 2
