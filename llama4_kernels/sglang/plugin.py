@@ -5,9 +5,12 @@ Every hook asks for `--model-impl llama4_kernels` before it does anything, so th
 
 from __future__ import annotations
 
+import functools
 import sys
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from llama4_kernels.sglang.control_checks import CHECKS
 
 MODEL_IMPL = "llama4_kernels"
 
@@ -38,6 +41,7 @@ def register() -> None:
         (f"{_MANAGER}._init_req_state", _read_request, HookType.AROUND),
         (f"{_MANAGER}._tokenize_one_request", _tokenize_request, HookType.AROUND),
         (f"{_MANAGER}._validate_one_request", _check_request, HookType.AFTER),
+        *((f"{_MANAGER}.{name}", functools.partial(_check_control_request, check), HookType.BEFORE) for name, check in CHECKS.items()),
         ("sglang.srt.session.session_controller.Session.create_req", _forget_replaced_requests, HookType.BEFORE),
         ("sglang.srt.layers.sampler.Sampler._preprocess_logits", _keep_probabilities_finite, HookType.AFTER),
         (f"{_RESULTS}._apply_prefill_grammar", _blame_min_new_tokens, HookType.AFTER),
@@ -201,6 +205,11 @@ def _check_request(result, manager, request, input_ids) -> None:
         computes_whole_prompts=get_memory().disable_radix_cache and get_schedule().chunked_prefill_size == -1,
         image_tokens=_image_tokens(manager.mm_processor),
     )
+
+
+def _check_control_request(check, manager, request=None, *args, **kwargs) -> None:
+    if is_ours(manager.model_config):
+        check(manager, request)
 
 
 def _image_tokens(mm_processor):

@@ -1,0 +1,60 @@
+"""Control requests that end SGLang 0.5.23's server, or have it wait for good. They are refused before a scheduler gets them, with status 400."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+
+def _check_group(manager, request) -> None:
+    if not request.group_name:
+        raise ValueError("group_name is empty, needs a name")
+
+
+def _check_release(manager, request) -> None:
+    from sglang.srt.runtime_context import get_device
+
+    if get_device().device == "cpu":
+        raise ValueError("memory is not released on the CPU, needs a server on a GPU")
+    if manager.rid_to_state and not manager.is_pause:
+        raise ValueError(f"the server has {len(manager.rid_to_state)} requests, needs to have none, or to be paused, to release its memory")
+    _released(manager).update(_tags(request))
+
+
+def _check_resume(manager, request) -> None:
+    tags, released = _tags(request), _released(manager)
+    if set(tags) - released or len(set(tags)) < len(tags):
+        raise ValueError(f"tags is {tags}, needs each once of what has been released, {sorted(released) or 'nothing yet'}")
+    released.difference_update(tags)
+
+
+def _refuse_experts(manager, request) -> None:
+    raise ValueError("the distribution of experts is not recorded: the model does not keep which experts a token took")
+
+
+def _refuse_sending(manager, request) -> None:
+    raise ValueError("weights are not sent to other instances: those that the model serves are laid out for its own kernels")
+
+
+# By the method of TokenizerManager that sends the request to the schedulers. Each takes the manager and the
+# request, None for a method without, and raises ValueError.
+CHECKS: Mapping[str, Callable[..., None]] = {
+    "init_weights_update_group": _check_group,
+    "release_memory_occupation": _check_release,
+    "resume_memory_occupation": _check_resume,
+    "start_expert_distribution_record": _refuse_experts,
+    "stop_expert_distribution_record": _refuse_experts,
+    "dump_expert_distribution_record": _refuse_experts,
+    "init_weights_send_group_for_remote_instance": _refuse_sending,
+    "send_weights_to_remote_instance": _refuse_sending,
+}
+
+
+def _tags(request) -> list[str]:
+    from sglang.srt.constants import GPU_MEMORY_ALL_TYPES
+
+    return list(request.tags or GPU_MEMORY_ALL_TYPES)
+
+
+def _released(manager) -> set[str]:
+    """The tags of memory that is released, which is kept with the manager."""
+    return manager.__dict__.setdefault("llama4_kernels_released", set())

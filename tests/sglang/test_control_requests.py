@@ -1,0 +1,66 @@
+"""Control requests that would end the server; it lives on."""
+
+from types import SimpleNamespace
+
+import pytest
+import requests
+import torch
+from engine import ask, assert_agrees, llama4_server, prompt
+
+from llama4_kernels.sglang.control_checks import CHECKS
+
+
+def test_control_requests_that_cannot_be_done(make, oracle, tmp_path):
+    path = make("scout")
+    with llama4_server(path, log=tmp_path / "log") as server:
+
+        def refused(message, route, **body):
+            answer = requests.post(f"{server.url}/{route}", json=body, timeout=60)
+            assert answer.status_code == 400 and message in answer.text, (route, body, answer.text)
+
+        for action in ("start", "dump", "stop"):
+            refused("not recorded", f"{action}_expert_distribution_record")
+        group = {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 0, "world_size": 1, "backend": "gloo"}
+        refused("group_name is empty", "init_weights_update_group", group_name="", **group)
+        refused("not sent", "init_weights_send_group_for_remote_instance", master_address="a", ports="1", group_rank=0, world_size=2)
+        refused("not sent", "send_weights_to_remote_instance", master_address="a", ports="1")
+
+        refused("nothing yet", "resume_memory_occupation")
+        refused("nothing yet", "resume_memory_occupation", tags=["unknown"])
+        if not torch.cuda.is_available():
+            refused("not released on the CPU", "release_memory_occupation")
+        assert_agrees(ask(server, prompt(70)), oracle(path))
+
+
+@pytest.fixture
+def ask_memory(monkeypatch):
+    """Asks a manager on a GPU, with or without requests, to release or resume memory."""
+    monkeypatch.setattr("sglang.srt.runtime_context.get_device", lambda: SimpleNamespace(device="cuda"))
+    manager = SimpleNamespace(rid_to_state={}, is_pause=False)
+
+    def check(name, tags=None, **fields):
+        manager.__dict__.update(fields)
+        CHECKS[f"{name}_memory_occupation"](manager, SimpleNamespace(tags=tags))
+
+    return check
+
+
+def test_only_what_was_released_is_resumed(ask_memory):
+    ask_memory("release", ["kv_cache", "weights"])
+    for tags in (None, ["cuda_graph"], ["kv_cache", "kv_cache"]):
+        with pytest.raises(ValueError, match=r"needs each once of what has been released, \['kv_cache', 'weights'\]"):
+            ask_memory("resume", tags)
+    ask_memory("resume", ["weights"])
+    ask_memory("resume", ["kv_cache"])
+    with pytest.raises(ValueError, match="nothing yet"):
+        ask_memory("resume", ["kv_cache"])
+    ask_memory("release")
+    ask_memory("resume", [])
+
+
+def test_memory_is_not_released_under_requests(ask_memory):
+    with pytest.raises(ValueError, match="the server has 1 requests, needs to have none, or to be paused"):
+        ask_memory("release", rid_to_state={"a": object()})
+    with pytest.raises(ValueError, match="nothing yet"):
+        ask_memory("resume")
+    ask_memory("release", is_pause=True)
