@@ -2,7 +2,7 @@
 
 import contextlib
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,15 +45,17 @@ def llama4_server(
     tp: int = 1,
     dtype: str = "float32",
     environment: dict[str, str] | None = None,
-    fresh: bool = False,
+    popen: Callable[..., subprocess.Popen] = preloaded.popen,
 ) -> Iterator[Server]:
     """A server with the plugin. Fails where SGLang's own model was built, which it is without a word when the plugin is blocked.
 
-    fresh: each of its processes imports SGLang for itself, as variables need that are read on import; else it starts preloaded where it can.
+    popen: what starts it: subprocess.Popen as for users, and faster preloaded.import_once and, where no variable has to be set before SGLang is
+    imported, preloaded.popen.
     """
-    popen = subprocess.Popen if fresh else preloaded.popen
     flags = ("--max-total-tokens=4096", "--context-length=1024", "--max-running-requests=8", *flags)
-    with serve(path, "--model-impl=llama4_kernels", f"--dtype={dtype}", *flags, log=log, tp=tp, environment=environment, popen=popen) as server:
+    with serve(
+        path, "--model-impl=llama4_kernels", f"--dtype={dtype}", *flags, log=log, tp=tp, environment=environment, popen=popen
+    ) as server:
         assert server.serving() in ("Llama4ForConditionalGeneration", "Llama4ForCausalLM")
         assert set(server.backends()) == set(OPS)
         yield server

@@ -61,10 +61,25 @@ def _launch(arguments: list[str], log: str, environment: dict[str, str]) -> None
     os.environ.clear()
     os.environ.update(environment)
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    _serve(arguments)
+
+
+def _serve(arguments: list[str]) -> None:
     sys.argv = ["launch_server", *arguments]
     multiprocessing.set_start_method("fork", force=True)
     multiprocessing.set_start_method = lambda method, force: None  # SGLang's choice is "spawn", which imports all again
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
 
 
+def import_once(command: Sequence[str], **options) -> subprocess.Popen:
+    """A server that imports SGLang for itself, as variables need that are read on import, and on a CPU forks its own processes."""
+    if torch.cuda.is_available():
+        return subprocess.Popen(command, **options)
+    assert command[1:3] == ["-m", "sglang.launch_server"]
+    return subprocess.Popen([sys.executable, __file__, *command[3:]], **options)
+
+
 popen = subprocess.Popen if torch.cuda.is_available() else Process  # CUDA does not outlive a fork
+
+if __name__ == "__main__":
+    _serve(sys.argv[1:])

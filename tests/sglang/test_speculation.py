@@ -9,6 +9,7 @@ import engine_standins
 import pytest
 import torch
 from engine import Answer, Server, ask, ask_at_once, assert_agrees, llama4_server, prompt
+from preloaded import import_once
 from recorded_graph import REPLAYED, REPLAYED_SEGMENTS
 from safetensors.torch import save_file
 
@@ -106,7 +107,7 @@ def test_verification_in_graphs_with_pages_of_16(make, oracle, tmp_path):
         "--cuda-graph-backend-decode=full",
         *("--cuda-graph-bs-decode", "1", "4", "8"),
     )
-    with llama4_server(path, *flags, log=tmp_path / "log", environment=engine_standins.environment(folder), fresh=True) as server:
+    with llama4_server(path, *flags, log=tmp_path / "log", environment=engine_standins.environment(folder), popen=import_once) as server:
         check_speculation(server, folder, oracle(path))
         log = server.log.read_text()
     assert all(REPLAYED.format(mode="TARGET_VERIFY", requests=requests, size=size) in log for requests, size in ((1, 1), (3, 4), (7, 8)))
@@ -145,7 +146,7 @@ def test_prefill_and_decode_in_graphs(prefill, tp, backends, replayed, make, ora
 def test_eagle3_gets_the_hidden_states_it_asks_for(make, oracle, tmp_path):
     path, folder = make("scout"), tmp_path / "standins"
     flags = speculation("EAGLE3", make_draft(tmp_path / "draft", path, eagle3=True))
-    with llama4_server(path, *flags, log=tmp_path / "log", environment=engine_standins.environment(folder), fresh=True) as server:
+    with llama4_server(path, *flags, log=tmp_path / "log", environment=engine_standins.environment(folder), popen=import_once) as server:
         answers = check_speculation(server, folder, oracle(path))
     got = [entry for entry in torch.load(folder / "hidden.pt") if entry[0] in answers]
     assert len(got) > len(answers) * NEW_TOKENS / (STEPS + 1)
