@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import statistics
@@ -14,15 +15,12 @@ import torch
 import triton
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llama4_kernels.bench import timing
-from llama4_kernels.bench.inputs import moe_weights
-from llama4_kernels.bench.workloads import BYTES, MODELS, PUBLISHED, RANKS
-from llama4_kernels.ops.types import MoEWeights
+from llama4_kernels import use_backend
+from llama4_kernels.bench import inputs, timing
+from llama4_kernels.bench.inputs import Problem
+from llama4_kernels.bench.workloads import BYTES, PUBLISHED, RANKS, Workload
+from llama4_kernels.cli.tables import new_console, new_table
 from llama4_kernels.triton import config
-from llama4_kernels.triton.grouped_gemm import grouped_gemm
-from llama4_kernels.triton.moe import moe_down, moe_gate_up
-from llama4_kernels.triton.quantization import quantize_per_token
-from llama4_kernels.triton.routing import route_top1
 
 ROUNDS = 20
 TOKENS = (1, 4, 16, 32, 64, 128, 256, 1024, 4096, 8192)
@@ -30,24 +28,25 @@ _LANES = {4: (64, 128), 8: (128,)}  # weight rows of a tile, by warps
 
 
 @dataclass(frozen=True)
-class Workload:
-    """One MoE layer on one tensor-parallel rank."""
+class Layer:
+    """A model's MoE layer on one tensor-parallel rank. form: of its weights, "fp8" or "bf16"."""
 
-    experts: int
-    intermediate: int
-    fp8: bool
-    hidden: int = 5120
+    model: str
+    tp: int
+    form: str
 
     @staticmethod
-    def named(name: str) -> Workload:
-        """The workload of a name such as "scout-tp8-fp8" or "maverick-tp4-bf16"; ValueError for any other."""
+    def named(name: str) -> Layer:
+        """The layer of a name such as "scout-tp8-fp8" or "maverick-tp4-bf16"; ValueError for any other."""
         names = {
-            f"{model}-tp{ranks}-{form}": Workload(MODELS[model].experts, MODELS[model].intermediate // ranks, form == "fp8")
-            for model, ranks, form in itertools.product(PUBLISHED, RANKS, BYTES)
+            f"{model}-tp{ranks}-{form}": Layer(model, ranks, form) for model, ranks, form in itertools.product(PUBLISHED, RANKS, BYTES)
         }
         if name not in names:
             raise ValueError(f"workload is {name!r}, needs one of {', '.join(names)}")
         return names[name]
+
+    def workload(self, op: str, tokens: int) -> Workload:
+        return Workload(op, self.form, self.model, self.tp, tokens)
 
 
 def _grid(**choices: Sequence[int]) -> list[config.Config]:
@@ -80,71 +79,72 @@ CANDIDATES: dict[str, list[config.Config]] = {
 
 def tune(
     ops: Iterable[str],
-    workloads: Iterable[Workload],
+    layers: Iterable[Layer],
     out: Path,
     *,
     tokens: Sequence[int] = TOKENS,
     device: torch.device | None = None,
     timer: Callable[[Callable[[], object]], float] | None = None,
 ) -> dict[str, dict[str, dict[str, config.Config]]]:
-    """Time every candidate of `ops` at every workload and number of tokens, and merge the fastest into the table at `out`.
+    """Time every candidate of `ops` at every layer and number of tokens, and merge the fastest into the table at `out`.
 
-    timer: the time of one call, in any unit; by default the median of CUDA-graph replays with a cold L2 cache, as benchmarks time it.
-    Candidates that need more shared memory or registers than the GPU has are passed over. Returns the whole table.
+    timer: the microseconds of one call; by default the median of CUDA-graph replays with a cold L2 cache, as benchmarks time it.
+    Candidates that need more shared memory or registers than the GPU has are passed over. So are those whose result is further from the
+    reference's than a benchmark may be, which is said: a compiler may get one of many tiles wrong. Prints what was chosen, and returns the
+    whole table.
     """
     device = torch.device("cuda", torch.cuda.current_device()) if device is None else device
     timer = timer or (lambda call: timing.time_calls([call], device, ROUNDS)[0].median_us)
+    console = new_console()
     table = _table(out)
-    jobs = list(itertools.product(workloads, ops, tokens))
+    chosen = new_table("workload", "µs", "configuration", right=["µs"])
+    jobs = list(itertools.product(layers, ops, tokens))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
+    with Progress(*columns, console=console, transient=True) as progress, use_backend("triton"):
         task = progress.add_task("tune", total=sum(len(CANDIDATES[op]) for _, op, _ in jobs))
-        for workload, group in itertools.groupby(jobs, key=lambda job: job[0]):
-            weights = _layer(workload, device)
-            for _, op, count in group:
-                progress.update(task, description=f"{op}, {workload.experts} experts, {count} tokens")
-                call = _call(op, weights, torch.randn(count, workload.hidden, device=device).bfloat16())
-                timed = []
-                for candidate in CANDIDATES[op]:
-                    with config.trial(op, candidate) as trial:
-                        took = _time(call, timer)
-                    if took is not None:
-                        timed.append((took, candidate))
-                    progress.advance(task)
-                if timed:
-                    fastest = min(timed, key=lambda pair: pair[0])[1]
-                    table.setdefault(op, {}).setdefault(trial.shape, {})[str(trial.tokens)] = fastest
-                    out.parent.mkdir(parents=True, exist_ok=True)
-                    out.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+        for layer, op, count in jobs:
+            problem = inputs.make(layer.workload(op, count), device)
+            name = problem.workload.name
+            progress.update(task, description=name)
+            timed = []
+            for candidate in CANDIDATES[op]:
+                with config.trial(op, candidate) as trial:
+                    try:
+                        timed.append((_time(problem, timer), candidate))
+                    except _Wrong as wrong:
+                        console.print(f"{name}: {_words(candidate)} is left out: {wrong}", highlight=False, soft_wrap=True)
+                    except triton.runtime.errors.OutOfResources:
+                        pass
+                progress.advance(task)
+            if not timed:
+                console.print(f"{name}: no configuration is left, nothing is written", highlight=False, soft_wrap=True)
+                continue
+            took, fastest = min(timed, key=lambda pair: pair[0])
+            chosen.add_row(name, f"{took:.4g}", _words(fastest))
+            table.setdefault(op, {}).setdefault(trial.shape, {})[str(trial.tokens)] = fastest
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    if chosen.row_count:
+        console.print(chosen)
     config.clear()
     return table
 
 
-def _time(call: Callable[[], object], timer: Callable[[Callable[[], object]], float]) -> float | None:
-    try:
-        call()
-        return statistics.median(timer(call) for _ in range(3))
-    except triton.runtime.errors.OutOfResources:
-        return None
+class _Wrong(Exception):
+    """A result is not the reference's."""
 
 
-def _layer(workload: Workload, device: torch.device) -> MoEWeights:
-    return moe_weights(workload.experts, workload.hidden, workload.intermediate, workload.fp8, device)
+def _time(problem: Problem, timer: Callable[[Callable[[], object]], float]) -> float:
+    """Of the configuration on trial; _Wrong where it does not compute the problem."""
+    call = functools.partial(problem.call, **problem.arguments)
+    error = problem.error(problem.canonical(call()))
+    if not error <= problem.bound:
+        raise _Wrong(f"its error against the reference is {error:.1e}, needs at most {problem.bound:.0e}")
+    return statistics.median(timer(call) for _ in range(3))
 
 
-def _call(op: str, weights: MoEWeights, x: torch.Tensor) -> Callable[[], object]:
-    """One call of `op` on tokens that spread over the experts as random ones do."""
-    fp8 = weights.w13.scale is not None
-    routing, _ = route_top1(x, weights.router)
-    if op == "route_top1":
-        return lambda: route_top1(x, weights.router, quantize=fp8)
-    values = quantize_per_token(x) if fp8 else x
-    if op == "grouped_gemm":
-        return lambda: grouped_gemm(values, weights.w13, routing.offsets, rows=routing.order)
-    if op == "moe_gate_up":
-        return lambda: moe_gate_up(values, routing, weights)
-    shared, routed = moe_gate_up(values, routing, weights)
-    return lambda: moe_down(shared, routed, routing, weights, out_dtype=x.dtype)
+def _words(candidate: config.Config) -> str:
+    return " ".join(f"{name}={value}" for name, value in candidate.items())
 
 
 def _table(path: Path) -> dict[str, dict[str, dict[str, config.Config]]]:
@@ -157,7 +157,7 @@ def run(ops: list[str] | None, workloads: list[str], tokens: list[int] | None, o
         unknown = [op for op in ops or () if op not in CANDIDATES]
         if unknown:
             raise ValueError(f"op is {unknown[0]!r}, needs one of {', '.join(CANDIDATES)}")
-        layers = [Workload.named(name) for name in workloads]
+        layers = [Layer.named(name) for name in workloads]
         if not torch.cuda.is_available():
             raise RuntimeError("needs an NVIDIA GPU, and torch finds none here")
     except (ValueError, RuntimeError) as error:

@@ -16,9 +16,7 @@ from llama4_kernels.bench.measure import Job, Options
 from llama4_kernels.bench.plan import plan
 from llama4_kernels.bench.record import Benchmark, Record
 from llama4_kernels.bench.runner import JOB_SECONDS, Runner
-from llama4_kernels.cli.tables import new_table
-
-PLAIN_WIDTH = 200  # of tables that go to a file or a pipe
+from llama4_kernels.cli.tables import new_console, new_table
 
 
 def run(
@@ -39,9 +37,7 @@ def run(
 
     measured: results to compare with `base` instead of measuring.
     """
-    console = Console(markup=False)
-    if not console.is_terminal:
-        console.width = PLAIN_WIDTH
+    console = new_console()
     try:
         before = None if base is None else _read(base)  # first: new records may go to the same file
         if measured is not None:

@@ -102,7 +102,7 @@ def tune(
     tokens: Annotated[Optional[list[int]], typer.Option(min=1, help="Tokens in the batch; may be given several times.")] = None,
     out: Annotated[Optional[Path], typer.Option(dir_okay=False, help="Table to write; the installed one of this GPU if not given.")] = None,
 ) -> None:
-    """Time launch configurations of the Triton kernels on this GPU and keep the fastest for each shape."""
+    """Time launch configurations of the Triton kernels on this GPU and keep the fastest for each shape whose results are right."""
     with needed("tune", "bench"):
         from llama4_kernels.bench import tune
 

@@ -8,8 +8,7 @@ from rich.console import Console
 
 from llama4_kernels.bench import ceilings, measure, ncu, static, workloads
 from llama4_kernels.bench.workloads import Workload
-from llama4_kernels.cli.bench import PLAIN_WIDTH
-from llama4_kernels.cli.tables import new_table
+from llama4_kernels.cli.tables import new_console, new_table
 from llama4_kernels.ops.backend import BACKENDS, default_device
 
 
@@ -18,9 +17,7 @@ def run(op: str, name: str, backend: str | None = None) -> int:
 
     name: a workload's name, with or without the op at its head.
     """
-    console = Console(markup=False)
-    if not console.is_terminal:
-        console.width = PLAIN_WIDTH
+    console = new_console()
     try:
         workload = workloads.parse(name if name.startswith(f"{op}/") else f"{op}/{name}")
         if backend is not None and backend not in BACKENDS[:2]:

@@ -1,10 +1,21 @@
-"""The tables that commands print."""
+"""The tables that commands print, and where."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
+from rich.console import Console
 from rich.table import Table
+
+PLAIN_WIDTH = 200  # of what goes to a file or a pipe
+
+
+def new_console() -> Console:
+    """Where results are printed: as wide as the terminal, or wide enough for any table."""
+    console = Console(markup=False)
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    return console
 
 
 def new_table(*titles: str, right: Collection[str] = (), title: str | None = None) -> Table:

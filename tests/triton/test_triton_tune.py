@@ -6,10 +6,11 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from llama4_kernels.bench import tune
+from llama4_kernels import use_backend
+from llama4_kernels.bench import inputs, tune
 from llama4_kernels.triton import config
 
-TINY = tune.Workload(experts=2, intermediate=64, fp8=True, hidden=64)
+TINY = tune.Layer("tiny", 8, "fp8")
 
 
 @pytest.fixture(autouse=True)
@@ -20,11 +21,14 @@ def tables(tmp_path, monkeypatch):
     config.clear()
 
 
-@pytest.mark.triton
-@pytest.mark.parametrize(
+OPS = pytest.mark.parametrize(
     "op, block", [("grouped_gemm", "BLOCK_N"), ("route_top1", "BLOCK_K"), ("moe_gate_up", "SPLITS"), ("moe_down", "BLOCK_T")]
 )
-def test_the_fastest_is_written_and_taken(op, block, monkeypatch, device):
+
+
+@pytest.mark.triton
+@OPS
+def test_the_fastest_is_written_and_taken(op, block, monkeypatch, device, capsys):
     slow, fast, broken = (tune.CANDIDATES[op][0] | {block: size} for size in (64, 32, 128))
     monkeypatch.setitem(tune.CANDIDATES, op, [slow, fast, broken])
     launched = []
@@ -41,11 +45,39 @@ def test_the_fastest_is_written_and_taken(op, block, monkeypatch, device):
     assert {tuple(candidate.items()) for candidate in launched} == {tuple(candidate.items()) for candidate in (slow, fast, broken)}
     (entries,) = table[op].values()
     assert entries == {"4": fast} and json.loads(path.read_text()) == table
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{op}/fp8/tiny/tp8/t3 ")]
+    assert row.split()[1] == "1" and f"{block}={fast[block]}" in row
     taken = []
     options = config.options
     monkeypatch.setattr(config, "options", lambda chosen: taken.append(chosen) or options(chosen))
-    tune._call(op, tune._layer(TINY, device), torch.ones(4, 64, device=device).bfloat16())()
+    problem = inputs.make(TINY.workload(op, 4), device)
+    with use_backend("triton"):
+        problem.call(**problem.arguments)
     assert fast in taken
+
+
+@pytest.mark.triton
+@OPS
+def test_a_configuration_that_computes_something_else_is_left_out_with_a_word(op, block, monkeypatch, device, capsys):
+    """As where a compiler gets one of the tiles wrong."""
+    slow, fast = (tune.CANDIDATES[op][0] | {block: size} for size in (64, 32))
+    monkeypatch.setitem(tune.CANDIDATES, op, [slow, fast])
+    error = inputs.Problem.error
+    monkeypatch.setattr(inputs.Problem, "error", lambda *given: 0.5 if config._trials[op].config == fast else error(*given))
+    table = tune.tune([op], [TINY], config.TABLES / "table.json", tokens=[3], device=device, timer=lambda call: 1.0)
+    (entries,) = table[op].values()
+    assert entries == {"4": slow}
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{op}/fp8/tiny/tp8/t3: BLOCK" in said and f"{block}=32" in said and "its error against the reference is 5.0e-01" in said
+
+
+@pytest.mark.triton
+def test_where_every_configuration_is_wrong_nothing_is_written(monkeypatch, device, capsys):
+    monkeypatch.setitem(tune.CANDIDATES, "route_top1", tune.CANDIDATES["route_top1"][:1])
+    monkeypatch.setattr(inputs.Problem, "error", lambda *given: float("nan"))
+    path = config.TABLES / "table.json"
+    assert tune.tune(["route_top1"], [TINY], path, tokens=[3], device=device, timer=lambda call: 1.0) == {}
+    assert "no configuration is left, nothing is written" in capsys.readouterr().out and not path.exists()
 
 
 def test_what_was_tuned_before_is_kept(tmp_path, monkeypatch):
