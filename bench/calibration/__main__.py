@@ -19,6 +19,7 @@ from bench.calibration.measurement import Measurement, Step, in_line
 from bench.calibration.runner import Outcome
 from llama4_kernels.bench import record
 from llama4_kernels.bench.machine import this_machine
+from llama4_kernels.cli.tables import new_table
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -97,9 +98,7 @@ def is_failure(outcome: Outcome) -> bool:
 
 def summary(outcomes: Sequence[Outcome]) -> Table:
     """A row for each step: how many cases were measured, its best figure, and the first reason for what is missing."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("question", "cases", "seconds", "best", "missing"):
-        table.add_column(column, overflow="fold")
+    table = new_table("question", "cases", "seconds", "best", "missing")
     for outcome in outcomes:
         good = [each for each in outcome.records if each["status"] == "ok"]
         bad = (f"{each['status']}: {each['reason']}" for each in outcome.records if each["status"] != "ok")
