@@ -28,17 +28,26 @@ def require_package(name: str) -> None:
         raise NotInstalled(f"{name} is not installed")
 
 
-@functools.cache
 def sgl_kernel() -> Any:
-    require_package("sgl_kernel")
-    require_gpu()
-    return importlib.import_module("sgl_kernel")
+    return _imported("sgl_kernel")
 
 
-@functools.cache
 def flash_attn_3() -> Any:
-    sgl_kernel()
-    return importlib.import_module("sgl_kernel.flash_attn")
+    return _imported("sgl_kernel.flash_attn")
+
+
+def flashinfer() -> Any:
+    return _imported("flashinfer")
+
+
+def deep_gemm() -> Any:
+    return _imported("deep_gemm")
+
+
+def _imported(module: str) -> Any:
+    require_package(module.partition(".")[0])
+    require_gpu()
+    return importlib.import_module(module)
 
 
 @functools.cache
@@ -50,20 +59,6 @@ def flash_attn_4() -> Callable[..., Any]:
         if packages.is_dir() and str(packages) not in sys.path:
             sys.path.insert(0, str(packages))
     return importlib.import_module("flash_attn.cute").flash_attn_varlen_func
-
-
-@functools.cache
-def flashinfer() -> Any:
-    require_package("flashinfer")
-    require_gpu()
-    return importlib.import_module("flashinfer")
-
-
-@functools.cache
-def deep_gemm() -> Any:
-    require_package("deep_gemm")
-    require_gpu()
-    return importlib.import_module("deep_gemm")
 
 
 @functools.cache
