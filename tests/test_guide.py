@@ -31,7 +31,10 @@ def test_the_lines_of_the_guide():
     assert all("--chat-template=llama-4" in line and line.endswith("--model-impl llama4_kernels") for line in others)
 
 
-@pytest.mark.parametrize("arguments, says", [(["--line", "behemoth"], "--line"), (["--keep", __file__], "--keep")])
+@pytest.mark.parametrize(
+    "arguments, says",
+    [(["--line", "behemoth"], "--line"), (["--keep", __file__], "--keep"), (["--list", "--line", "maverick"], "has no effect with --list")],
+)
 def test_a_wrong_option_is_named(arguments, says):
     result = invoke(*arguments)
     assert result.exit_code == 2 and says in result.output

@@ -258,6 +258,7 @@ def plan(
 
 @app.command()
 def guide(
+    context: typer.Context,
     line: Annotated[Optional[list[str]], typer.Option(help="Only the lines of these names; may be given several times.")] = None,
     show: Annotated[bool, typer.Option("--list", help="Print the lines with their names and start nothing.")] = False,
     keep: Annotated[Optional[Path], typer.Option(file_okay=False, help="Folder to keep the checkpoints and the logs in.")] = None,
@@ -266,6 +267,7 @@ def guide(
 
     Exits with 0 only if every line starts and chat, streaming, tool calls, structured output and images come as promised.
     """
+    _refuse_unused(context, (show, ("line", "keep"), "has no effect with --list, which prints every line and starts nothing"))
     from llama4_kernels.cli import guide
 
     if unknown := set(line or ()) - set(guide.LINES):
