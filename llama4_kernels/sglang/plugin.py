@@ -43,7 +43,7 @@ def register() -> None:
         (f"{_MANAGER}._validate_one_request", _check_request, HookType.AFTER),
         *((f"{_MANAGER}.{name}", functools.partial(_check_control_request, check), HookType.BEFORE) for name, check in CHECKS.items()),
         ("sglang.srt.session.session_controller.Session.create_req", _forget_replaced_requests, HookType.BEFORE),
-        ("sglang.srt.layers.sampler.Sampler._preprocess_logits", _keep_probabilities_finite, HookType.AFTER),
+        ("sglang.srt.constrained.base_grammar_backend.GrammarMask.apply", _free_rows_ruled_out, HookType.AFTER),
         (f"{_RESULTS}._apply_prefill_grammar", _blame_min_new_tokens, HookType.AFTER),
         (f"{_RESULTS}._accept_grammar_tokens", _blame_min_new_tokens, HookType.AFTER),
         ("sglang.srt.model_executor.model_runner.adjust_config_with_unaligned_cpu_tp", _adjust_config_on_cpu, HookType.AROUND),
@@ -238,11 +238,11 @@ def _forget_replaced_requests(session, req, *args, **kwargs) -> None:
             root.clear(session.req_nodes)
 
 
-def _keep_probabilities_finite(result, sampler, logits, sampling_info) -> None:
+def _free_rows_ruled_out(result, mask, logits) -> None:
     if _is_served():
-        from llama4_kernels.sglang.sampling import keep_probabilities_finite
+        from llama4_kernels.sglang.sampling import free_rows_ruled_out
 
-        keep_probabilities_finite(result, sampling_info)
+        free_rows_ruled_out(logits)
 
 
 def _blame_min_new_tokens(result, processor, req=None, *args, **kwargs) -> None:

@@ -1,28 +1,24 @@
-"""Sampling where nothing is left to sample: min_new_tokens rules out the tokens that end an answer, and a grammar may rule out all others.
+"""Sampling where nothing is left to sample from: min_new_tokens rules out the tokens that end an answer, and a grammar may rule out the others.
 
 SGLang 0.5.23 then divides zero by zero, and samples from NaN: what that raises ends the server.
 """
 
 from __future__ import annotations
 
+import math
 from http import HTTPStatus
 
 import torch
 
-# Stays finite in float32 when it is divided by the smallest temperature, 1e-6.
-RULED_OUT = -1e30
 
+def free_rows_ruled_out(logits: torch.Tensor) -> None:
+    """Zero the rows of logits (rows, vocabulary) that are all -inf, in place. Other rows keep their bits, and NaN that the model computes stays
+    NaN. Nothing waits for the device.
 
-def keep_probabilities_finite(logits: torch.Tensor, sampling_info) -> None:
-    """Raise logits (requests, vocabulary) of -inf to RULED_OUT, in place, where a grammar or a custom logit processor may have put them.
-
-    The probabilities of a row with a finite logit stay as they are, and those of a row without become equal. NaN stays NaN. Nothing waits for
-    the device. Greedy requests are left alone: argmax takes any row.
-
-    sampling_info: SGLang's SamplingBatchInfo of the requests.
+    To be called where a grammar has masked logits: the token sampled from such a row is one that it does not take, which ends that request
+    alone.
     """
-    if not sampling_info.is_all_greedy and (sampling_info.grammars or sampling_info.has_custom_logit_processor):
-        logits.clamp_(min=RULED_OUT)
+    logits.masked_fill_(logits.amax(-1, keepdim=True) == -math.inf, 0.0)
 
 
 def blame_min_new_tokens(request) -> None:
