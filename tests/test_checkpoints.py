@@ -206,7 +206,7 @@ def test_rounding_bound_tells_float32_noise_from_another_rounding(made, monkeypa
     assert rounding.rounding_sites() == 8
 
     exact = oracle._round
-    monkeypatch.setattr(oracle, "_round", lambda x, scale, per_block=False: exact(x, scale))
+    monkeypatch.setattr(oracle, "_round", lambda x, scale, per_block=False, parts=1: exact(x, scale))
     per_token, _ = rounding.logprobs(PROMPT)
     monkeypatch.undo()
     generator = torch.Generator().manual_seed(0)

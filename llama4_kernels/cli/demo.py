@@ -107,7 +107,7 @@ def _demo(console: Console, folder: Path, like: str, fp8: bool, vision: bool, tp
     """The demo in `folder`; what went wrong, if anything."""
     console.print(f"writing a tiny random checkpoint like Llama 4 {like.capitalize()}{' in FP8' if fp8 else ''}")
     path = checkpoint.make(folder / "checkpoint", like, fp8="compressed-tensors-experts" if fp8 else None, vision=vision)
-    reference = reference_for(path, folder, fp8)
+    reference = reference_for(path, folder, fp8, tp)
     flags = [*FLAGS, *(VISION_FLAGS if vision else ())]
     with start_progress(console) as progress, serve(path, *flags, log=folder / "server.log", tp=tp, port=port, progress=progress) as server:
         progress(server.seconds_to_start, "")
@@ -127,13 +127,13 @@ def _demo(console: Console, folder: Path, like: str, fp8: bool, vision: bool, tp
     return _judge(console, comparisons, reference)
 
 
-def reference_for(path: Path, folder: Path, fp8: bool) -> Reference:
+def reference_for(path: Path, folder: Path, fp8: bool, tp: int) -> Reference:
     from llama4_kernels.cli.oracle import Oracle
 
     if not fp8:
         return Reference(Oracle(path), None)
     full = checkpoint.dequantised(path, folder / "dequantised")
-    return Reference(Oracle(full, quantise_activations=path), Oracle(full))
+    return Reference(Oracle(full, quantise_activations=path, ranks=tp), Oracle(full))
 
 
 def _chat(console: Console, server: Server, reference: Reference, path: Path) -> Comparison:

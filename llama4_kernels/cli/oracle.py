@@ -11,6 +11,8 @@ here a second time in plain PyTorch:
     h = silu(gate) * up of a MoE layer       one scale per token and 128 columns
     anything with a static activation scale  that scale
 
+With tensor parallelism each rank rounds the part of x that it has: of the inputs of o_proj and down_proj, by scales of its own.
+
 What is left between this oracle and the engine is float32 rounding, which moves an activation across a rounding boundary of e4m3 now and
 then, and every later token sees the flipped code. So the comparison is of means, and `rounding_bound` says how far apart they may be.
 """
@@ -34,10 +36,12 @@ class Oracle:
 
     path: a full-precision checkpoint.
     quantise_activations: the FP8 checkpoint that `path` was dequantised from, to round activations as it asks; None to leave them alone.
-    dtype: what it computes in.
+    dtype: what it computes in. ranks: of tensor parallelism, in which activations are rounded.
     """
 
-    def __init__(self, path: str | Path, quantise_activations: str | Path | None = None, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, path: str | Path, quantise_activations: str | Path | None = None, dtype: torch.dtype = torch.float32, ranks: int = 1
+    ):
         import transformers
 
         transformers.logging.set_verbosity_error()
@@ -47,7 +51,7 @@ class Oracle:
         kind = getattr(transformers, self.config["architectures"][0])
         self.model = kind.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
         if quantise_activations is not None:
-            _quantise_activations(self.model, load_weights(quantise_activations))
+            _quantise_activations(self.model, load_weights(quantise_activations), ranks)
 
     @torch.inference_mode()
     def logprobs(self, ids: list[int], **image: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +90,7 @@ def rounding_bound(whole_error: float, sites: int) -> float:
     return whole_error * math.sqrt(2 / sites) / 2
 
 
-def _quantise_activations(model: nn.Module, stored: dict[str, Tensor]) -> None:
+def _quantise_activations(model: nn.Module, stored: dict[str, Tensor], ranks: int) -> None:
     """Make the layers that are FP8 in `stored` round their inputs."""
     fp8 = {name for name, tensor in stored.items() if tensor.dtype == torch.float8_e4m3fn}
     fp8 |= {name.removeprefix("language_model.") for name in fp8}
@@ -97,35 +101,39 @@ def _quantise_activations(model: nn.Module, stored: dict[str, Tensor]) -> None:
             experts = f"{name}.experts"
             if {f"{experts}.gate_up_proj", f"{experts}.0.gate_proj.weight"} & fp8:
                 static = [scales.get(f"{experts}.{projection}_input_scale") for projection in ("gate_up_proj", "down_proj")]
-                module.experts.forward = _RoundedExperts(module.experts, *static)
+                module.experts.forward = _RoundedExperts(module.experts, *static, ranks)
                 module.rounding_sites = 2
         elif isinstance(module, nn.Linear) and f"{name}.weight" in fp8:
             per_block = name.endswith("shared_expert.down_proj")
-            module.register_forward_pre_hook(_rounder(scales.get(f"{name}.input_scale"), per_block))
+            parts = ranks if name.endswith(("o_proj", "down_proj")) else 1
+            module.register_forward_pre_hook(_rounder(scales.get(f"{name}.input_scale"), per_block, parts))
             module.rounding_sites = 1
 
 
 class _RoundedExperts:
     """Llama4TextExperts.forward with rounded activations. Its input is score * x, tokens repeated for every expert."""
 
-    def __init__(self, experts: nn.Module, input_scale: Tensor | None, hidden_scale: Tensor | None):
-        self.experts = experts
+    def __init__(self, experts: nn.Module, input_scale: Tensor | None, hidden_scale: Tensor | None, ranks: int):
+        self.experts, self.ranks = experts, ranks
         self.input_scale, self.hidden_scale = input_scale, hidden_scale
 
     def __call__(self, x: Tensor) -> Tensor:
         experts = self.experts
         x = _round(x, self.input_scale).view(experts.num_experts, -1, experts.hidden_size)
         gate, up = torch.bmm(x, experts.gate_up_proj).chunk(2, dim=-1)
-        hidden = _round(nn.functional.silu(gate) * up, self.hidden_scale, per_block=True)
+        hidden = _round(nn.functional.silu(gate) * up, self.hidden_scale, per_block=True, parts=self.ranks)
         return torch.bmm(hidden, experts.down_proj).view(-1, experts.hidden_size)
 
 
-def _rounder(scale: Tensor | None, per_block: bool):
-    return lambda module, arguments: (_round(arguments[0], scale, per_block),)
+def _rounder(scale: Tensor | None, per_block: bool, parts: int):
+    return lambda module, arguments: (_round(arguments[0], scale, per_block, parts),)
 
 
-def _round(x: Tensor, scale: Tensor | None, per_block: bool = False) -> Tensor:
-    """x rounded to e4m3 and back: with the given scale, else with one per row, or per row and 128 columns."""
+def _round(x: Tensor, scale: Tensor | None, per_block: bool = False, parts: int = 1) -> Tensor:
+    """x rounded to e4m3 and back, in so many equal parts of its columns: with the given scale, else with one per row, or per row and 128
+    columns."""
+    if parts > 1:
+        return torch.cat([_round(part, scale, per_block) for part in x.chunk(parts, dim=-1)], dim=-1)
     if scale is not None:
         return _round_to(x, scale)
     if not per_block:

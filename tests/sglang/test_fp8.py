@@ -17,8 +17,8 @@ from llama4_kernels.cli.oracle import Oracle, rounding_bound
 FIRST = 8
 
 
-def check(server, full, fp8):
-    rounded, unrounded = Oracle(full, quantise_activations=fp8), Oracle(full)
+def check(server, full, fp8, tp=1):
+    rounded, unrounded = Oracle(full, quantise_activations=fp8, ranks=tp), Oracle(full)
     shares, first = [], []
     for length in LENGTHS:
         answer = ask(server, prompt(length))
@@ -36,7 +36,7 @@ def check(server, full, fp8):
     [
         ("maverick", "compressed-tensors-experts", False, 2),
         ("scout", "compressed-tensors", False, 1),
-        ("maverick", "redhat", True, 1),
+        ("maverick", "redhat", True, 2),
         ("scout", "modelopt", False, 1),
     ],
 )
@@ -44,7 +44,7 @@ def test_checkpoint(like, form, attention, tp, make, tmp_path):
     path = make(like, fp8=form, fp8_attention=attention, intermediate_size=256)
     full = checkpoint.dequantised(path, tmp_path / "full")
     with llama4_server(path, log=tmp_path / "log", tp=tp) as server:
-        check(server, full, path)
+        check(server, full, path, tp)
 
 
 @pytest.mark.parametrize("like, form, attention", [("maverick", "redhat", True), ("scout", "modelopt", False)])

@@ -85,7 +85,7 @@ def run(
     series = []
     if "transformers" in against:
         console.print(f"computing {len(ids)} tokens in transformers")
-        series.append(_from_transformers(model, ids, ours, dtype))
+        series.append(_from_transformers(model, ids, ours, dtype, tp))
     if "stock" in against:
         stock = _logprobs(console, model, ids, *flags, log=out / "stock.log", tp=tp, stock=True)
         series.append(Series("stock SGLang", (ours - stock).abs()))
@@ -123,10 +123,10 @@ def _logprobs(console: Console, model: Path, ids: list[int], *flags: str, log: P
     return torch.tensor(logprobs)
 
 
-def _from_transformers(model: Path, ids: list[int], ours: Tensor, dtype: str) -> Series:
+def _from_transformers(model: Path, ids: list[int], ours: Tensor, dtype: str, tp: int) -> Series:
     fp8 = any(tensor.dtype == torch.float8_e4m3fn for tensor in checkpoint.load_weights(model).values())
     with tempfile.TemporaryDirectory(prefix="llama4_kernels-parity-") as folder:
-        reference = demo.reference_for(model, Path(folder), fp8)
+        reference = demo.reference_for(model, Path(folder), fp8, tp)
         compared = reference.compare("text", ids, [], ours.tolist())
     if dtype != "float32":
         return Series("transformers", compared.difference)
