@@ -11,6 +11,6 @@ if [ "$(cat "$venv/llama4_kernels.sha256" 2>/dev/null || true)" != "$wanted" ]; 
     "$venv/bin/python" -m pip install --disable-pip-version-check -q --progress-bar on --no-compile -e ".[sglang,test]"
     echo "$wanted" > "$venv/llama4_kernels.sha256"
 fi
-unset PYTHONDONTWRITEBYTECODE # without bytecode kept, every process that imports SGLang compiles it anew, for some 15 seconds
+unset PYTHONDONTWRITEBYTECODE # without bytecode kept, every process that imports SGLang compiles it anew, which takes as long as the import itself
 PATH="$(cd "$venv/bin" && pwd):$PATH"
 export PATH

@@ -18,6 +18,7 @@ CONTEXT = 2048
 CASES = {
     "scout": (("scout", {}), (), 1, {}),
     "scout, one pool": (("scout", {}), ("--disable-hybrid-swa-memory",), 1, {"swa_full_tokens_ratio": None}),
+    "scout, a chunk as long as the context": (("scout", {"attention_chunk_size": CONTEXT}), (), 1, {}),
     "scout, pages, a context that RoPE's scaling makes": (
         ("scout", {"max_position_embeddings": CONTEXT // 2, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
         ("--page-size=16", "--swa-full-tokens-ratio=0.3"),
