@@ -228,7 +228,8 @@ def test_a_model_that_is_no_folder(mode, tmp_path):
 
     assert f"{tmp_path / 'nowhere'} does not exist: correct the path" in said_of(tmp_path / "nowhere")
     assert f"{__file__} is a file: give the folder" in said_of(__file__)
-    assert "or run `hf download no-one/nothing`" in said_of("no-one/nothing")
+    said = said_of("no-one/nothing")
+    assert "or run `hf download no-one/nothing`, after `hf auth login` where the model's licence has to be accepted" in said
 
 
 @pytest.mark.parametrize(

@@ -108,5 +108,6 @@ def _check_cached(model: str | Path) -> None:
         raise EvalError(f"{model} does not exist: correct the path") from error
     if not isinstance(found, str):
         raise EvalError(
-            f"{model} is neither a folder nor a model in the Hugging Face cache: correct the path, or run `hf download {model}`"
+            f"{model} is neither a folder nor a model in the Hugging Face cache: correct the path, or run `hf download {model}`, "
+            "after `hf auth login` where the model's licence has to be accepted"
         )
