@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from llama4_kernels.cli import doctor, server
 from llama4_kernels.cli.main import app
-from llama4_kernels.cli.tables import new_table
+from llama4_kernels.cli.tables import PLAIN_WIDTH, new_table
 
 has_sglang = pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="sglang is not installed")
 has_server_needs = pytest.mark.skipif(
@@ -305,6 +305,35 @@ def test_tables_cut_nothing_off(width):
     console = Console(width=width, file=io.StringIO())
     console.print(table)
     assert sorted("".join(console.file.getvalue().split())) == sorted("".join(("now/before", *titles, *cells)).replace(" ", ""))
+
+
+@has_sglang
+@pytest.mark.parametrize(
+    "arguments, module, function, console",
+    [
+        ("demo", "demo", "_demo", 0),
+        ("guide --line maverick", "guide", "_run_line", 0),
+        ("plan --model scout", "plan.report", "show", 1),
+        ("eval --tiny scout --needle", "eval.needle", "run", 0),
+    ],
+    ids=["demo", "guide", "plan", "eval"],
+)
+def test_what_is_piped_is_wide_enough_and_has_no_markup(arguments, module, function, console, monkeypatch, tmp_path):
+    """In 80 columns a table breaks numbers; `[/]` in an answer or a path is no markup."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    module, seen = importlib.import_module(f"llama4_kernels.cli.{module}"), []
+
+    def print_a_row(*given, **named):
+        table = new_table("path", "number")
+        table.add_row("[/]" + 100 * "x", "1.2345e-06")
+        given[console].print(table)
+        seen.append(given[console].width)
+        return []
+
+    monkeypatch.setattr(module, function, print_a_row)
+    output = invoke(*arguments.split()).output
+    assert seen == [PLAIN_WIDTH] and "[/]" + 100 * "x" + "  1.2345e-06" in output
 
 
 def test_doctor_fails_for_a_backend_that_does_not_exist(without_plugin_rows, monkeypatch):

@@ -112,12 +112,12 @@ def tune(
                     try:
                         timed.append((_time(problem, timer), candidate))
                     except _Wrong as wrong:
-                        console.print(f"{name}: {_words(candidate)} is left out: {wrong}", highlight=False, soft_wrap=True)
+                        console.print(f"{name}: {_words(candidate)} is left out: {wrong}", soft_wrap=True)
                     except triton.runtime.errors.OutOfResources:
                         pass
                 progress.advance(task)
             if not timed:
-                console.print(f"{name}: no configuration is left, nothing is written", highlight=False, soft_wrap=True)
+                console.print(f"{name}: no configuration is left, nothing is written", soft_wrap=True)
                 continue
             took, fastest = min(timed, key=lambda pair: pair[0])
             chosen.add_row(name, f"{took:.4g}", _words(fastest))

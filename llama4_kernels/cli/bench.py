@@ -86,9 +86,9 @@ def _read(path: Path) -> Sequence[Record]:
 def _measure(jobs: Sequence[Job], runner: Runner, path: Path, console: Console) -> list[Record]:
     session = runner.session
     ceilings = ", ".join(f"{dtype} {rate:.4g} TFLOP/s" for dtype, rate in session.ceilings.matmul_tflop_s.items())
-    console.print(f"{session.machine.device}: copy {session.ceilings.copy_gb_s:.4g} GB/s, matmul {ceilings}", highlight=False)
+    console.print(f"{session.machine.device}: copy {session.ceilings.copy_gb_s:.4g} GB/s, matmul {ceilings}")
     if session.machine.kind == "cpu":
-        console.print(f"No GPU: what is timed is {measure.ON_CPU}.", highlight=False, soft_wrap=True)
+        console.print(f"No GPU: what is timed is {measure.ON_CPU}.", soft_wrap=True)
     records: list[Record] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -98,7 +98,7 @@ def _measure(jobs: Sequence[Job], runner: Runner, path: Path, console: Console) 
             record.append(path, [done])
             records.append(done)
     _print(records, console)
-    console.print(f"bench: {len(records)} record{'' if len(records) == 1 else 's'} added to {path}", highlight=False, soft_wrap=True)
+    console.print(f"bench: {len(records)} record{'' if len(records) == 1 else 's'} added to {path}", soft_wrap=True)
     return records
 
 
@@ -122,11 +122,11 @@ def _print(records: Sequence[Record], console: Console) -> None:
         console.print(table)
     absent = {(each.op, each.backend): each.reason for each in benchmarks if each.status == "unavailable"}
     for (op, name), reason in absent.items():
-        console.print(f"Not measured: {op} on {name}: {reason}", highlight=False, soft_wrap=True)
+        console.print(f"Not measured: {op} on {name}: {reason}", soft_wrap=True)
     if shown:
-        console.print("Each row again:", highlight=False)
+        console.print("Each row again:")
     for each in shown:
-        console.print(f"  {each.repro}", highlight=False, soft_wrap=True)
+        console.print(f"  {each.repro}", soft_wrap=True)
 
 
 def _figures(each: Benchmark) -> list[str]:
@@ -157,5 +157,5 @@ def _compare(records: Sequence[Record], before: Sequence[Record], console: Conso
     for each in regressions:
         print(f"bench: {each.record.workload} on {each.record.backend} is {each.verdict}: {each.record.repro}", file=sys.stderr)
     counts = {verdict: sum(each.verdict == verdict for each in found) for verdict in dict.fromkeys(each.verdict for each in found)}
-    console.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()), highlight=False)
+    console.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
     return regressions

@@ -26,7 +26,7 @@ from torch import Tensor
 from llama4_kernels.cli import checkpoint
 from llama4_kernels.cli.checkpoint import CHUNK
 from llama4_kernels.cli.server import Server, ServerError, serve
-from llama4_kernels.cli.tables import new_table
+from llama4_kernels.cli.tables import new_console, new_table
 
 if TYPE_CHECKING:
     from llama4_kernels.cli.oracle import Oracle
@@ -87,7 +87,7 @@ def run(like: str, *, fp8: bool, vision: bool, tp: int, keep: Path | None, port:
         print('sglang is not installed: pip install "llama4_kernels[sglang]", then `llama4-kernels doctor`', file=sys.stderr)
         return 1
     started = time.monotonic()
-    console = Console()
+    console = new_console()
     try:
         with _folder(keep) as folder:
             problems = _demo(console, folder, like, fp8, vision, tp, port)
@@ -97,7 +97,7 @@ def run(like: str, *, fp8: bool, vision: bool, tp: int, keep: Path | None, port:
     for problem in problems:
         print(f"FAIL: {problem}", file=sys.stderr)
     if keep:
-        console.print(f"kept in {keep}", markup=False, soft_wrap=True)
+        console.print(f"kept in {keep}", soft_wrap=True)
     if not problems:
         console.print(f"OK: SGLang with --model-impl llama4_kernels agrees with transformers ({time.monotonic() - started:.0f} s)")
     return 1 if problems else 0
@@ -146,9 +146,9 @@ def _chat(console: Console, server: Server, reference: Reference, path: Path) ->
     choice = server.post("/v1/chat/completions", body)["choices"][0]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     expected = reference.oracle.greedy(ids, NEW_TOKENS)
-    console.print(f"question       {QUESTION}", markup=False)
-    console.print(f"SGLang         {choice['message']['content']!r}", markup=False)
-    console.print(f"transformers   {tokenizer.decode(expected, skip_special_tokens=True)!r}", markup=False)
+    console.print(f"question       {QUESTION}")
+    console.print(f"SGLang         {choice['message']['content']!r}")
+    console.print(f"transformers   {tokenizer.decode(expected, skip_special_tokens=True)!r}")
     logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
     return reference.compare("chat", ids, choice["response_token_ids"], logprobs)
 
@@ -219,7 +219,7 @@ def _print_backends(console: Console, backends: dict[str, tuple[str, str]]) -> N
     """What the server's start-up table says, ops of one backend and reason together."""
     for backend, why in dict.fromkeys(backends.values()):
         ops = [op for op, taken in backends.items() if taken == (backend, why)]
-        console.print(f"{', '.join(ops)} -> {backend} ({why})", markup=False, highlight=False)
+        console.print(f"{', '.join(ops)} -> {backend} ({why})")
 
 
 @contextlib.contextmanager

@@ -167,12 +167,11 @@ def _picked_up() -> Row:
 
 
 def _print(rows: list[Row], failures: list[Row]) -> None:
-    from rich.console import Console
     from rich.text import Text
 
-    from llama4_kernels.cli.tables import new_table
+    from llama4_kernels.cli.tables import new_console, new_table
 
-    console = Console()
+    console = new_console()
     if console.is_terminal:
         colours = {"OK": "green", "WARN": "yellow", "FAIL": "bold red"}
         table = new_table("", "", "", "what to do")

@@ -20,13 +20,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 
 from llama4_kernels.cli import checkpoint
 from llama4_kernels.cli.demo import start_progress
 from llama4_kernels.cli.plan.model import PRESETS
 from llama4_kernels.cli.server import ServerError, serve
-from llama4_kernels.cli.tables import new_table
+from llama4_kernels.cli.tables import new_console, new_table
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -92,7 +91,7 @@ def run(names: list[str] | None, keep: Path | None) -> int:
     except ImportError as missing:
         print(f'{missing.name} is not installed: pip install "llama4_kernels[sglang]"', file=sys.stderr)
         return 1
-    console = Console()
+    console = new_console()
     broken = []
     try:
         with tempfile.TemporaryDirectory(prefix="llama4_kernels-guide-") as folder:
@@ -109,7 +108,7 @@ def run(names: list[str] | None, keep: Path | None) -> int:
 
 def _run_line(console: Console, name: str, line: Line, folder: Path) -> list[str]:
     """Start one line and ask for its promises; what was broken."""
-    console.print(f"{name}: {line}", soft_wrap=True, markup=False, highlight=False)
+    console.print(f"{name}: {line}", soft_wrap=True)
     positions = PRESETS[line.like].text["max_position_embeddings"]
     path = checkpoint.make(folder / name, line.like, vision=line.images, max_position_embeddings=positions)
     table = new_table("promise", "", "seen")
@@ -125,7 +124,7 @@ def _run_line(console: Console, name: str, line: Line, folder: Path) -> list[str
                 return [f"{name}: the server runs SGLang's own model; run `llama4-kernels doctor`"]
             table.add_row("starts", "kept", f"healthy after {server.seconds_to_start:.0f} s")
             for promise, (verdict, seen) in check(_client(server.url), images=line.images).items():
-                table.add_row(promise, verdict, escape(seen))
+                table.add_row(promise, verdict, seen)
                 broken += [f"{name}: {promise}: {seen}"] if verdict == "BROKEN" else []
     except ServerError as error:
         broken.append(f"{name}: {error}")

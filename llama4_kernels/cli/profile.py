@@ -32,7 +32,7 @@ def run(op: str, name: str, backend: str | None = None) -> int:
             return _counters(workload, chosen, console)
         except RuntimeError as error:
             reason = str(error)
-    console.print(f"No hardware counters: {reason}. The kernels' static figures, for sm_90:", highlight=False, soft_wrap=True)
+    console.print(f"No hardware counters: {reason}. The kernels' static figures, for sm_90:", soft_wrap=True)
     return _static(workload, [backend] if backend else ["cuda", "triton"], console)
 
 
@@ -50,8 +50,8 @@ def _counters(workload: Workload, backend: str, console: Console) -> int:
     console.print(
         f"{len(launches)} launches, {total:.4g} µs in kernels; floor {floor.us:.4g} µs ({floor.bound}), floor / time {floor.ratio:.3f}; "
         f"moved {moved / 1e6:.4g} MB, needs {work.bytes / 1e6:.4g} MB",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        soft_wrap=True,
+    )
     return 0
 
 
@@ -69,7 +69,7 @@ def _static(workload: Workload, backends: list[str], console: Console) -> int:
             found += 1
     console.print(table)
     work = workloads.work(workload)
-    console.print(f"Needs {work.bytes:,} bytes and {work.total_flops:,} flops at least.", highlight=False)
+    console.print(f"Needs {work.bytes:,} bytes and {work.total_flops:,} flops at least.")
     if not found:
         print(f"profile: no kernel of {', '.join(backends)} for {workload.op} can be looked at here", file=sys.stderr)
     return 0 if found else 1

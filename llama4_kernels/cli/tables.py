@@ -11,8 +11,8 @@ PLAIN_WIDTH = 200  # of what goes to a file or a pipe
 
 
 def new_console() -> Console:
-    """Where results are printed: as wide as the terminal, or wide enough for any table."""
-    console = Console(markup=False)
+    """Where results are printed, as they are, without markup: as wide as the terminal, or wide enough for any table."""
+    console = Console(markup=False, highlight=False)
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
     return console

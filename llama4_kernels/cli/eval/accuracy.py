@@ -77,9 +77,9 @@ def run(console: Console, name: str, server: AbstractContextManager[Target], pro
     asked = {"model": name, "task": protocol.task, "max_gen_toks": protocol.max_gen_toks, "limit": protocol.limit}
     with AnswerLog(out / "answers.jsonl", asked) as log, contextlib.ExitStack() as stack:
         if log.note:
-            console.print(log.note, markup=False, soft_wrap=True)
+            console.print(log.note, soft_wrap=True)
         if log.answers:
-            console.print(f"{len(log.answers)} answers are in {log.path} already", markup=False, soft_wrap=True)
+            console.print(f"{len(log.answers)} answers are in {log.path} already", soft_wrap=True)
         target = stack.enter_context(server)
         implementation = target.implementation()
         results = _evaluate(tasks, target, protocol, log, out)
@@ -168,10 +168,9 @@ def _report(console: Console, scores: list[Score], comparisons: dict[str, guide.
         console.print(
             f"{protocol.model}, {name}: {c.theirs:.1f} %; difference {c.difference:+.1f} ± {c.stderr:.1f}, "
             f"95 % interval {c.low:+.1f} … {c.high:+.1f}: {c.verdict}",
-            highlight=False,
             soft_wrap=True,
         )
-    console.print(f"written to {out}", markup=False, soft_wrap=True)
+    console.print(f"written to {out}", soft_wrap=True)
     if not comparisons:
         console.print(
             f"OK: all questions are answered; no verdict, because {protocol.not_comparable() or 'one question has no spread'}",

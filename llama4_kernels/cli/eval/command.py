@@ -18,6 +18,7 @@ from llama4_kernels.cli import checkpoint
 from llama4_kernels.cli.eval import accuracy, guide, needle, parity
 from llama4_kernels.cli.eval.target import EvalError, Target, check_model, reach, started
 from llama4_kernels.cli.server import ServerError
+from llama4_kernels.cli.tables import new_console
 
 CPU_SERVER = ("--dtype=float32", "--max-running-requests=8")
 TINY_MAX_GEN_TOKS = 32
@@ -97,7 +98,7 @@ def run_parity(options: Options, text: Path | None, tokens: int | None, dtype: s
 def _one_line(evaluate) -> int:
     """The exit code of evaluate(console); what stops it is printed and makes it 1."""
     try:
-        return evaluate(Console())
+        return evaluate(new_console())
     except (EvalError, ServerError, OSError) as error:
         print(f"FAIL: {error}", file=sys.stderr)
     except ModuleNotFoundError as missing:

@@ -100,7 +100,7 @@ def run(console: Console, name: str, server: AbstractContextManager[Target], len
     asked = {"model": name, "task": "needle", "max_gen_toks": ANSWER_TOKENS}
     with AnswerLog(out / "answers.jsonl", asked) as log, contextlib.ExitStack() as stack:
         if log.note:
-            console.print(log.note, markup=False, soft_wrap=True)
+            console.print(log.note, soft_wrap=True)
         target = stack.enter_context(server)
         implementation = target.implementation()
         client = _Client(target, log)
@@ -178,10 +178,10 @@ def _report(console: Console, outcomes: list[Outcome], lengths: list[int], depth
     console.print("the number's place in the text, 0% the start; yes: found, no: another answer, –: the prompt was refused", soft_wrap=True)
     console.print(table)
     for refused in dict.fromkeys(o.refused for o in outcomes if o.refused):
-        console.print(f"refused: {refused}", markup=False, soft_wrap=True)
+        console.print(f"refused: {refused}", soft_wrap=True)
     past = [o for o in outcomes if o.tokens > CHUNK]
     found, found_past = (sum(o.found for o in some) for some in (outcomes, past))
-    console.print(f"written to {out}", markup=False, soft_wrap=True)
+    console.print(f"written to {out}", soft_wrap=True)
     verdict = "OK" if found == len(outcomes) else "FAIL"
     console.print(
         f"{verdict}: found {found} of {len(outcomes)}; {found_past} of {len(past)} in prompts of more than {CHUNK} tokens", soft_wrap=True

@@ -186,7 +186,7 @@ def _report(console: Console, series: list[Series], chunk: int | None, out: Path
         console.print(table)
         how = "not judged" if s.bound is None else f"bound: {s.statistic} {s.bound:.1e}"
         console.print(how)
-    console.print(f"written to {out}", markup=False, soft_wrap=True)
+    console.print(f"written to {out}", soft_wrap=True)
     problems = [problem for s in series if (problem := s.problem())]
     for problem in problems:
         console.print(f"FAIL: {problem}", soft_wrap=True)

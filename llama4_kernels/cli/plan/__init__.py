@@ -6,13 +6,10 @@ import json
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from llama4_kernels.cli.plan import report
 from llama4_kernels.cli.plan.errors import PlanError
 from llama4_kernels.cli.plan.planner import Question, plan
-
-PLAIN_WIDTH = 120  # of a table that goes to a file or a pipe
+from llama4_kernels.cli.tables import new_console
 
 
 def run(question: Question, *, as_json: bool, picture: Path | None) -> int:
@@ -27,8 +24,5 @@ def run(question: Question, *, as_json: bool, picture: Path | None) -> int:
     if as_json:
         print(json.dumps(report.as_json(answer), indent=2))
     else:
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console.width = max(console.width, PLAIN_WIDTH)
-        report.show(answer, console)
+        report.show(answer, new_console())
     return 0 if answer.fit.problem is None else 1

@@ -125,7 +125,7 @@ def show(plan: Plan, console: Console) -> None:
     launch = as_json(plan)["launch"]
     if launch:
         console.print()
-        console.print(shlex.join(launch), soft_wrap=True, markup=False, highlight=False)
+        console.print(shlex.join(launch), soft_wrap=True)
 
 
 def plot(plan: Plan, file: Path) -> None:
