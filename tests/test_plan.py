@@ -98,6 +98,14 @@ def test_two_changes_where_one_is_not_enough():
     assert all(near.fit.problem is None for near in nearest.values())
 
 
+def test_what_the_plugin_would_refuse_is_not_named_as_near():
+    nearest = answer(gpu="a100", gpus=2, tp=2).nearest
+    assert set(nearest) == {"--gpus 4 --tp 4", "--gpu h200"}
+    two = answer("maverick", gpu="a100", gpus=4, tp=4).nearest
+    assert two and all("fp8" not in change or "--gpu" in shlex.split(change) for change in two)
+    assert "--gpus 4 --tp 4" in answer("maverick", gpus=2, tp=2, weights="int4").nearest, "refused with and without the change"
+
+
 @pytest.mark.parametrize("name", ["scout", "maverick"])
 @pytest.mark.parametrize(
     "gpu, options", [("h100", {}), ("h200", {}), ("h200", {"tp": 4, "gpus": 4}), ("h100", {"weights": "fp8", "page_size": 64})]
@@ -150,7 +158,10 @@ def test_many_requests_get_a_row_each_and_no_more():
 def test_as_many_requests_as_fit_are_at_most_at_once():
     found = answer(gpu="h200", context=1, requests=100_000)
     assert found.fit.problem is None and found.largest_requests >= 100_000
-    assert "most at once of 1: 100000 or more" in invoke("--model", "scout", "--gpu", "h200", "--context", "1", "--concurrency", "100000").output
+    assert (
+        "most at once of 1: 100000 or more"
+        in invoke("--model", "scout", "--gpu", "h200", "--context", "1", "--concurrency", "100000").output
+    )
     assert "or more" not in invoke("--model", "scout", "--gpu", "h200", "--context", "1000000").output
 
 
@@ -194,10 +205,17 @@ def test_what_the_plugin_does_not_serve_gets_no_launch_line(options, says):
     [
         (["--model", "scout", "--gpu", "h300"], "--gpu h300 is not known: give one of a100, h100"),
         (["--model", "behemoth"], "--model behemoth is not a folder: give that of a checkpoint, or one of scout, maverick, meta-llama/"),
-        (["--model", "scout", "--gpus", "3"], "--tp 3 does not divide the 40 query and 8 KV heads: give one of 1, 2, 4, 8, 40"),
-        (["--model", "scout", "--gpus", "16"], "--tp 16 does not divide"),
+        (
+            ["--model", "scout", "--gpus", "3"],
+            "--gpus 3 as the number of ranks does not divide the 40 query and 8 KV heads: give --tp, one of 1, 2, 4, 8, 40",
+        ),
+        (["--model", "scout", "--gpus", "16"], "--gpus 16 as the number of ranks does not divide"),
+        (
+            ["--model", "scout", "--gpus", "16", "--tp", "16"],
+            "--tp 16 does not divide the 40 query and 8 KV heads: give one of 1, 2, 4, 8, 40",
+        ),
         (["--model", "scout", "--tp", "5", "--gpus", "8"], "--tp 5 does not divide --gpus 8"),
-        (["--model", "scout", "--ep", "3"], "--ep 3 must divide --tp 8 and the 16 experts"),
+        (["--model", "scout", "--ep", "3"], "--ep 3 must divide the 8 ranks and the 16 experts"),
         (["--model", "scout", "--page-size", "48"], "--page-size 48 does not divide the attention chunk of 8192 tokens"),
         (
             ["--model", "scout", "--chunked-prefill-size", "1000", "--page-size", "16"],

@@ -238,7 +238,7 @@ def plan(
         model=model,
         gpu=gpu,
         gpus=gpus,
-        tp=tp or gpus,
+        tp=tp,
         ep=ep,
         weights=weights and weights.value,
         kv_dtype=kv_dtype and kv_dtype.value,

@@ -145,21 +145,24 @@ class Model:
     def global_layers(self) -> int:
         return len(self.layers) - self.local_layers
 
-    def check_ranks(self, tp: int, ep: int) -> None:
-        """PlanError where `tp` ranks cannot share the heads or the widths, or `ep` groups the experts."""
+    def check_ranks(self, tp: int, ep: int, given: str, give: str) -> None:
+        """PlanError where `tp` ranks cannot share the heads or the widths, or `ep` groups the experts.
+
+        given, give: what the error calls the option that says how many ranks, and what to do about it.
+        """
         if self.q_heads % tp or (self.kv_heads % tp and tp % self.kv_heads):
             fitting = ", ".join(
                 str(n) for n in range(1, self.q_heads + 1) if not self.q_heads % n and not (self.kv_heads % n and n % self.kv_heads)
             )
-            raise PlanError(f"--tp {tp} does not divide the {self.q_heads} query and {self.kv_heads} KV heads: give one of {fitting}")
+            raise PlanError(f"{given} does not divide the {self.q_heads} query and {self.kv_heads} KV heads: {give} one of {fitting}")
         if tp % ep or self.experts % ep:
-            raise PlanError(f"--ep {ep} must divide --tp {tp} and the {self.experts} experts")
+            raise PlanError(f"--ep {ep} must divide the {tp} ranks and the {self.experts} experts")
         for name, width, ranks in (
             ("intermediate_size", self.expert_width, tp),
             ("intermediate_size_mlp", 0 if all(layer.is_moe for layer in self.layers) else self.mlp_width, tp),
         ):
             if width % ranks:
-                raise PlanError(f"--tp {tp} does not divide {name} {width}: give a divisor of it")
+                raise PlanError(f"{given} does not divide {name} {width}: {give} a divisor of it")
 
     def weight_bytes(self, tp: int, ep: int = 1, vision: bool = False) -> dict[str, int]:
         """Bytes of one rank by part. Linear layers are sharded over tp; KV heads are repeated where tp exceeds them; the router and the

@@ -35,13 +35,13 @@ MARGIN = 2 * GIB  # that a plan leaves free for fragmentation and whatever the e
 class Question:
     """What the command was asked; None leaves a choice to the planner.
 
-    requests: at once, each of the full context. one_pool: --disable-hybrid-swa-memory.
+    tp: all GPUs where it is None. requests: at once, each of the full context. one_pool: --disable-hybrid-swa-memory.
     """
 
     model: str
     gpu: str
     gpus: int
-    tp: int
+    tp: int | None = None
     ep: int = 1
     weights: Weights | None = None
     kv_dtype: str | None = None
@@ -55,6 +55,11 @@ class Question:
     max_running_requests: int | None = None
     cuda_graph_max_bs: int | None = None
     vision: bool = False
+
+    @property
+    def ranks(self) -> int:
+        """Tensor-parallel ranks."""
+        return self.tp or self.gpus
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class Case:
         chunked = q.chunked_prefill_size or default_chunked_prefill(self.gpu)
         flags = Flags(
             context_length=context,
-            tp=q.tp,
+            tp=q.ranks,
             mem_fraction_static=q.mem_fraction_static or 0.0,
             swa_full_tokens_ratio=None if q.one_pool else q.swa_full_tokens_ratio or SWA_RATIO,
             chunked_prefill_size=chunked,
@@ -126,9 +131,12 @@ def check(question: Question) -> Case:
     q = question
     found = model.load(q.model, q.weights)
     gpu = gpus.load(q.gpu)
-    if q.gpus % q.tp:
+    if q.gpus % q.ranks:
         raise PlanError(f"--tp {q.tp} does not divide --gpus {q.gpus}: give a divisor, each group of {q.tp} is a replica")
-    found.check_ranks(q.tp, q.ep)
+    if q.tp:
+        found.check_ranks(q.tp, q.ep, f"--tp {q.tp}", "give")
+    else:
+        found.check_ranks(q.gpus, q.ep, f"--gpus {q.gpus} as the number of ranks", "give --tp,")
     chunked = q.chunked_prefill_size or default_chunked_prefill(gpu)
     for name, size in (("the attention chunk", found.chunk), ("--chunked-prefill-size", chunked)):
         if size is not None and size % q.page_size:
@@ -144,6 +152,18 @@ def check(question: Question) -> Case:
     if q.vision and found.vision is None:
         raise PlanError(f"--vision: {q.model} has no vision_config; leave it out")
     return Case(q, found, gpu)
+
+
+def why_not_served(case: Case) -> str:
+    """Why the plugin does not serve a case, whether it fits or not, or ""."""
+    q = case.question
+    if case.model.weights == "int4":
+        return "llama4_kernels does not serve int4 weights"
+    if q.ep > 1:
+        return f"llama4_kernels does not serve --ep-size {q.ep}"
+    if case.gpu.name == "a100" and (case.model.weights == "fp8" or q.kv_dtype == "fp8"):
+        return "llama4_kernels serves FP8 from compute capability 8.9 on in CUDA graphs, which an a100 does not have"
+    return ""
 
 
 def plan(question: Question) -> Plan:
@@ -268,7 +288,7 @@ def _largest(fits: Callable[[int], bool], most: int) -> int | None:
 
 
 def _nearest(case: Case, answer: Plan) -> Iterator[tuple[str, Plan]]:
-    """Changes of one option that make it fit; where none does, of two."""
+    """Changes of one option that make it fit; where none does, of two. None that make the plugin refuse it."""
     changes = list(_changes(case, answer))
     for count in (1, 2):
         found = False
@@ -279,9 +299,12 @@ def _nearest(case: Case, answer: Plan) -> Iterator[tuple[str, Plan]]:
                 continue
             question = replace(case.question, **{key: value for _, _, values in chosen for key, value in values.items()})
             try:
-                changed = _answer(check(question))
+                changed_case = check(question)
             except PlanError:
                 continue
+            if why_not_served(changed_case) and not why_not_served(case):
+                continue
+            changed = _answer(changed_case)
             if changed.fit.problem is None:
                 seen.add(names)  # the first that fits is the smallest change of its kind
                 found = True
@@ -302,7 +325,7 @@ def _changes(case: Case, answer: Plan) -> Iterator[tuple[str, str, dict]]:
     if q.kv_dtype != "fp8":
         yield "KV cache", "--kv-dtype fp8", {"kv_dtype": "fp8"}
     for tp in (2, 4, 8):
-        if tp > q.tp:
+        if tp > q.ranks:
             yield "ranks", f"--gpus {max(q.gpus, tp)} --tp {tp}", {"gpus": max(q.gpus, tp), "tp": tp}
     for name, total in sorted(TOTAL_MIB.items(), key=lambda item: item[1]):
         if total > case.gpu.total_mib:

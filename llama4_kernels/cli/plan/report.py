@@ -12,7 +12,7 @@ from rich.console import Console
 from llama4_kernels.cli.plan.errors import PlanError
 from llama4_kernels.cli.plan.gpus import GIB
 from llama4_kernels.cli.plan.memory import has_two_pools, local_tokens, request_table_bytes, rope_table_bytes, token_bytes
-from llama4_kernels.cli.plan.planner import MARGIN, Case, Fit, Plan
+from llama4_kernels.cli.plan.planner import MARGIN, Case, Fit, Plan, why_not_served
 from llama4_kernels.cli.tables import new_table
 
 KV_FLAG = {"fp8": "fp8_e4m3", "bf16": "bfloat16", None: "auto"}
@@ -22,14 +22,10 @@ POINTS = 120
 def launch_line(case: Case, fit: Fit) -> list[str]:
     """The command that starts the server of a fit; PlanError where the plugin does not serve it."""
     q, flags = case.question, fit.flags
-    if case.model.weights == "int4":
-        raise PlanError("llama4_kernels does not serve int4 weights")
-    if q.ep > 1:
-        raise PlanError(f"llama4_kernels does not serve --ep-size {q.ep}")
-    if case.gpu.name == "a100" and (case.model.weights == "fp8" or q.kv_dtype == "fp8"):
-        raise PlanError("llama4_kernels serves FP8 from compute capability 8.9 on in CUDA graphs, which an a100 does not have")
-    pairs = [("--model-path", case.model.path), ("--model-impl", "llama4_kernels"), ("--tp-size", q.tp)]
-    pairs += [("--dp-size", q.gpus // q.tp)] if q.gpus > q.tp else []
+    if refused := why_not_served(case):
+        raise PlanError(refused)
+    pairs = [("--model-path", case.model.path), ("--model-impl", "llama4_kernels"), ("--tp-size", q.ranks)]
+    pairs += [("--dp-size", q.gpus // q.ranks)] if q.gpus > q.ranks else []
     pairs += [("--quantization", "fp8")] if case.model.at_load else []
     pairs += [
         ("--context-length", flags.context_length),
@@ -172,7 +168,7 @@ def _needs(plan: Plan, context: int) -> dict[str, float]:
 
 def _title(plan: Plan) -> str:
     q = plan.case.question
-    return f"{plan.case.model.path} ({plan.case.model.form}) on {q.gpus} x {plan.case.gpu.name}, --tp {q.tp}"
+    return f"{plan.case.model.path} ({plan.case.model.form}) on {q.gpus} x {plan.case.gpu.name}, --tp {q.ranks}"
 
 
 def _pool_tokens(plan: Plan) -> str:
