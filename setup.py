@@ -1,6 +1,7 @@
 """Builds llama4_kernels.cuda._C with nvcc through CMake, or leaves it out and says why.
 
-LLAMA4_KERNELS_CUDA=auto builds it where nvcc and the build tools are found; on makes their absence an error; off leaves it out.
+LLAMA4_KERNELS_CUDA=auto builds it where an nvcc that is new enough and the build tools are found; on makes their absence an error; off
+leaves it out.
 nvcc is $CUDACXX, else $CUDA_HOME/bin/nvcc, else $CUDA_PATH/bin/nvcc, else the first on PATH.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from setuptools.command.build_ext import build_ext
 ENVIRONMENT_VARIABLE = "LLAMA4_KERNELS_CUDA"
 MODES = ("auto", "on", "off")
 REASON_FILE = "not_built.txt"
+OLDEST_CUDA = (12, 5)  # the first with cudaGetDriverEntryPointByVersion; the kernels' PTX, 8.1, came with 12.1
 
 
 def cuda_mode(environ: Mapping[str, str]) -> str:
@@ -39,8 +42,28 @@ def find_nvcc(environ: Mapping[str, str]) -> str | None:
     return None
 
 
+def cuda_release(nvcc: str) -> tuple[int, int] | None:
+    """The CUDA release that an nvcc is of, or None where it does not say."""
+    try:
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        return None
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    return (int(release[1]), int(release[2])) if release else None
+
+
+def missing_nvcc(environ: Mapping[str, str]) -> list[str]:
+    nvcc, needed = find_nvcc(environ), f"nvcc of CUDA {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]} or later"
+    if nvcc is None:
+        return [f"{needed} (the CUDA toolkit; put it on PATH or set CUDA_HOME)"]
+    release = cuda_release(nvcc)
+    if release is None:
+        return [f"{needed} ({nvcc} does not say its release)"]
+    return [] if release >= OLDEST_CUDA else [f"{needed} ({nvcc} is of CUDA {release[0]}.{release[1]})"]
+
+
 def missing_tools(environ: Mapping[str, str]) -> list[str]:
-    missing = [] if find_nvcc(environ) else ["nvcc (the CUDA toolkit; put it on PATH or set CUDA_HOME)"]
+    missing = missing_nvcc(environ)
     missing += [tool for tool in ("cmake", "ninja") if not shutil.which(tool, path=environ.get("PATH", ""))]
     missing += [] if importlib.util.find_spec("pybind11") else ["pybind11"]
     return missing

@@ -16,6 +16,16 @@ if [ $# -ne 1 ]; then
     sed -n '5,9s/^# //p' "$0" >&2
     exit 2
 fi
+known="build install package tests memcheck racecheck benchmarks trials calibration peers"
+for name in ${STEPS:-}; do
+    case " $known " in
+        *" $name "*) ;;
+        *)
+            echo "STEPS names $name, needs some of: $known" >&2
+            exit 2
+            ;;
+    esac
+done
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.."

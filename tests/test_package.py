@@ -6,6 +6,7 @@ import importlib.machinery
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,10 +32,16 @@ def setup():
 
 @pytest.fixture
 def tools(tmp_path, monkeypatch):
-    """A PATH with cmake, ninja and nvcc, all of them empty programs."""
-    for name in ("cmake", "ninja", "nvcc"):
+    """A PATH with cmake, ninja and nvcc, the last of which says that it is of CUDA 13.0."""
+    for name in ("cmake", "ninja"):
         (tmp_path / name).touch(mode=0o755)
+    write_nvcc(tmp_path, "13.0")
     return tmp_path
+
+
+def write_nvcc(folder: Path, release: str) -> None:
+    (folder / "nvcc").write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.88'\n")
+    (folder / "nvcc").chmod(0o755)
 
 
 def test_off_leaves_the_extension_out_even_with_nvcc(setup, tools):
@@ -56,6 +63,27 @@ def test_on_without_tools_is_an_error_that_names_them(setup, tools):
     (tools / "ninja").unlink()
     with pytest.raises(SystemExit, match=r"LLAMA4_KERNELS_CUDA=on, but these are missing: nvcc .*, ninja"):
         setup.why_not_built({"LLAMA4_KERNELS_CUDA": "on", "PATH": str(tools)})
+
+
+@pytest.mark.parametrize("release", ["11.8", "12.4", "9.2"])
+def test_an_nvcc_that_is_too_old_is_as_good_as_none(setup, tools, release):
+    write_nvcc(tools, release)
+    named = rf"nvcc of CUDA 12\.5 or later \({tools}/nvcc is of CUDA {release}\)"
+    assert re.search(f"missing at installation: {named}", setup.why_not_built({"PATH": str(tools)}))
+    with pytest.raises(SystemExit, match=f"LLAMA4_KERNELS_CUDA=on, but these are missing: {named}"):
+        setup.why_not_built({"LLAMA4_KERNELS_CUDA": "on", "PATH": str(tools)})
+
+
+@pytest.mark.parametrize("release", ["12.5", "12.10", "13.0", "14.1"])
+def test_an_nvcc_that_is_new_enough_is_taken(setup, tools, release):
+    write_nvcc(tools, release)
+    assert setup.why_not_built({"PATH": str(tools)}) == ""
+
+
+@pytest.mark.parametrize("program", ["", "#!/bin/sh\nexit 1\n"])
+def test_an_nvcc_that_does_not_say_its_release_is_not_taken(setup, tools, program):
+    (tools / "nvcc").write_text(program)
+    assert f"nvcc of CUDA 12.5 or later ({tools}/nvcc does not say its release)" in setup.why_not_built({"PATH": str(tools)})
 
 
 def test_another_mode_is_an_error_that_names_the_modes(setup):
@@ -111,6 +139,13 @@ def test_environment_is_made_where_it_is_missing_or_was_left_unfinished(tmp_path
     calls = (tmp_path / "log").read_text().splitlines()
     assert sum("-m venv .venv" in call for call in calls) == (left != "whole")
     assert sum("-m pip install" in call for call in calls) == 1, "the second start finds everything"
+
+
+def test_the_gpu_check_refuses_a_step_that_it_does_not_have(tmp_path):
+    script, environ = ROOT / "scripts" / "gpu_check.sh", os.environ | {"STEPS": "build benchmark", "PYTHON": "/bin/false"}
+    ran = subprocess.run([script, tmp_path / "out"], env=environ, capture_output=True, text=True)
+    assert ran.returncode == 2 and not (tmp_path / "out").exists(), ran
+    assert ran.stderr.startswith("STEPS names benchmark, needs some of: build install package tests ")
 
 
 def in_subprocess(code: str) -> dict:
