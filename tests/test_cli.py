@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+from llama4_kernels import cuda
 from llama4_kernels.cli import doctor, server
 from llama4_kernels.cli.main import app
 from llama4_kernels.cli.tables import PLAIN_WIDTH, new_table
@@ -284,6 +285,26 @@ def test_doctor_warns_of_a_gpu_without_fp8(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if device in (0, torch.device("cuda", 0)) else (9, 0))
     first, second = [row for row in doctor.machine() if row.what.startswith("GPU ")]
     assert (first.status, second.status) == ("WARN", "OK") and "bf16 KV cache" in first.advice
+
+
+@pytest.mark.parametrize(
+    "not_built, gpu, status, found",
+    [
+        ("", None, "OK", "built; there is no GPU here"),
+        ("no nvcc that day", None, "WARN", "not built: no nvcc that day"),
+        ("no nvcc that day", (9, 0), "WARN", "not built: no nvcc that day"),
+        ("", (9, 0), "OK", "built, and made for this GPU"),
+        ("", (8, 0), "WARN", "built, but the GPU of a test is not a Hopper GPU (compute capability 9.0)"),
+    ],
+)
+def test_doctor_says_whether_the_cuda_extension_is_built(monkeypatch, not_built, gpu, status, found):
+    monkeypatch.setattr(cuda, "why_not_built", lambda: not_built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "the GPU of a test")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu)
+    (row,) = [row for row in doctor.machine() if row.what == "CUDA extension"]
+    assert (row.status, row.found) == (status, found)
 
 
 @pytest.mark.parametrize("columns", [40, 80])

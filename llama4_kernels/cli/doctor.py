@@ -15,6 +15,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
+import llama4_kernels
 from llama4_kernels.bench.machine import installed_version
 
 if TYPE_CHECKING:
@@ -68,7 +71,9 @@ def run(as_json: bool = False) -> int:
 def installed() -> Iterator[Row]:
     """Python and packages."""
     yield Row("python", "OK", f"{platform.python_version()} ({sys.executable})")
-    for package in ("llama4_kernels", "torch", "triton", "transformers"):
+    yield Row("llama4_kernels", "OK", llama4_kernels.__version__)
+    yield Row("torch", "OK", torch.__version__)
+    for package in ("triton", "transformers"):
         version = installed_version(package)
         if version:
             yield Row(package, "OK", version)
@@ -78,8 +83,6 @@ def installed() -> Iterator[Row]:
 
 def machine() -> Iterator[Row]:
     """CUDA toolkit, driver, GPU and our extension."""
-    import torch
-
     from llama4_kernels import cuda
     from llama4_kernels.triton import E4M3_CAPABILITY
 
@@ -104,8 +107,14 @@ def machine() -> Iterator[Row]:
     else:
         advice = "torch sees no GPU though there is a driver: check CUDA_VISIBLE_DEVICES and torch's CUDA version" if driver else ""
         yield Row("GPU", "WARN", "none: every op runs in plain PyTorch on the CPU, for tests and demonstrations", advice)
-    why_not = cuda.why_not(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
-    yield Row("CUDA extension", "WARN" if why_not else "OK", why_not or "built, and made for this GPU")
+    if reason := cuda.why_not_built():
+        yield Row("CUDA extension", "WARN", f"not built: {reason}")
+    elif not torch.cuda.is_available():
+        yield Row("CUDA extension", "OK", "built; there is no GPU here")
+    elif reason := cuda.why_not(torch.device("cuda", 0)):
+        yield Row("CUDA extension", "WARN", f"built, but {reason}")
+    else:
+        yield Row("CUDA extension", "OK", "built, and made for this GPU")
 
 
 def backends() -> Iterator[Row]:
