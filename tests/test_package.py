@@ -115,16 +115,38 @@ esac
 """
 
 
+TOO_OLD = f"""#!/bin/sh
+echo "$0 $@" >> "$LOG"
+[ "$1" = -c ] && exec {sys.executable} -c 'import sys; sys.version_info, sys.version = (3, 10, 13), "3.10.13 (main)"; exec(sys.argv[1])' "$2"
+"""
+
+
+def copy_environment_script(folder: Path, python: str) -> dict[str, str]:
+    """scripts/environment.sh and what it reads, in `folder`, with `python` as python3; the environment variables to run it with."""
+    for file in ("scripts/environment.sh", "pyproject.toml", "setup.py", "CMakeLists.txt", "csrc/bindings.cpp"):
+        (folder / file).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / file, folder / file)
+    stand_in = folder / "bin" / "python3"
+    stand_in.parent.mkdir()
+    stand_in.write_text(python)
+    stand_in.chmod(0o755)
+    return {"PATH": f"{stand_in.parent}:{os.environ['PATH']}", "LOG": str(folder / "log")}
+
+
+def test_a_python_too_old_for_sglang_is_said_before_an_environment_is_made(tmp_path):
+    environ = copy_environment_script(tmp_path, TOO_OLD)
+    ran = subprocess.run(
+        ["sh", "-c", ". scripts/environment.sh", "scripts/test.sh"], cwd=tmp_path, env=environ, capture_output=True, text=True
+    )
+    assert ran.returncode == 1 and re.search(r"SGLang needs Python 3\.11 or later, \S+ is Python 3\.10\.13", ran.stderr), ran
+    assert "-m venv" not in (tmp_path / "log").read_text() and "-m pip install" not in (tmp_path / "log").read_text()
+
+
 @pytest.mark.parametrize("left", ["nothing", "no pip", "oldest alone", "whole"])
 def test_environment_is_made_where_it_is_missing_or_was_left_unfinished(tmp_path, left):
     """scripts/environment.sh with a stand-in for Python; `left`: what an earlier start has left of .venv."""
-    for file in ("scripts/environment.sh", "pyproject.toml", "setup.py", "CMakeLists.txt", "csrc/bindings.cpp"):
-        (tmp_path / file).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / file, tmp_path / file)
+    environ = copy_environment_script(tmp_path, PYTHON)
     stand_in, venv = tmp_path / "bin" / "python3", tmp_path / ".venv"
-    stand_in.parent.mkdir()
-    stand_in.write_text(PYTHON)
-    stand_in.chmod(0o755)
     if left in ("no pip", "whole"):
         (venv / "bin").mkdir(parents=True)
         shutil.copy(stand_in, venv / "bin" / "python")
@@ -132,7 +154,6 @@ def test_environment_is_made_where_it_is_missing_or_was_left_unfinished(tmp_path
         (venv / "pip").touch()
     if left == "oldest alone":
         (venv / "oldest").mkdir(parents=True)
-    environ = {"PATH": f"{stand_in.parent}:{os.environ['PATH']}", "LOG": str(tmp_path / "log")}
     command = ["sh", "-c", ". scripts/environment.sh && command -v python", "scripts/test.sh"]
     ran = [subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True) for _ in range(2)]
     assert all(each.returncode == 0 and each.stdout.endswith(f"{venv}/bin/python\n") for each in ran), ran
