@@ -28,7 +28,9 @@ def test_the_lines_of_the_guide():
         assert "--mem-fraction-static=0.8 --context-length=65536" in lines[name]
     assert lines["scout-2.5m"].endswith(" --model-impl llama4_kernels  # SGLang 0.5.23 needs --max-running-requests too: docs/serving.md")
     others = [line for name, line in lines.items() if name != "scout-2.5m"]
-    assert all("--chat-template=llama-4" in line and line.endswith("--model-impl llama4_kernels") for line in others)
+    assert all(line.endswith("--model-impl llama4_kernels") for line in others)
+    assert {name for name, line in lines.items() if "--chat-template=llama-4" in line} == {"scout-1m", "scout-2.5m", "maverick"}
+    assert not any("--tool-call-parser" in line for line in lines.values()), "the guide gives none"
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,22 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
     (tmp_path / "model.safetensors").touch()
     result = invoke("--keep", str(tmp_path))
     assert result.exit_code == 2 and "is not empty" in " ".join(result.output.replace("│", " ").split())
+
+
+def test_a_line_is_started_with_its_own_flags_and_those_that_are_added(monkeypatch, tmp_path):
+    started = []
+
+    @contextlib.contextmanager
+    def serve(path, *flags, log, tp, progress):
+        started.extend(flags)
+        raise ServerError("not today")
+        yield
+
+    monkeypatch.setattr(guide, "serve", serve)
+    monkeypatch.setattr(guide.checkpoint, "make", lambda folder, like, **config: folder)
+    guide._run_line(Console(), "scout-accuracy", guide.LINES["scout-accuracy"], tmp_path)
+    own = ["--model-impl=llama4_kernels", "--mem-fraction-static=0.8", "--context-length=65536"]
+    assert started == [*own, *guide.ADDED_FLAGS] and "--tool-call-parser=pythonic" in guide.ADDED_FLAGS
 
 
 def test_how_far_a_server_has_come_is_shown(monkeypatch, tmp_path, capsys):

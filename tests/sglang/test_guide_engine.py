@@ -1,6 +1,7 @@
 """The guide's launch lines through the command itself, on the real server: each starts, and what it promises comes through openai's client.
 
-The other lines of `llama4-kernels guide` differ in numbers alone: what SGLang makes of those is tested in test_pools.py.
+The other lines of `llama4-kernels guide` differ in numbers, of which test_pools.py tests what SGLang makes, and in that the two for accuracy have
+the chat template of the checkpoint.
 """
 
 import functools
