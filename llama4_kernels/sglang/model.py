@@ -117,7 +117,6 @@ class Llama4Attention(nn.Module):
             layer_id=layer_id,
             quant_config=quant_config,
             prefix=add_prefix("attn", prefix),
-            use_irope=layer.chunk_size is not None,
         )
 
     def forward(self, positions: Tensor, hidden_states: Tensor, forward_batch: ForwardBatch) -> Tensor:
@@ -150,7 +149,6 @@ class Llama4DecoderLayer(llama4.Llama4DecoderLayer):
 
     def __init__(self, config: Llama4TextConfig, layer_id: int, cos_sin: Tensor, quant_config: QuantizationConfig | None, prefix: str):
         nn.Module.__init__(self)
-        self.config = config
         layer = layer_config(config, layer_id)
         self.self_attn = Llama4Attention(config, layer, layer_id, cos_sin, quant_config, add_prefix("self_attn", prefix))
         prefix = add_prefix("feed_forward", prefix)
@@ -172,9 +170,6 @@ class Llama4DecoderLayer(llama4.Llama4DecoderLayer):
             (declare_attn(), self.input_layernorm), (feed_forward, self.post_attention_layernorm)
         )
 
-    def get_intermediate_size(self) -> int:
-        return self.config.intermediate_size if isinstance(self.feed_forward, Llama4MoE) else self.config.intermediate_size_mlp
-
 
 class Llama4Model(llama4.Llama4Model):
     """Embedding, decoder layers and final norm, run in SGLang's order."""
@@ -182,8 +177,6 @@ class Llama4Model(llama4.Llama4Model):
     def __init__(self, config: Llama4TextConfig, quant_config: QuantizationConfig | None, prefix: str):
         nn.Module.__init__(self)
         self.config = config
-        self.padding_idx = config.pad_token_id
-        self.vocab_size = config.vocab_size
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size,
             config.hidden_size,
