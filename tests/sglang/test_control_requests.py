@@ -32,6 +32,10 @@ def test_control_requests_that_cannot_be_done(make, oracle, tmp_path):
         assert_agrees(ask(server, prompt(70)), oracle(path))
 
 
+def test_a_group_with_a_name_is_left_to_sglang():
+    CHECKS["init_weights_update_group"](None, SimpleNamespace(group_name="a"))
+
+
 @pytest.fixture
 def ask_memory(monkeypatch):
     """Asks a manager on a GPU, with or without requests, to release or resume memory."""

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 from sglang.srt.multimodal.modality import MultimodalInputFormat
 
-from llama4_kernels.sglang import plugin
 from llama4_kernels.sglang.media_checks import ImageTokens
 from llama4_kernels.sglang.request_checks import check_request
 
@@ -42,15 +41,17 @@ def check(tokens, fields, model=MODEL):
     ([1], {"sampling_params": {"stop_token_ids": {0, 319, None}}}),
     ([1], {"sampling_params": {"stop_token_ids": None}}),
     ([1], {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 320}),
+    ([1], {"return_logprob": True}),
     ([1], {"logprob_start_len": -9}),  # read with return_logprob only
     ([1], {"sampling_params": {"stop_regex": ["a+", "b|c"]}}),
+    ([1], {"sampling_params": {"stop_regex": "[ab]"}}),
     ([1, 2], {"token_indices_to_pool": [0, 1]}),
     ([1], {"sampling_params": {"top_k": 2**31 - 1, "min_new_tokens": 2**31 - 1}}),
     ([1], {"sampling_params": {"logit_bias": {"5": -1e30, "6": 100}, "repetition_penalty": 1e-3}}),
     ([1], {"sampling_params": {"logit_bias": None, "repetition_penalty": None}}),
     ([1], {"sampling_params": {"min_new_tokens": 2, "stop_token_ids": list(range(1, 320))}}),
     ([1], {"sampling_params": {"min_new_tokens": 0, "stop_token_ids": list(range(320))}}),
-    ([1], {"return_hidden_states": "last"}),
+    *(([1], {"return_hidden_states": mode}) for mode in (True, "last")),
     ([1], {"sampling_params": {"top_k": None, "min_new_tokens": "5"}}),  # read, or refused, by SGLang
 ], ids=str)  # fmt: skip
 def test_what_is_taken(tokens, fields):
@@ -66,6 +67,10 @@ def test_a_model_without_images_takes_their_token_for_text_and_no_image():
 def test_positions_of_a_prompt_that_may_be_computed_in_part():
     with pytest.raises(ValueError, match="token_indices_to_pool is given, needs a server with --disable-radix-cache and --chunked-prefill"):
         check([1, 2], {"token_indices_to_pool": [0]}, MODEL | {"computes_whole_prompts": False})
+
+
+def test_a_model_without_an_end_of_the_answer():
+    check([1], {"sampling_params": {"min_new_tokens": 2}}, MODEL | {"end_tokens": frozenset()})
 
 
 def test_an_end_of_the_answer_outside_of_the_vocabulary():
@@ -98,7 +103,7 @@ def test_an_end_of_the_answer_outside_of_the_vocabulary():
     ([1], {"sampling_params": {"top_k": 2**31}}, "top_k is 2147483648, needs at most 2147483647"),
     ([1], {"sampling_params": {"min_new_tokens": 2**40}}, "min_new_tokens is 1099511627776, needs at most 2147483647"),
     ([1, 2], {"token_indices_to_pool": [1, 2]}, r"token_indices_to_pool is \[1, 2\], needs positions of the prompt, from 0 to 1"),
-    ([1, 2], {"token_indices_to_pool": [-1]}, r"token_indices_to_pool is \[-1\], needs positions of the prompt, from 0 to 1"),
+    ([1, 2], {"token_indices_to_pool": [0, -1]}, r"token_indices_to_pool is \[0, -1\], needs positions of the prompt, from 0 to 1"),
     ([1, 2], {"token_indices_to_pool": []}, r"token_indices_to_pool is \[\], needs positions of the prompt, from 0 to 1"),
     ([1], {"sampling_params": {"stop_regex": "("}}, r"stop_regex is '\(', needs a regular expression"),
     ([1], {"sampling_params": {"stop_regex": ["a", "("]}}, r"stop_regex is '\(', needs a regular expression"),
@@ -123,10 +128,3 @@ def test_an_end_of_the_answer_outside_of_the_vocabulary():
 def test_what_is_refused(tokens, fields, message):
     with pytest.raises(ValueError, match=message):
         check(tokens, fields)
-
-
-def test_requests_outside_of_a_server_are_left_to_sglang():
-    seen = []
-    for hook in (plugin._normalize_request, plugin._read_request):
-        hook(seen.append, "no request")
-    assert seen == ["no request"] * 2
