@@ -13,7 +13,9 @@ from sglang.srt.speculative.eagle_info import EagleVerifyInput
 
 from llama4_kernels import use_backend
 from llama4_kernels.reference import attention as reference
+from llama4_kernels.sglang import model
 from llama4_kernels.sglang.attention import Llama4AttentionBackend
+from llama4_kernels.sglang.config import LayerConfig
 
 CHUNK, HEADS, KV_HEADS, HEAD_DIM, SLOTS, WIDTH = 64, 4, 2, 64, 512, 160
 LAYER = SimpleNamespace(
@@ -27,8 +29,8 @@ def dtype_on(device: str) -> torch.dtype:
     return torch.bfloat16 if device == "cuda" else torch.float32
 
 
-def runner(device: str = "cpu", page_size: int = 1) -> SimpleNamespace:
-    k, v = torch.randn(2, SLOTS, KV_HEADS, HEAD_DIM, device=device, dtype=dtype_on(device))
+def runner(device: str = "cpu", page_size: int = 1, dtype: torch.dtype | None = None) -> SimpleNamespace:
+    k, v = torch.randn(2, SLOTS, KV_HEADS, HEAD_DIM, device=device).to(dtype or dtype_on(device))
     pool = SimpleNamespace(page_size=page_size, get_key_buffer=lambda layer: k, get_value_buffer=lambda layer: v)
     rows = torch.randperm(SLOTS)[: 3 * WIDTH].view(3, WIDTH).int().to(device)
     return SimpleNamespace(device=device, token_to_kv_pool=pool, req_to_token_pool=SimpleNamespace(req_to_token=rows))
@@ -111,6 +113,33 @@ def test_a_step_reads_nothing_back(mode, queries):
     assert metadata.seq_lens.shape == (len(queries),) and metadata.query_start_loc.shape == (len(queries) + 1,)
     assert metadata.seq_lens.dtype == metadata.query_start_loc.dtype == torch.int32
     assert not backend.needs_cpu_seq_lens
+
+
+class Attention(SimpleNamespace):
+    """A RadixAttention with the backend that SGLang would ask for."""
+
+    def __call__(self, q, k, v, forward_batch, **options):
+        return self.backend.forward_extend(q, k, v, self, forward_batch, **options)
+
+
+def test_an_fp8_cache_is_written_and_read_by_its_scales(monkeypatch):
+    """Where the codes are exact, a layer computes what it does over a cache without."""
+    tokens, pools, outputs = 5, [], []
+    scales = {"k_scale": torch.tensor(0.5), "v_scale": torch.tensor(4.0)}
+    hidden = torch.randint(-8, 9, (tokens, (HEADS + 2 * KV_HEADS) * HEAD_DIM)).float()
+    for dtype in (torch.float32, torch.float8_e4m3fn):
+        run, forward_batch = runner(dtype=dtype), batch(ForwardMode.EXTEND, [tokens], [tokens])
+        forward_batch.out_cache_loc = run.req_to_token_pool.req_to_token[2, :tokens].long()
+        pool = run.token_to_kv_pool
+        monkeypatch.setattr(model, "get_token_to_kv_pool", lambda: pool)
+        layer = SimpleNamespace(
+            layer=LayerConfig(chunk_size=None, use_rope=False, qk_norm_eps=None, temperature=None, is_moe=True), cos_sin_cache=None,
+            qkv_proj=lambda x: (x, None), attn=Attention(**vars(LAYER) | scales, backend=Llama4AttentionBackend(run)), o_proj=lambda x: (x, None),
+        )  # fmt: skip
+        outputs.append(model.Llama4Attention.forward(layer, torch.arange(tokens), hidden, forward_batch))
+        pools.append([buffer(0)[forward_batch.out_cache_loc].float() for buffer in (pool.get_key_buffer, pool.get_value_buffer)])
+    assert torch.equal(pools[0][0], pools[1][0] * 0.5) and torch.equal(pools[0][1], pools[1][1] * 4.0)
+    torch.testing.assert_close(*outputs)
 
 
 @pytest.mark.gpu

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from sglang.srt.layers.linear import ReplicatedLinear
+from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
 from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
-from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
+from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod, Fp8MoEMethod
+from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from sglang.srt.model_executor.model_runner_components.weight_updater import _unsupported_derived_weight_cache_error
 from torch import nn
 
@@ -48,6 +50,14 @@ def load(layer, seed):
     for name, parameter in layer.named_parameters():
         parameter.weight_loader(parameter, torch.rand(parameter.shape, generator=generator).to(parameter.dtype))
     layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_a_bias_is_added_to_what_an_fp8_layer_computes():
+    _, layer = linear(config(one=("Linear", CHANNEL, PER_TOKEN)), "q_proj")
+    load(layer, 0)
+    x, bias = torch.rand(2, 3, K), torch.rand(N)
+    without = layer.quant_method.apply(layer, x)
+    assert without.shape == (2, 3, N) and torch.equal(layer.quant_method.apply(layer, x, bias), without + bias)
 
 
 @pytest.mark.parametrize(
@@ -106,12 +116,31 @@ def test_scales_per_tensor_stay_with_gate_and_up_and_are_loaded_again_in_place()
     assert kept == [scale.data_ptr() for linear in (layer.ops_w13, layer.ops_w2) for scale in (linear.scale, linear.input_scale)]
 
 
+def test_scales_of_blocks_as_wide_as_the_weight_stay_one_for_each_block():
+    scale = [[1.0], [2.0]]
+    layer = layer_of(weight=(256, 128), weight_scale_inv=scale)
+    layer.logical_widths = [256]
+    _keep_linear(layer)
+    assert layer.ops_weight.scale.tolist() == scale
+    layer = layer_of(w13_weight=(1, 256, 128), w13_weight_scale_inv=[scale], w2_weight=(1, 256, 128), w2_weight_scale_inv=[scale])
+    _keep_experts(layer)
+    assert layer.ops_w13.scale.tolist() == layer.ops_w2.scale.tolist() == [scale]
+
+
 @pytest.mark.parametrize(
     "name, is_quantised, expected", [("shared_expert", True, True), ("shared_expert", False, False), ("q_proj", True, False)]
 )
 def test_whether_the_moe_layers_are_fp8(name, is_quantised, expected):
     model, _ = linear(config(one=("Linear", CHANNEL, PER_TOKEN)) if is_quantised else None, name)
     assert moe_is_fp8(model) == expected
+
+
+@pytest.mark.parametrize("method, expected", [(Fp8MoEMethod.__new__(Fp8MoEMethod), True), (UnquantizedFusedMoEMethod(), False)])
+def test_whether_the_routed_experts_are_fp8(method, expected):
+    experts = FusedMoE.__new__(FusedMoE)
+    nn.Module.__init__(experts)
+    experts.quant_method = method
+    assert moe_is_fp8(nn.ModuleDict({"experts": experts})) == expected
 
 
 def test_layers_that_sglang_repacks_are_not_updated(monkeypatch):
