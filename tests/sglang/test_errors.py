@@ -183,6 +183,10 @@ def test_heads_are_split_by_the_ranks_that_serve_the_same_requests():
     check_sharding(Llama4TextConfig(), tp_size=16, attn_tp_size=8)
 
 
+def test_kv_heads_are_repeated_over_more_ranks():
+    check_sharding(Llama4TextConfig(num_key_value_heads=4), tp_size=8, attn_tp_size=8)
+
+
 ROPE = {"rope_theta": 500000.0, "factor": 2.0}
 
 
@@ -217,7 +221,9 @@ def test_configs_that_are_served(fields):
         ({"floor_scale": 0}, "floor_scale is 0, needs at least 1"),
         ({"num_attention_heads": 40, "num_key_value_heads": 16}, "num_attention_heads is 40, needs a multiple of num_key_value_heads, 16"),
         ({"num_key_value_heads": 0}, "num_key_value_heads is 0, needs at least 1"),
-        ({"num_local_experts": 0}, "num_local_experts is 0, needs at least 1"),
+        ({"num_local_experts": 0, "interleave_moe_layer_step": 2}, "num_local_experts is 0, needs at least 1"),
+        ({"num_experts_per_tok": 2}, "num_experts_per_tok 1, config.json has 2"),
+        ({"attention_bias": True}, "without attention_bias, config.json sets it"),
     ],
 )
 def test_configs_that_are_refused(fields, message):
@@ -227,7 +233,7 @@ def test_configs_that_are_refused(fields, message):
 
 def test_the_rope_table_holds_what_is_drafted_past_the_context():
     """The overlapped schedule verifies one chain more when a chain that was accepted whole has gone past the context."""
-    for drafted in range(2, 65):
+    for drafted in (*range(2, 65), 500):
         assert rope_positions(1024, drafted - 1, drafted) >= 1024 + 2 * drafted
 
 

@@ -78,6 +78,9 @@ def test_overrides_that_leave_too_little():
         derived(Llama4TextConfig(num_hidden_layers=4), overrides={"rope_scaling": {"factor": 2.0}})
     with pytest.raises(ValueError, match="no_rope_layers has 4 entries for 8 layers"):
         derived(Llama4TextConfig(num_hidden_layers=4), overrides={"num_hidden_layers": 8})
+    longer = {"num_hidden_layers": 8, "no_rope_layers": [1] * 8, "layer_types": ["full_attention"] * 4}
+    with pytest.raises(ValueError, match="layer_types has 4 entries for 8 layers"):
+        derived(Llama4TextConfig(num_hidden_layers=4), overrides=longer)
 
 
 @pytest.mark.parametrize(

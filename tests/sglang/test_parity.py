@@ -98,8 +98,9 @@ def test_two_ranks(like, make, oracle, tmp_path):
 
 
 def test_attention_in_data_parallel(make, oracle, tmp_path):
-    """Each of two ranks attends for its own requests, both compute the layers between, also where a rank has no request."""
-    path, environment = make("maverick"), engine_standins.environment(tmp_path / "standins")
+    """Each of two ranks attends for its own requests, with all of the heads, which need not be shared among the two; both compute the layers
+    between, also where a rank has no request."""
+    path, environment = make("maverick", num_attention_heads=5, num_key_value_heads=1), engine_standins.environment(tmp_path / "standins")
     flags = ("--enable-dp-attention", "--dp-size=2")
     with llama4_server(path, *flags, log=tmp_path / "log", tp=2, environment=environment) as server:
         for length in LENGTHS:

@@ -9,7 +9,7 @@ import torch
 from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 
-from llama4_kernels.ops.backend import Choice
+from llama4_kernels.ops.backend import OPS, Choice
 from llama4_kernels.sglang import server_modes
 from llama4_kernels.sglang.weights import adapt_quant_config
 
@@ -56,7 +56,7 @@ def test_what_the_model_serves(monkeypatch, changes):
 
 @pytest.mark.parametrize("changes, message", [
     ({"parallel": {"moe_ep_size": 2}}, "--ep-size 2, needs 1"),
-    ({"parallel": {"pp_size": 4}}, "--pp-size 4, needs 1"),
+    ({"parallel": {"pp_size": 2}}, "--pp-size 2, needs 1"),
     ({"parallel": {"attn_cp_size": 2}}, "--attn-cp-size 2, needs 1: attention reads whole sequences"),
     ({"parallel": {"moe_dp_size": 2}}, "--moe-dp-size 2, needs 1"),
     ({"parallel": {"attn_dcp_size": 2}}, "--dcp-size 2, needs 1: attention reads whole sequences"),
@@ -65,7 +65,7 @@ def test_what_the_model_serves(monkeypatch, changes):
     ({"moe": {"moe_runner_backend": "flashinfer_cutlass"}}, "--moe-runner-backend flashinfer_cutlass, needs auto or triton: the MoE layer"),
     ({"moe": {"kt_weight_path": "/experts"}}, "--kt-weight-path, needs every expert on the GPU"),
     ({"moe": {"enable_paged_experts": True}}, "--enable-paged-experts, needs every expert on the GPU"),
-    ({"offload": {"cpu_offload_gb": 8}}, "--cpu-offload-gb 8, needs 0: the MoE layer"),
+    ({"offload": {"cpu_offload_gb": 1}}, "--cpu-offload-gb 1, needs 0: the MoE layer"),
     ({"offload": {"offload_group_size": 2}}, "--offload-group-size 2, needs weights that stay"),
     ({"features": {"enable_return_routed_experts": True}}, "--enable-return-routed-experts, needs answers without"),
     ({"features": {"enable_mis": True}}, "--enable-mis, needs a sequence for each item"),
@@ -97,7 +97,7 @@ def a_gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
         monkeypatch.setattr(server_modes, "cuda_graph_fully_disabled", lambda: not graphs)
         monkeypatch.setattr(server_modes, "get_model", lambda: SimpleNamespace(kv_cache_dtype=kv_cache_dtype))
-        taken = [Choice(op, "reference" if op in reference else "triton", "asked for") for op in ("grouped_gemm", "chunked_attention")]
+        taken = [Choice(op, "reference" if op in reference else "triton", "asked for") for op in OPS]
         monkeypatch.setattr(server_modes.backend, "choices", lambda device: taken)
 
     return make
@@ -118,14 +118,17 @@ def test_a_flag_keeps_the_cache_that_the_checkpoint_asks_for_from_graphs(a_gpu):
     a_gpu((8, 0), kv_cache_dtype="bfloat16")
     server_modes.check_graphs(GPU, is_fp8=False, checkpoint_cache="fp8")
     a_gpu((8, 0))
-    with pytest.raises(ValueError, match="with the FP8 KV cache that the checkpoint asks for in CUDA graphs .* needs --kv-cache-dtype bfloat16"):
+    with pytest.raises(
+        ValueError, match="with the FP8 KV cache that the checkpoint asks for in CUDA graphs .* needs --kv-cache-dtype bfloat16"
+    ):
         server_modes.check_graphs(GPU, is_fp8=False, checkpoint_cache="fp8")
 
 
 @pytest.mark.parametrize("is_fp8, given, message", [
     (True, {}, "with FP8 weights in CUDA graphs on NVIDIA A100: before compute capability 8.9 .* needs bf16 weights, or --cuda-graph"),
     (False, {"kv_cache_dtype": "fp8_e4m3"}, "with --kv-cache-dtype fp8_e4m3 in CUDA graphs on NVIDIA A100: .* needs bfloat16, or --cuda-graph"),
-    (False, {"reference": ["chunked_attention"]}, r"computes chunked_attention on cuda:0 in plain PyTorch.* \(asked for\), needs --cuda-graph"),
+    *((False, {"reference": [op]}, rf"computes {op} on cuda:0 in plain PyTorch.* \(asked for\), needs --cuda-graph")
+      for op in ("fused_moe", "rope_qk_norm", "chunked_attention")),
 ], ids=str)  # fmt: skip
 def test_what_graphs_cannot_capture(a_gpu, is_fp8, given, message):
     a_gpu((8, 0), **given)
@@ -149,7 +152,10 @@ def test_blocks_that_share_a_scale(kind, size, refused):
     else:
         block = FLOAT | {"strategy": "block", "block_structure": size}
         inputs = PER_TOKEN | {"strategy": "group", "group_size": 128}
-        quant_config, name = CompressedTensorsConfig.from_config(groups(("float-quantized", ["Linear"], block, inputs))), "block_structure of Linear"
+        quant_config, name = (
+            CompressedTensorsConfig.from_config(groups(("float-quantized", ["Linear"], block, inputs))),
+            "block_structure of Linear",
+        )
     with pytest.raises(ValueError, match=rf"with {name} \[{size[0]}, {size[1]}\], needs \[128, 128\]") if refused else nullcontext():
         adapt_quant_config(quant_config)
 

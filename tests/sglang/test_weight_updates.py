@@ -174,10 +174,19 @@ def ranks(monkeypatch):
 
 def test_a_failure_on_another_rank(ranks):
     """The rank that answers is not the one that failed."""
+
+    def original(updater, tensors, load_format):
+        return True, "Success"
+
     ranks((True, "Success"), (False, "rank 2 failed"))
-    assert updates.update_from_tensors(lambda updater, tensors: (True, "Success"), None, []) == (False, "rank 2 failed")
+    assert updates.update_from_tensors(original, None, [], load_format="direct") == (False, "rank 2 failed")
     ranks((True, "Success"))
-    assert updates.update_from_tensors(lambda updater, tensors: (True, "Success"), None, []) == (True, "Success")
+    assert updates.update_from_tensors(original, None, [], load_format="direct") == (True, "Success")
+
+
+def test_tensors_that_cannot_be_read(ranks):
+    outcome = updates.update_from_tensors(Mock(side_effect=AssertionError("loaded")), None, ValueError("no pickle"))
+    assert outcome == (False, f"Failed to update weights: ValueError: no pickle\n{updates.UNTOUCHED}")
 
 
 class Model(Llama4ForConditionalGeneration):
@@ -221,11 +230,11 @@ def test_a_checkpoint_is_asked_for_all_that_was_not_filtered_out(keep, asks, mak
     model = Model(make("scout"))
     found = updater(model, make("scout"))
 
-    def original(updater, model_path, load_format, weight_name_filter):
+    def original(updater, model_path, load_format, weight_name_filter, recapture_cuda_graph):
         model.load_weights(load_file(file).items())
         return True, "Success"
 
-    outcome = updates.update_from_disk(original, found, str(path), "auto", weight_name_filter=keep)
+    outcome = updates.update_from_disk(original, found, str(path), "auto", weight_name_filter=keep, recapture_cuda_graph=True)
     assert outcome[0] != asks and ("checkpoint lacks" in outcome[1]) == asks
     assert found.model_config.model_path == str(make("scout") if asks else path)
     assert torch.equal(model.get_parameter(NORM), load_file(file)[NORM]) != asks
@@ -247,9 +256,11 @@ def test_a_failed_load_is_not_tried_again(make, monkeypatch, ranks):
 
     outcome = updates.update_from_disk(original, updater(model, make("scout")), "elsewhere", "auto")
     assert outcome[0] is False and "checkpoint lacks" in outcome[1] and outcome[1].endswith(updates.IN_PART)
-    assert "load_weights" not in vars(model) and model.source == str(make("scout"))
+    assert "load_weights" not in vars(model) and model.source == str(make("scout")) and not model.expects_all
 
 
 def test_a_checkpoint_that_the_draft_model_cannot_load(ranks):
-    outcome = updates.update_draft_from_disk(Mock(side_effect=AssertionError("shapes")), None, "elsewhere", "auto")
+    original = Mock(side_effect=AssertionError("shapes"))
+    outcome = updates.update_draft_from_disk(original, None, "elsewhere", "auto", recapture_cuda_graph=True)
     assert outcome == (False, f"Failed to update weights: AssertionError: shapes\n{updates.IN_PART}")
+    original.assert_called_once_with(None, "elsewhere", "auto", recapture_cuda_graph=True)
