@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
-from llama4_kernels.bench import ceilings, record, timing, workloads
+from llama4_kernels.bench import ceilings, inputs, record, timing, workloads
+from llama4_kernels.ops import Linear
 from llama4_kernels.ops.backend import OPS
 
 
@@ -99,12 +102,67 @@ def test_moe_work_is_dominated_by_its_weights_and_products(model, tokens):
     assert work.flops["fp8"] == 2 * 2 * tokens * 3 * 1024 * 5120
 
 
+def parts(arguments, weights, names):
+    """What of an op's arguments is read, and the weights that its rows are multiplied with."""
+    taken = [getattr(arguments["weights"], name) for name in weights] if "weights" in arguments else [arguments[name] for name in weights]
+    return [*(arguments[name] for name in names), *taken], [linear.weight if isinstance(linear, Linear) else linear for linear in taken]
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "read"),
+    [
+        ("quantize_per_token/fp8/tiny/tp1/t5", [], ["x"]),
+        *((f"route_top1/{dtype}/tiny/tp1/t5", ["router"], ["x"]) for dtype in workloads.BYTES),
+        *((f"grouped_gemm/{dtype}/tiny/tp1/t5", ["b"], ["a"]) for dtype in workloads.BYTES),
+        *((f"moe_gate_up/{dtype}/tiny/tp2/t5", ["w13", "shared_w13"], ["x", "routing"]) for dtype in workloads.BYTES),
+        *((f"moe_down/{dtype}/tiny/tp2/t5", ["w2", "shared_w2"], ["shared", "routed", "routing"]) for dtype in workloads.BYTES),
+        *((f"fused_moe/{dtype}/tiny/tp1/t5", ["router", "w13", "w2", "shared_w13", "shared_w2"], ["x"]) for dtype in workloads.BYTES),
+    ],
+)
+def test_work_is_that_of_the_tensors(name, weights, read):
+    """Of inputs that reach every expert: their bytes and those of the result, and two flops a token and element of one expert's weight."""
+    workload = workloads.parse(name)
+    problem = inputs.make(workload, torch.device("meta"))
+    used, multiplied = parts(problem.arguments, weights, read)
+    sizes: list[int] = []
+    inputs.mapped(lambda tensor: sizes.append(tensor.nbytes), [used, problem.call(**problem.arguments)])
+    work = workloads.work(workload, distinct_experts=workload.experts)
+    assert work.bytes == sum(sizes)
+    assert work.total_flops == sum(2 * workload.tokens * weight.shape[-2] * weight.shape[-1] for weight in multiplied)
+
+
+@pytest.mark.parametrize("dtype", workloads.BYTES)
+@pytest.mark.parametrize("layer", workloads.LAYERS)
+def test_work_of_the_attention_part_is_that_of_its_tensors(dtype, layer):
+    """With keys that fill pages and chunks, each query's angles where there is RoPE, and what rope_qk_norm alone moves of them."""
+    workload = workloads.parse(f"attention_part/{dtype}/tiny/tp1/{layer}/b3/q64/c64/p16")
+    arguments = inputs.make(workload, torch.device("meta")).arguments
+    caches = [arguments["attention"][name].nbytes for name in ("k_cache", "v_cache")]
+    projections = [arguments[name] for name in ("qkv_proj", "o_proj")]
+    angles = 4 * workload.head_dim * workload.tokens if layer == "local" else 0
+    work, attention = workloads.work(workload), workloads.work(dataclasses.replace(workload, op="chunked_attention"))
+    assert work.bytes == 2 * arguments["x"].nbytes + sum(weight.nbytes for weight in projections) + sum(caches) + angles
+    assert work.total_flops == 2 * workload.tokens * sum(weight.numel() for weight in projections) + attention.total_flops
+    rope = workloads.work(workloads.parse(f"rope_qk_norm/{dtype}/tiny/tp1/{layer}/t{workload.tokens}"))
+    qkv, q = (2 * workload.tokens * width for width in (workload.qkv_width, workload.heads * workload.head_dim))
+    assert rope.bytes == qkv + q + sum(caches) + angles + 2 * 8 * workload.tokens and not rope.flops
+
+
 def test_a_layer_needs_no_less_than_its_parts_need_alone():
     layer = workloads.work(workloads.parse("decoder_layer/fp8/scout/tp8/local/b64/q1/c8192/p64"))
     part = workloads.work(workloads.parse("attention_part/bf16/scout/tp8/local/b64/q1/c8192/p64"))
     moe = workloads.work(workloads.parse("fused_moe/fp8/scout/tp8/t64"))
     assert layer.total_flops == part.total_flops + moe.total_flops
     assert 0.98 * (part.bytes + moe.bytes) < layer.bytes < part.bytes + moe.bytes
+
+
+@pytest.mark.parametrize(
+    ("single_us", "footprint", "calls"), [(0.5, 1, 32), (20.0, 1, 25), (499.0, 1, 2), (500.0, 1, 1), (20.0, 3 << 28, 5), (20.0, 1 << 40, 1)]
+)
+def test_a_replay_has_calls_enough_and_memory_for_them(single_us, footprint, calls, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (16 << 30, 80 << 30))
+    assert timing.calls_per_replay(single_us, footprint, torch.device("cuda")) == calls
+    assert timing.calls_per_replay(single_us, footprint, torch.device("cpu")) == 1
 
 
 @pytest.mark.parametrize("faster", [True, False])
