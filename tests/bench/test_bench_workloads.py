@@ -48,6 +48,7 @@ def test_published_names_stay(name):
         ("fused_moe", "needs a name such as"),
         ("fused_moe/fp8/scout/tp8/t0", "needs a name such as"),
         ("fused_moe/fp8/scout/tp3/t1", "needs tp of 1, 2, 4, 8"),
+        ("rope_qk_norm/bf16/tiny/tp4/full/t1", "that divides 2 KV heads"),
         ("fused_moe/fp8/scout/tp8/local/t1", "needs no layer"),
         ("rope_qk_norm/fp8/scout/tp8/t1", "needs a layer"),
         ("chunked_attention/bf16/scout/tp8/local/t1", "needs b, q, c and p"),
