@@ -28,6 +28,7 @@ def register() -> None:
     if _registered:
         return
     for target, hook, kind in (
+        ("sglang.srt.server_args.ServerArgs.check_server_args", _prepare_launch, HookType.BEFORE),
         ("sglang.srt.configs.model_config.ModelConfig._derive_hybrid_model", _derive_layers, HookType.AFTER),
         ("sglang.srt.model_loader.utils.get_model_architecture", _get_model_architecture, HookType.AROUND),
         ("sglang.srt.model_loader.weight_utils.get_quant_config", _get_quant_config, HookType.AROUND),
@@ -72,6 +73,16 @@ def _is_served() -> bool:
     from sglang.srt.runtime_context import get_context, get_model
 
     return get_context().is_config_namespace_published("model") and _is_asked_for(get_model())
+
+
+def _prepare_launch(server_args) -> None:
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    arguments = resolving_view(server_args)
+    if _is_asked_for(arguments):
+        from llama4_kernels.sglang.launch import prepare_launch
+
+        prepare_launch(arguments)
 
 
 def _derive_layers(result, model_config) -> None:

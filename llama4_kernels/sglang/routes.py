@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 from fastapi.exceptions import RequestValidationError
@@ -17,8 +18,9 @@ logger = logging.getLogger(__name__)
 _OPENAI = "sglang.srt.entrypoints.openai"
 
 
+@functools.cache
 def hook_routes() -> None:
-    """Of a process that serves the model over HTTP, before its first request."""
+    """Of a process that serves the model over HTTP, before its app starts."""
     for target, hook, kind in (
         ("fastapi.routing.solve_dependencies", _read_body, HookType.AROUND),
         (f"{_OPENAI}.serving_chat.OpenAIServingChat._process_messages", _process_messages, HookType.AROUND),
