@@ -7,6 +7,7 @@ stands in extra_info, and with --records FILE in that file too.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ from llama4_kernels.bench.measure import Job
 from llama4_kernels.bench.plan import plan
 from llama4_kernels.bench.runner import Runner
 from llama4_kernels.ops.backend import default_device
+
+
+sys.path.append(str(Path(__file__).parents[1]))  # for bench/, after whatever holds the installed package
 
 
 class Clock:

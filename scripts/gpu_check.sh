@@ -97,6 +97,16 @@ else
 fi
 step package "${pytest[@]}" --junitxml "$out/package.xml" tests/test_package.py
 
+# A clone has no extension in it: tests of the clone's package would leave CUDA out without a failure.
+imported=$("${pytest[@]}" --collect-only tests/test_package.py 2> /dev/null | sed -n 's/^llama4_kernels: //p')
+case $imported in
+    "$installed/"*) ;;
+    *)
+        no_gpu="pytest imports ${imported:-nothing} in place of $installed"
+        record import failed 0 "$no_gpu"
+        ;;
+esac
+
 if [ -n "$no_gpu" ]; then
     for name in tests memcheck racecheck benchmarks trials calibration peers; do skip "$name" "$no_gpu"; done
 else

@@ -8,13 +8,19 @@ gpu: needs a Hopper GPU. There, a test parametrised with a backend that runs on 
 import importlib.metadata
 import importlib.util
 import os
+import sys
+from pathlib import Path
 
 import backends
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import llama4_kernels
+from llama4_kernels import cuda
 from llama4_kernels.ops.backend import BACKENDS, OPS
+
+sys.path.append(str(Path(__file__).parents[1]))  # for bench/, after whatever holds the installed package
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -37,6 +43,10 @@ BENCH_NEEDS = ("jsonschema_rs", "jinja2", "plotly", "rich", "scipy", "typer")  #
 
 collect_ignore = [] if any(importlib.metadata.distributions(name="sglang")) else ["sglang"]
 collect_ignore += [] if all(importlib.util.find_spec(name) for name in BENCH_NEEDS) else ["bench"]
+
+
+def pytest_report_header() -> str:
+    return f"llama4_kernels: {Path(llama4_kernels.__file__).parent}\nCUDA extension: {cuda.why_not_built() or 'built'}"
 
 
 def pytest_configure(config):

@@ -14,20 +14,18 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from bench.calibration import __main__ as command
+from bench.calibration import measurement, plan, runner
+from bench.calibration import peers as peer_steps
+from bench.calibration.measurement import Case, Measurement, Unavailable, WrongResult, timed
+from bench.calibration.measurements import MEASUREMENTS
+from llama4_kernels import use_backend
+from llama4_kernels.bench import measure, peers, record, workloads
+from llama4_kernels.bench.machine import Machine
+from llama4_kernels.bench.record import Benchmark, Calibration, Ceilings, Figure
+from llama4_kernels.bench.timing import summary
+
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT))  # for bench/, after whatever holds the installed package
-
-from bench.calibration import __main__ as command  # noqa: E402
-from bench.calibration import measurement, plan, runner  # noqa: E402
-from bench.calibration import peers as peer_steps  # noqa: E402
-from bench.calibration.measurement import Case, Measurement, Unavailable, WrongResult, timed  # noqa: E402
-from bench.calibration.measurements import MEASUREMENTS  # noqa: E402
-from llama4_kernels import use_backend  # noqa: E402
-from llama4_kernels.bench import measure, peers, record, workloads  # noqa: E402
-from llama4_kernels.bench.machine import Machine  # noqa: E402
-from llama4_kernels.bench.record import Benchmark, Calibration, Ceilings, Figure  # noqa: E402
-from llama4_kernels.bench.timing import summary  # noqa: E402
-
 HOPPER = Machine("NVIDIA H200", "gpu", "9.0", 700.0, "580.1", "13.0", "2.11.0", "3.6.0", "3.12.3", "0123abc" * 5, False)
 AMPERE = Machine("NVIDIA A100", "gpu", "8.0", 400.0, "580.1", "13.0", "2.11.0", "3.6.0", "3.12.3", "0123abc" * 5, False)
 RUN = "20260101T000000Z-0123abc"

@@ -5,23 +5,19 @@ from __future__ import annotations
 import ctypes
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import emulation
 import pytest
 import torch
+from test_package import cuobjdump
+
+from bench.calibration import gpu, native, plan
+from bench.calibration.measurement import Case, Unavailable, WrongResult
+from bench.calibration.measurements import bandwidth, cluster, fp8, l2, matmul, weight_stream, wgmma
+from llama4_kernels.bench.timing import summary
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT))  # for bench/, after whatever holds the installed package
-
-from test_package import cuobjdump  # noqa: E402
-
-from bench.calibration import gpu, native, plan  # noqa: E402
-from bench.calibration.measurement import Case, Unavailable, WrongResult  # noqa: E402
-from bench.calibration.measurements import bandwidth, cluster, fp8, l2, matmul, weight_stream, wgmma  # noqa: E402
-from llama4_kernels.bench.timing import summary  # noqa: E402
-
 SMS = 3
 EMULATED = [native.KERNELS / f"{name}.cu" for name in ("bandwidth", "weight_stream", "cluster", "wgmma_rate", "fp8")]
 

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT))  # for bench/, after whatever holds the installed package
-
 pytest.importorskip("matplotlib")
 pytest.importorskip("tabulate")
 
-from bench.calibration.document import findings, page, results  # noqa: E402
-from bench.calibration.measurements import MEASUREMENTS, launch, weight_stream  # noqa: E402
-from llama4_kernels.bench import record, workloads  # noqa: E402
-from llama4_kernels.bench.machine import Machine  # noqa: E402
-from llama4_kernels.bench.record import Benchmark, Calibration, Figure  # noqa: E402
-from llama4_kernels.bench.timing import summary  # noqa: E402
+from bench.calibration.document import findings, page, results
+from bench.calibration.measurements import MEASUREMENTS, launch, weight_stream
+from llama4_kernels.bench import record, workloads
+from llama4_kernels.bench.machine import Machine
+from llama4_kernels.bench.record import Benchmark, Calibration, Figure
+from llama4_kernels.bench.timing import summary
 
+ROOT = Path(__file__).parents[1]
 GPU = Machine("NVIDIA H200", "gpu", "9.0", 700.0, "580.1", "13.0", "2.11.0", "3.6.0", "3.12.3", "0123abc" * 5, False)
 CPU = dataclasses.replace(GPU, device="a CPU", kind="cpu", capability=None)
 COPY, BF16, FP8 = 4000.0, 800.0, 1500.0

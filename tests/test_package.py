@@ -169,6 +169,30 @@ def test_the_gpu_check_refuses_a_step_that_it_does_not_have(tmp_path):
     assert ran.stderr.startswith("STEPS names benchmark, needs some of: build install package tests ")
 
 
+@pytest.mark.parametrize("first_test", ["tests/test_package.py", "bench/bench_moe.py"])
+def test_pytest_imports_the_package_of_the_path_before_that_of_the_clone(tmp_path, first_test):
+    """As scripts/gpu_check.sh installs it: the clone's has no extension."""
+    shutil.copytree(ROOT / "llama4_kernels", tmp_path / "llama4_kernels", ignore=shutil.ignore_patterns("__pycache__", "_C*.so"))
+    plugin = "def pytest_collection_finish():\n    import llama4_kernels\n    print(llama4_kernels.__file__)\n"
+    (tmp_path / "say_package.py").write_text(plugin)
+    environ = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "addopts=",
+        "--collect-only",
+        "-p",
+        "say_package",
+        first_test,
+    ]
+    ran = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert ran.returncode == 0 and str(tmp_path / "llama4_kernels/__init__.py") in ran.stdout, ran.stdout + ran.stderr
+
+
 def in_subprocess(code: str) -> dict:
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return json.loads(subprocess.run([sys.executable, "-c", code], env=environ, check=True, capture_output=True, text=True).stdout)
