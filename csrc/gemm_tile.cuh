@@ -9,6 +9,7 @@
 #include "hopper/cp_async.cuh"
 #include "hopper/tma.cuh"
 #include "hopper/wgmma.cuh"
+#include "issue_turns.cuh"
 #include "pipeline.cuh"
 
 namespace llama4_kernels {
@@ -105,34 +106,6 @@ __device__ inline void multiply_stage(uint64_t weights, uint64_t tokens, float (
         }
     }
 }
-
-// Two warpgroups issue their products by turns, so that the tensor cores have the one's while the other adds up what it has. Both take
-// equally many turns.
-template <bool ENABLED>
-class IssueTurns {
-public:
-    __device__ explicit IssueTurns(int warpgroup) : warpgroup_(warpgroup) {
-        if (warpgroup_ == 1) pass();
-    }
-
-    __device__ void take() {
-        if (ENABLED) hopper::named_barrier_sync(FIRST_BARRIER + warpgroup_, 2 * hopper::WARPGROUP);
-    }
-
-    __device__ void pass() {
-        if (ENABLED) hopper::named_barrier_arrive(FIRST_BARRIER + 1 - warpgroup_, 2 * hopper::WARPGROUP);
-    }
-
-    // No barrier is left with half of its threads.
-    __device__ void finish() {
-        if (warpgroup_ == 0) take();
-    }
-
-private:
-    static constexpr unsigned FIRST_BARRIER = 3;  // behind those of store_tile
-
-    int warpgroup_;
-};
 
 // A consumer warpgroup's view of the stages: it multiplies its sets of 64 channels, which follow one another, and hands stages back.
 // GATHERED: tokens come by cp.async.

@@ -213,6 +213,7 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) down_kernel(const __grid_co
                 shared.staging, rows, a.hidden - tile.first_channel, [&](int set, int i) { return __float2bfloat16(total[set][i]); },
                 [&](int token) { return out + int64_t(shared.tokens[token]) * a.hidden; });
         });
+        consumer.finish();
     }
 }
 

@@ -196,6 +196,7 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) gate_up_kernel(const __grid
                 store_hidden(shared, tiles.is_shared(piece.tile) ? a.h_shared : a.h_routed, tile, total);
             }
         });
+        consumer.finish();
     }
 }
 

@@ -14,6 +14,7 @@
 #include "hopper/memory.cuh"
 #include "hopper/tma.cuh"
 #include "hopper/wgmma.cuh"
+#include "issue_turns.cuh"
 #include "moe.h"
 #include "moe_runs.cuh"
 #include "pipeline.cuh"
@@ -110,7 +111,11 @@ __device__ inline float weight_scale(const MoePath& path, int group, int channel
 template <class Shape>
 class StageConsumer {
 public:
-    __device__ explicit StageConsumer(MoeStages<Shape>& stages) : stages_(stages), warpgroup_(__shfl_sync(ALL_LANES, warpgroup(), 0)) {}
+    __device__ explicit StageConsumer(MoeStages<Shape>& stages)
+        : stages_(stages), warpgroup_(__shfl_sync(ALL_LANES, warpgroup(), 0)), turns_(warpgroup_) {}
+
+    // After the last piece.
+    __device__ void finish() { turns_.finish(); }
 
     // Channel, within its set, of this thread's accumulator i.
     static __device__ int channel_of(int i) { return warpgroup() * 64 + hopper::accumulator_row(threadIdx.x % hopper::WARPGROUP, i); }
@@ -227,9 +232,11 @@ private:
                 if constexpr (TOGETHER) {
                     set + 1 < Shape::SETS ? hopper::wgmma_wait<1>() : hopper::wgmma_wait<0>();
                 } else {
+                    turns_.take();
                     hopper::wgmma_fence();
                     multiply<COLUMNS, FP8>(set, first_column, products);
                     hopper::wgmma_commit();
+                    turns_.pass();
                     hopper::wgmma_wait<0>();
                 }
                 if (steady) {
@@ -282,6 +289,7 @@ private:
     MoeStages<Shape>& stages_;
     const int warpgroup_;  // from a shuffle, so that ptxas knows it to be the same in all lanes and keeps descriptors in uniform registers
     PipelinePosition<Shape::STAGES> at_;
+    IssueTurns<(Shape::TOKENS > 64)> turns_;  // where registers hold the products of one set at a time
 };
 
 // A barrier of all consumers.

@@ -209,7 +209,7 @@ NAN = "nan"
 PLANTED = {
     "a stage handed back too early": (
         "gemm_tile.cuh", "«hopper::wgmma_wait<STEPS - 1>();»\n                if (STEPS == 2) release", "", "may still read"),
-    "nobody's first turn": ("gemm_tile.cuh", "if (warpgroup_ == 1) pass();", ";", "deadlock"),
+    "nobody's first turn": ("issue_turns.cuh", "if (warpgroup_ == 1) pass();", ";", "deadlock"),
     "a gathered tile's scales beside another step than its last": (
         "grouped_gemm.cu", "fp8_scaled_steps || «step + 1 == problem.steps»", "step == 1", "wrong|nan"),
     "a tile's scales beside another step than its last": ("grouped_gemm.cu", "SHARE > 0 && «step + 1 == problem.steps»", "step == 1", "wrong|nan"),

@@ -256,6 +256,8 @@ SHARING_PLANTED = {
     "a run too short": ("moe_runs.cuh", "end = «runs.begin(blockIdx.x + 1)»;", "runs.begin(blockIdx.x + 1) - 1"),
     "experts of the first rows": ("moe_down.cu", "const int present = «tile.first_present + index»;", "index"),
     "a few rows in others' place": ("moe_tile.cuh", "group == «window + from»", "window + from + 1"),
+    "nobody's first turn": ("issue_turns.cuh", "if (warpgroup_ == 1) pass();", ";"),
+    "a last turn left": ("moe_down.cu", "consumer.finish();", ""),
     "the last tile of a run": ("moe_runs.cuh", "tiles.tile_of(end - 1) + 1", "tiles.tile_of(end - 1)"),
 }  # fmt: skip
 
