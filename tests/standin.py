@@ -18,11 +18,12 @@ CHARACTERS_PER_TOKEN = 4
 @dataclass
 class StandIn:
     """answer: text for a prompt, or an int: the status of a refusal; ConnectionResetError in it closes the connection.
-    requests: bodies of what was asked. at_once: most at a time.
+    info: its /server_info, None where it has no such route. requests: bodies of what was asked. at_once: most at a time.
     """
 
     answer: Callable[[str], str | int]
     model: str = "stand-in"
+    info: dict[str, Any] | None = None
     url: str = ""
     requests: list[dict[str, Any]] = field(default_factory=list)
     at_once: int = 0
@@ -59,16 +60,16 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def serving(answer: Callable[[str], str | int], model: str = "stand-in") -> Iterator[StandIn]:
+def serving(answer: Callable[[str], str | int], model: str = "stand-in", info: dict[str, Any] | None = None) -> Iterator[StandIn]:
     """A stand-in that serves within the block."""
-    stand_in = StandIn(answer, model)
+    stand_in = StandIn(answer, model, info)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self):
-            known = self.path == "/v1/models"
-            self._send(*(200, {"data": [{"id": stand_in.model}]}) if known else (404, {}))
+            content = {"/v1/models": {"data": [{"id": stand_in.model}]}, "/server_info": stand_in.info}.get(self.path)
+            self._send(404 if content is None else 200, content or {})
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -5,6 +5,7 @@ tests/sglang has the real one.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -18,15 +19,16 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from evaluations import after, has_lm_eval, has_transformers, only_line, run_eval
+from evaluations import after, has_lm_eval, has_matplotlib, has_transformers, only_line, run_eval
 from standin import serving
 
 from llama4_kernels.cli.eval import accuracy, command, guide
 from llama4_kernels.cli.eval.answers import AnswerLog
-from llama4_kernels.cli.eval.target import EvalError
+from llama4_kernels.cli.eval.target import EvalError, Target
 
 QUESTIONS = 20
 
@@ -105,6 +107,76 @@ def test_a_broken_run_goes_on_where_it_was(tmp_path):
         result = ask_own_questions(whole, tmp_path)
     assert result.exit_code == 0 and len(whole.requests) == QUESTIONS - 7
     assert json.loads((tmp_path / "results.json").read_text())["scores"][0]["accuracy"] == 100
+
+
+PLUGIN = {"model_impl": "llama4_kernels", "dtype": "bfloat16", "quantization": None, "kv_cache_dtype": "auto", "port": 30000}
+EVALUATIONS = pytest.mark.parametrize(
+    "evaluation",
+    [pytest.param(("--task", "own_questions"), marks=has_lm_eval), pytest.param(("--needle", "--length", 100), marks=has_matplotlib)],
+)
+
+
+@EVALUATIONS
+@pytest.mark.parametrize(
+    "changed",
+    [{"model_impl": "auto"}, {"dtype": "float32"}, {"quantization": "fp8"}, {"kv_cache_dtype": "fp8_e4m3"}],
+    ids=lambda c: next(iter(c)),
+)
+def test_answers_of_another_server_are_no_answers_of_this_one(evaluation, changed, tmp_path):
+    with serving(lambda prompt: "(A)", info=PLUGIN | changed) as other:
+        run_eval("--url", other.url, "--out", tmp_path, *evaluation)
+    before = (tmp_path / "answers.jsonl").read_bytes()
+    with serving(lambda prompt: "(A)", info=PLUGIN) as stand_in:
+        line = only_line(run_eval("--url", stand_in.url, "--out", tmp_path, *evaluation))
+    ((name, value),) = changed.items()
+    assert f"holds answers of another run ({name} {value!r}, not {PLUGIN[name]!r}): give another --out" in line
+    assert other.requests and not stand_in.requests and (tmp_path / "answers.jsonl").read_bytes() == before
+
+
+@EVALUATIONS
+@pytest.mark.parametrize("info", [PLUGIN, None], ids=["SGLang", "a server that says nothing of itself"])
+def test_answers_of_the_same_server_are_taken_and_that_is_said(evaluation, info, tmp_path):
+    for port in (30000, 30001):
+        with serving(lambda prompt: "(A)", info=info and info | {"port": port}) as stand_in:
+            result = run_eval("--url", stand_in.url, "--out", tmp_path, *evaluation)
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert not stand_in.requests and record["reused"] == (QUESTIONS if "--task" in evaluation else 5)
+    assert f"{record['reused']} answers of an earlier run are taken from {tmp_path / 'answers.jsonl'}" in result.stdout
+    assert ("the server says nothing of itself" in result.stdout) == (info is None)
+    assert record["implementation"] == ("unknown" if info is None else "llama4_kernels")
+    assert record["run"].get("dtype") == (None if info is None else "bfloat16") and "port" not in record["run"]
+
+
+@EVALUATIONS
+@pytest.mark.parametrize(
+    "arguments, variable, backend, says",
+    [
+        (("--tp", 2), "", "cuda", "tp 1, not 2"),
+        (("--server-flag=--quantization=fp8",), "", "cuda", "server_flags [], not ['--quantization=fp8']"),
+        ((), "triton", "cuda", "LLAMA4_KERNELS_BACKEND '', not 'triton'"),
+        ((), "", "triton", "backends {'fused_moe': 'cuda'}, not {'fused_moe': 'triton'}"),
+    ],
+    ids=["tp", "flag", "variable", "backend"],
+)
+def test_answers_of_a_server_started_otherwise(evaluation, arguments, variable, backend, says, tmp_path, monkeypatch):
+    """What the command knows itself is told before a server is started."""
+    starts = []
+
+    @contextlib.contextmanager
+    def start(console, path, *flags, log, tp):
+        starts.append(backend)
+        with serving(lambda prompt: "(A)", info=PLUGIN) as stand_in:
+            yield Target(stand_in.url, "tiny", SimpleNamespace(backends=lambda: {"fused_moe": (table, "first choice on this device")}))
+
+    monkeypatch.setattr(command, "started", start)
+    monkeypatch.setattr(command, "_tiny", lambda *given, **named: tmp_path)
+    monkeypatch.setenv("LLAMA4_KERNELS_BACKEND", "")
+    table = "cuda"
+    assert "another run" not in run_eval("--tiny", "scout", "--out", tmp_path, *evaluation).output
+    monkeypatch.setenv("LLAMA4_KERNELS_BACKEND", variable)
+    table = backend
+    assert says in only_line(run_eval("--tiny", "scout", "--out", tmp_path, *evaluation, *arguments))
+    assert len(starts) == (2 if backend == "triton" else 1)
 
 
 @has_lm_eval

@@ -7,7 +7,6 @@ results.json; results.md, the table; results.png, the scores as bars; lm_eval.lo
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib.metadata
 import json
 import sys
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from llama4_kernels.cli.eval import guide
-from llama4_kernels.cli.eval.answers import AnswerLog
+from llama4_kernels.cli.eval.answers import AnswerLog, answered_by
 from llama4_kernels.cli.eval.target import EvalError, Target
 from llama4_kernels.cli.tables import new_table
 
@@ -64,31 +63,28 @@ class Protocol:
         return ""
 
 
-def run(console: Console, name: str, server: AbstractContextManager[Target], protocol: Protocol, out: Path) -> int:
+def run(console: Console, served: dict[str, Any], server: AbstractContextManager[Target], protocol: Protocol, out: Path) -> int:
     """Ask, score, compare and write; 1 where the score lies below the guide's by more than chance, else 0. EvalError where it breaks off.
 
-    name: of the model, which the answers in `out` belong to. server: entered when there is nothing left to go wrong before it.
+    served: "model", the name of what is served, and how, as far as the command knows: the answers in `out` belong to it.
+    server: entered when there is nothing left to go wrong before it.
     """
     from llama4_kernels.cli.eval import harness
 
     out.mkdir(parents=True, exist_ok=True)
     harness.log_to(out / "lm_eval.log")
     tasks = harness.load(protocol.task)
-    asked = {"model": name, "task": protocol.task, "max_gen_toks": protocol.max_gen_toks, "limit": protocol.limit}
-    with AnswerLog(out / "answers.jsonl", asked) as log, contextlib.ExitStack() as stack:
-        if log.note:
-            console.print(log.note, soft_wrap=True)
-        if log.answers:
-            console.print(f"{len(log.answers)} answers are in {log.path} already", soft_wrap=True)
-        target = stack.enter_context(server)
-        implementation = target.implementation()
+    asked = served | {"task": protocol.task, "max_gen_toks": protocol.max_gen_toks, "limit": protocol.limit}
+    with answered_by(console, server, out / "answers.jsonl", asked) as (target, log):
         results = _evaluate(tasks, target, protocol, log, out)
     scores = harness.scores(results, protocol.task)
     comparisons = _compare(scores[0], protocol)
     record = {
         "url": target.url,
-        "model": name,
-        "implementation": implementation,
+        "model": served["model"],
+        "implementation": log.run.get("model_impl", "unknown"),
+        "run": log.run,
+        "reused": len(log.earlier),
         "protocol": asdict(protocol),
         "scores": [asdict(score) for score in scores],
         "guide": {name: asdict(comparison) | {"verdict": comparison.verdict} for name, comparison in comparisons.items()},
@@ -96,7 +92,7 @@ def run(console: Console, name: str, server: AbstractContextManager[Target], pro
         "versions": {name: importlib.metadata.version(name) for name in ("llama4_kernels", "lm_eval", "datasets")},
     }
     _write(out, record, harness.samples(results), scores)
-    draw(scores, f"{name}, {protocol.task}").savefig(out / "results.png", dpi=120)
+    draw(scores, f"{served['model']}, {protocol.task}").savefig(out / "results.png", dpi=120)
     return _report(console, scores, comparisons, protocol, out)
 
 

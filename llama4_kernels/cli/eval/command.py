@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from llama4_kernels.cli.eval import accuracy, guide, needle, parity
 from llama4_kernels.cli.eval.target import EvalError, Target, check_model, reach, started
 from llama4_kernels.cli.server import ServerError
 from llama4_kernels.cli.tables import new_console
+from llama4_kernels.ops.backend import ENVIRONMENT_VARIABLE
 
 CPU_SERVER = ("--dtype=float32", "--max-running-requests=8")
 TINY_MAX_GEN_TOKS = 32
@@ -46,16 +48,16 @@ def run_accuracy(
 
     def ask(console: Console) -> int:
         _require("lm_eval", "matplotlib")
-        tiny, name = options.tiny is not None, _name(options)
+        tiny, served = options.tiny is not None, _served(options)
         protocol = accuracy.Protocol(
             task=task or ("own_questions" if tiny else "mmlu_pro"),
             max_gen_toks=max_gen_toks or (TINY_MAX_GEN_TOKS if tiny else accuracy.GUIDE_MAX_GEN_TOKS),
             concurrency=concurrency or accuracy.GUIDE_CONCURRENCY,
             limit=limit,
-            model=model or guide.model_in(name),
+            model=model or guide.model_in(served["model"]),
         )
         server = _target(console, options, accuracy.GUIDE_SERVER, TINY_CONTEXT)
-        return accuracy.run(console, name, server, protocol, options.out)
+        return accuracy.run(console, served, server, protocol, options.out)
 
     return _one_line(ask)
 
@@ -67,7 +69,7 @@ def run_needle(options: Options, lengths: list[int], depths: list[float]) -> int
     def ask(console: Console) -> int:
         _require("matplotlib")
         server = _target(console, options, (f"--context-length={context}",), context)
-        return needle.run(console, _name(options), server, lengths, depths, options.out)
+        return needle.run(console, _served(options), server, lengths, depths, options.out)
 
     return _one_line(ask)
 
@@ -113,8 +115,17 @@ def _require(*packages: str) -> None:
             raise EvalError(f'{package} is not installed: pip install "llama4_kernels[eval]"')
 
 
+def _served(options: Options) -> dict[str, Any]:
+    """What the answers in options.out depend on beside what the server says of itself: "model", its name, and how a server is started.
+    EvalError where there is no such model or server."""
+    if options.url is not None:
+        return {"model": _name(options)}
+    asked_for = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    return {"model": _name(options), "tp": options.tp, "server_flags": list(options.server), ENVIRONMENT_VARIABLE: asked_for}
+
+
 def _name(options: Options) -> str:
-    """Of the model, which the answers in options.out belong to; EvalError where there is none."""
+    """Of the model; EvalError where there is none."""
     if options.url is not None:
         return reach(options.url).model
     if options.model is not None:

@@ -8,7 +8,6 @@ In the folder `out`: answers.jsonl, which a broken run goes on from; results.jso
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -16,12 +15,12 @@ import re
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-from llama4_kernels.cli.eval.answers import AnswerLog
+from llama4_kernels.cli.eval.answers import AnswerLog, answered_by
 from llama4_kernels.cli.eval.target import EvalError, Target
 from llama4_kernels.cli.tables import new_table
 
@@ -90,19 +89,18 @@ def is_found(answer: str, number: str) -> bool:
     return numbers[:1] == [number]
 
 
-def run(console: Console, name: str, server: AbstractContextManager[Target], lengths: list[int], depths: list[float], out: Path) -> int:
+def run(
+    console: Console, served: dict[str, Any], server: AbstractContextManager[Target], lengths: list[int], depths: list[float], out: Path
+) -> int:
     """Ask every depth at every length; 0 where every number was found, else 1. EvalError where the server stops answering.
 
-    name: of the model, which the answers in `out` belong to. server: entered when there is nothing left to go wrong before it.
+    served: "model", the name of what is served, and how, as far as the command knows: the answers in `out` belong to it.
+    server: entered when there is nothing left to go wrong before it.
     """
     probes = [Probe(length, depth) for length in lengths for depth in depths]
     outcomes = []
-    asked = {"model": name, "task": "needle", "max_gen_toks": ANSWER_TOKENS}
-    with AnswerLog(out / "answers.jsonl", asked) as log, contextlib.ExitStack() as stack:
-        if log.note:
-            console.print(log.note, soft_wrap=True)
-        target = stack.enter_context(server)
-        implementation = target.implementation()
+    asked = served | {"task": "needle", "max_gen_toks": ANSWER_TOKENS}
+    with answered_by(console, server, out / "answers.jsonl", asked) as (target, log):
         client = _Client(target, log)
         progress = Progress(TextColumn("{task.description}"), *Progress.get_default_columns()[1:3], TimeElapsedColumn(), console=console)
         with progress:
@@ -111,9 +109,16 @@ def run(console: Console, name: str, server: AbstractContextManager[Target], len
                 progress.update(task, description=probe.key)
                 outcomes.append(client.outcome(probe))
                 progress.advance(task)
-    record = {"url": target.url, "model": name, "implementation": implementation, "probes": [asdict(o) for o in outcomes]}
+    record = {
+        "url": target.url,
+        "model": served["model"],
+        "implementation": log.run.get("model_impl", "unknown"),
+        "run": log.run,
+        "reused": sum(probe.key in log.earlier for probe in probes),
+        "probes": [asdict(o) for o in outcomes],
+    }
     (out / "results.json").write_text(json.dumps(record, indent=2) + "\n")
-    draw(outcomes, lengths, depths, name).savefig(out / "results.png", dpi=120)
+    draw(outcomes, lengths, depths, served["model"]).savefig(out / "results.png", dpi=120)
     return _report(console, outcomes, lengths, depths, out)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import json
 from collections.abc import Iterator
@@ -16,6 +17,14 @@ from llama4_kernels.cli import demo
 from llama4_kernels.cli.server import Server, serve
 
 START = 1800  # seconds that loading a checkpoint may take
+FACTS = (
+    *("model_path", "revision", "weight_version", "load_format", "json_model_override_args", "lora_paths"),
+    *("model_impl", "version", "device", "dtype", "quantization", "kv_cache_dtype"),
+    *("attention_backend", "prefill_attention_backend", "decode_attention_backend", "moe_runner_backend", "fp8_gemm_runner_backend"),
+    *("tp_size", "dp_size", "ep_size", "pp_size", "enable_dp_attention", "page_size", "chunked_prefill_size", "disable_hybrid_swa_memory"),
+    *("speculative_algorithm", "enable_deterministic_inference", "enable_multimodal", "sampling_backend", "preferred_sampling_params"),
+    *("chat_template", "reasoning_parser", "tool_call_parser"),
+)  # in /server_info what answers depend on, and not addresses, logs or how many requests run at once
 
 
 class EvalError(RuntimeError):
@@ -30,13 +39,20 @@ class Target:
     model: str
     server: Server | None = None
 
-    def implementation(self) -> str:
-        """What computes the model, as far as the server tells: SGLang's --model-impl, or "unknown"."""
+    def facts(self) -> dict[str, Any]:
+        """What its answers depend on, as far as it says: FACTS of SGLang's /server_info, and where it was started here the version of this
+        package and the backend of each op. Empty for a server that says nothing."""
         import requests
 
-        with contextlib.suppress(requests.RequestException, ValueError, AttributeError):
-            return str(requests.get(f"{self.url}/server_info", timeout=10).json().get("model_impl", "unknown"))
-        return "unknown"
+        facts: dict[str, Any] = {}
+        with contextlib.suppress(requests.RequestException, ValueError, TypeError):
+            said = requests.get(f"{self.url}/server_info", timeout=10).json()
+            facts = {name: said[name] for name in FACTS if name in said}
+        if self.server is not None:
+            facts.pop("model_path", None)  # of a tiny model it is another one each time
+            facts["llama4_kernels"] = importlib.metadata.version("llama4_kernels")
+            facts["backends"] = {op: backend for op, (backend, _) in self.server.backends().items()}
+        return facts
 
 
 def reach(url: str) -> Target:
