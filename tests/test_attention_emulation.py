@@ -267,6 +267,7 @@ def test_what_it_does_not_take(op, changes, reason):
     arguments, options = batch([(3, 1)], chunk_size=None, **(SCOUT | changes))
     why_not = op.__globals__["why_not_chunked_attention"]
     assert why_not(*arguments, **options, scale=0.1) == reason
+    assert op.__globals__["why_not_dtype"](arguments[0].dtype, "q") == (reason if reason.startswith("q is") else "")
     if not reason:
         assert why_not(*arguments, **options, scale=-0.1) == "scale is -0.1, not above 0"
         shifted = torch.empty(arguments[0].numel() + 1, dtype=BF16)[1:].view_as(arguments[0])

@@ -79,6 +79,31 @@ def test_what_a_backend_refuses_does_not_go_to_the_interpreter(monkeypatch):
     assert computed == ["reference"]
 
 
+@pytest.fixture
+def triton_takes_no_float32(triton_on_cpu, monkeypatch):
+    """In attention, before it sees any arguments."""
+
+    def in_module(name, op, function):
+        wanted = (name, op, function) == ("triton", "chunked_attention", "why_not_dtype")
+        return (lambda dtype, what: "" if dtype == torch.bfloat16 else f"{what} is {dtype}") if wanted else None
+
+    monkeypatch.setattr(backend, "_in_module", in_module)
+    monkeypatch.setattr(backend, "_find", lambda name, op: "a kernel")
+
+
+def test_a_backend_that_never_takes_the_dtype_is_not_chosen(triton_takes_no_float32):
+    for dtype, expected in ((torch.float32, "reference"), (torch.bfloat16, "triton"), (None, "triton")):
+        taken = {choice.op: choice for choice in backend.choices("cpu", dtype)}
+        assert (taken["chunked_attention"].backend, taken["rope_qk_norm"].backend) == (expected, "triton")
+        assert ("triton: the activations' dtype is torch.float32" in taken["chunked_attention"].why) == (dtype == torch.float32)
+
+
+def test_a_request_for_a_backend_that_never_takes_the_dtype_is_an_error(triton_takes_no_float32):
+    why = "use_backend asks for triton to compute chunked_attention on cpu, but the activations' dtype is torch.float32"
+    with use_backend(attention="triton"), pytest.raises(RuntimeError, match=why):
+        backend.choices("cpu", torch.float32)
+
+
 def test_every_public_op_has_a_reference():
     assert set(backend.OPS) == {name for name in ops.__all__ if isinstance(getattr(ops, name), types.FunctionType)}
     for op in backend.OPS:

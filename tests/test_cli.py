@@ -219,10 +219,27 @@ def test_server_starts_reads_the_table_and_stops_every_process(fake_sglang, tmp_
         with server.serve("model", log=tmp_path / "log", timeout=30) as running:
             assert running.serving() == "Llama4ForCausalLM"
             assert running.backends() == {"route_top1": ("reference", "cuda: not built; triton: cpu (no GPU)")}
+            assert running.refusals() == []
             with pytest.raises(server.ServerError, match="/generate answered 400: no such prompt"):
                 running.post("/generate", {})
             raise KeyboardInterrupt
     assert are_gone(pids)
+
+
+def test_what_computed_is_said_with_what_went_elsewhere_since(tmp_path, capsys):
+    """Once where every rank says it."""
+    from llama4_kernels.cli.demo import print_backends
+    from llama4_kernels.cli.tables import new_console
+
+    table = "llama4_kernels: fused_moe -> triton (cuda: the activations' dtype is float32)\nllama4_kernels: rope_qk_norm -> cuda (first)\n"
+    refusal = "llama4_kernels: rope_qk_norm is not computed by cuda where head_dim is 512, above 256\n"
+    (tmp_path / "log").write_text(f"[TP0] {table}[TP1] {table}[TP0] {refusal}[TP1] {refusal}")
+    print_backends(new_console(), server.Server("", tmp_path / "log", None))
+    assert capsys.readouterr().out.splitlines() == [
+        "fused_moe -> triton (cuda: the activations' dtype is float32)",
+        "rope_qk_norm -> cuda (first)",
+        "rope_qk_norm is not computed by cuda where head_dim is 512, above 256",
+    ]
 
 
 def test_a_server_s_port_is_none_that_the_kernel_gives_to_others():

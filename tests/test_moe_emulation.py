@@ -291,6 +291,9 @@ def test_what_the_kernels_do_not_take_is_named(module):
     routing = random_routing(3, 2)
     assert module.why_not_fused_moe(x.to(BF16), weights) == ""
     assert module.why_not_fused_moe(x, weights) == "x is float32: the tensor cores take bfloat16"
+    assert module.why_not_dtype(torch.float32, "x") == "x is float32: the tensor cores take bfloat16" and not module.why_not_dtype(
+        BF16, "x"
+    )
     odd = dataclasses.replace(weights, w2=linear("channel", 2, 16, 8))
     assert module.why_not_moe_gate_up(x.to(BF16), routing, odd) == "a row of weights.w2 has 8 bytes, not a multiple of 16"
     fp32 = dataclasses.replace(weights, shared_w2=Linear(torch.ones(16, 8)))

@@ -122,8 +122,7 @@ def _demo(console: Console, folder: Path, like: str, fp8: bool, vision: bool, tp
         comparisons += [_generate(server, reference, length) for length in PROMPT_LENGTHS]
         if vision:
             comparisons.append(ask_about_image(server, reference, path))
-        table = server.backends()
-    _print_backends(console, table)
+    print_backends(console, server)
     return _judge(console, comparisons, reference)
 
 
@@ -215,11 +214,14 @@ def _problems(c: Comparison) -> list[str]:
     return problems
 
 
-def _print_backends(console: Console, backends: dict[str, tuple[str, str]]) -> None:
-    """What the server's start-up table says, ops of one backend and reason together."""
+def print_backends(console: Console, server: Server) -> None:
+    """What computed: the server's start-up table, ops of one backend and reason together, and what went elsewhere since."""
+    backends = server.backends()
     for backend, why in dict.fromkeys(backends.values()):
         ops = [op for op, taken in backends.items() if taken == (backend, why)]
-        console.print(f"{', '.join(ops)} -> {backend} ({why})")
+        console.print(f"{', '.join(ops)} -> {backend} ({why})", soft_wrap=True)
+    for refusal in server.refusals():
+        console.print(refusal, soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 
 from llama4_kernels.cli import checkpoint
-from llama4_kernels.cli.demo import start_progress
+from llama4_kernels.cli.demo import print_backends, start_progress
 from llama4_kernels.cli.plan.model import PRESETS
 from llama4_kernels.cli.server import ServerError, serve
 from llama4_kernels.cli.tables import new_console, new_table
@@ -133,6 +133,7 @@ def _run_line(console: Console, name: str, line: Line, folder: Path) -> list[str
             for promise, (verdict, seen) in check(_client(server.url), images=line.images).items():
                 table.add_row(promise, verdict, seen)
                 broken += [f"{name}: {promise}: {seen}"] if verdict == "BROKEN" else []
+            print_backends(console, server)
     except ServerError as error:
         broken.append(f"{name}: {error}")
     console.print(table)

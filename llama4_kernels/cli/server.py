@@ -25,6 +25,7 @@ CPU_FLAGS = (
     "--skip-server-warmup",
 )
 TABLE_LINE = re.compile(r"llama4_kernels: (\w+) -> (\w+) \((.*)\)")
+REFUSAL_LINE = re.compile(r"llama4_kernels: (\w+ is not computed by .*)")
 SERVING_LINE = re.compile(r"llama4_kernels: serving (\w+)")
 STOP_SECONDS = 20
 PORTS = range(20000, 32768)
@@ -67,6 +68,10 @@ class Server:
     def backends(self) -> dict[str, tuple[str, str]]:
         """op -> (backend, why), from the plugin's start-up table."""
         return {op: (backend, why) for op, backend, why in TABLE_LINE.findall(self.log.read_text(errors="replace"))}
+
+    def refusals(self) -> list[str]:
+        """What the plugin's log says of arguments that a backend did not take, and that went to the next."""
+        return list(dict.fromkeys(REFUSAL_LINE.findall(self.log.read_text(errors="replace"))))
 
 
 @contextlib.contextmanager

@@ -102,9 +102,13 @@ def max_row_splits(rows: int, head_dim: int, table_keys: int, chunk_size: int) -
     return max(min(_C.ATTENTION_MAX_ROW_SPLITS, by_keys, by_memory), 1)
 
 
+def why_not_dtype(dtype: torch.dtype, name: str) -> str:
+    return "" if dtype == torch.bfloat16 else f"{name} is {str(dtype).removeprefix('torch.')}, not bfloat16"
+
+
 def why_not_chunked_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, *, seq_lens: Tensor, scale: float, **_) -> str:
-    if q.dtype != torch.bfloat16:
-        return f"q is {str(q.dtype).removeprefix('torch.')}, not bfloat16"
+    if reason := why_not_dtype(q.dtype, "q"):
+        return reason
     if k_cache.dtype not in (torch.bfloat16, torch.float8_e4m3fn):
         return f"the caches are {str(k_cache.dtype).removeprefix('torch.')}, not bfloat16 or float8_e4m3fn"
     if q.shape[2] not in HEAD_DIMS:

@@ -67,9 +67,13 @@ def fused_moe(x: Tensor, weights: MoEWeights) -> Tensor:
     return moe_down(shared, routed, routing, weights, dependent=dependent)
 
 
+def why_not_dtype(dtype: torch.dtype, name: str) -> str:
+    return "" if dtype == torch.bfloat16 else f"{name} is {str(dtype).removeprefix('torch.')}: the tensor cores take bfloat16"
+
+
 def why_not_moe_gate_up(x: Tensor | Quantized, routing: Routing, weights: MoEWeights) -> str:
-    if isinstance(x, Tensor) and x.dtype != torch.bfloat16:
-        return f"x is {_name(x)}: the tensor cores take bfloat16"
+    if isinstance(x, Tensor) and (reason := why_not_dtype(x.dtype, "x")):
+        return reason
     return _why_not_weights(weights) or _why_not_aligned({"x": _values(x)})
 
 
@@ -79,8 +83,8 @@ def why_not_moe_down(
     if out_dtype not in (None, torch.bfloat16):
         return f"out_dtype is {str(out_dtype).removeprefix('torch.')}, not bfloat16"
     for name, hidden in (("shared", shared), ("routed", routed)):
-        if isinstance(hidden, Tensor) and hidden.dtype != torch.bfloat16:
-            return f"{name} is {_name(hidden)}: the tensor cores take bfloat16"
+        if isinstance(hidden, Tensor) and (reason := why_not_dtype(hidden.dtype, name)):
+            return reason
     return _why_not_weights(weights) or _why_not_aligned({"shared": _values(shared), "routed": _values(routed)})
 
 
@@ -240,7 +244,3 @@ def _values(x: Tensor | Quantized) -> Tensor:
 
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def _name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

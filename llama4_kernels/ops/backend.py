@@ -89,18 +89,23 @@ def available_backends(op: str, device: torch.device | str | None = None) -> dic
     return {backend: _why_not(backend, op, device) for backend in BACKENDS}
 
 
-def choices(device: torch.device | str | None = None) -> list[Choice]:
-    """The choice for every op on `device`; RuntimeError where a requested backend cannot run."""
+def choices(device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> list[Choice]:
+    """The choice for every op on `device`; RuntimeError where a requested backend cannot run.
+
+    dtype: of activations, where it is known before there are any: a backend that never takes them is not chosen. Other arguments that a
+        backend does not take show in `call` only.
+    """
     device = default_device() if device is None else torch.device(device)
-    return [_choose(op, device, os.environ.get(ENVIRONMENT_VARIABLE, ""), _in_context.get()) for op in OPS]
+    return [_choose(op, device, os.environ.get(ENVIRONMENT_VARIABLE, ""), _in_context.get(), dtype) for op in OPS]
 
 
 def call(op: str, device: torch.device, *args, **kwargs):
     """Compute `op` for tensors on `device`.
 
     A backend that does not take every argument of an op has a function why_not_<op> beside it, of the same arguments, that returns "" or
-    why it does not take these. RuntimeError where that backend was asked for; else the next backend that takes them computes the op, and
-    the log says so, once per reason. Autocast changes nothing: what an op rounds, and where, is its contract.
+    why it does not take these; where activations of a dtype are never taken, why_not_dtype(dtype, name) says that of the argument `name`.
+    RuntimeError where that backend was asked for; else the next backend that takes them computes the op, and the log says so, once per
+    reason. Autocast changes nothing: what an op rounds, and where, is its contract.
     """
     if torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):
@@ -125,20 +130,20 @@ def _log_refusal(op: str, backend: str, reason: str) -> None:
 
 
 @functools.lru_cache(maxsize=None)
-def _choose(op: str, device: torch.device, environment: str, context: tuple[str, ...]) -> Choice:
+def _choose(op: str, device: torch.device, environment: str, context: tuple[str, ...], dtype: torch.dtype | None = None) -> Choice:
     for source, spec in (*(("use_backend", spec) for spec in reversed(context)), (ENVIRONMENT_VARIABLE, environment)):
         backend = _parse(spec, source).get(op)
         if backend is None:
             continue
         if backend == AUTO:
             break
-        reason = _why_not(backend, op, device)
+        reason = _why_not(backend, op, device, dtype)
         if reason:
             raise RuntimeError(f"{source} asks for {backend} to compute {op} on {device}, but {reason}")
         return Choice(op, backend, f"asked for by {source}", source)
     reasons = []
     for backend in BACKENDS:
-        reason = _why_not_unasked(backend, op, device)
+        reason = _why_not_unasked(backend, op, device, dtype)
         if not reason:
             return Choice(op, backend, "; ".join(reasons) or "first choice on this device")
         reasons.append(f"{backend}: {reason}")
@@ -172,18 +177,20 @@ def _check_name(backend: object, source: str) -> None:
 
 
 @functools.lru_cache(maxsize=None)
-def _why_not(backend: str, op: str, device: torch.device) -> str:
+def _why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
     reason = importlib.import_module(f"llama4_kernels.{backend}").why_not(device)
     if not reason and _find(backend, op) is None:
         reason = f"llama4_kernels has no {backend} kernel for it yet"
+    if not reason and dtype is not None and (why_not_dtype := _in_module(backend, op, "why_not_dtype")):
+        reason = why_not_dtype(dtype, "the activations' dtype")
     return reason
 
 
 @functools.lru_cache(maxsize=None)
-def _why_not_unasked(backend: str, op: str, device: torch.device) -> str:
+def _why_not_unasked(backend: str, op: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
     """Why not where nobody asks for the backend by name."""
     more = getattr(importlib.import_module(f"llama4_kernels.{backend}"), "why_not_unasked", None)
-    return _why_not(backend, op, device) or (more(device) if more else "")
+    return _why_not(backend, op, device, dtype) or (more(device) if more else "")
 
 
 @functools.lru_cache(maxsize=None)

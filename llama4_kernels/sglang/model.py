@@ -235,8 +235,9 @@ class Llama4ForConditionalGeneration(mllama4.Llama4ForConditionalGeneration):
         self.expects_all = True
         adopt(self)
         logger.info("llama4_kernels: serving %s", type(self).__name__)
-        device = self.language_model.lm_head.weight.device
-        for choice in backend.choices(device):
+        embedding = self.language_model.model.embed_tokens.weight
+        device = embedding.device
+        for choice in backend.choices(device, embedding.dtype):
             logger.info("llama4_kernels: %s -> %s (%s)", choice.op, choice.backend, choice.why)
         cache = getattr(quant_config, "kv_cache_quant_algo", None)  # SGLang's choice where --kv-cache-dtype is auto
         check_graphs(device, is_fp8=moe_is_fp8(self), checkpoint_cache=str(cache).lower())

@@ -87,6 +87,7 @@ def started(console: Console, model: str | Path, *flags: str, log: Path, tp: int
         if not stock and server.serving() is None:
             raise EvalError(f"the server runs SGLang's own model, see {log}: `llama4-kernels doctor` says why")
         yield Target(server.url, reach(server.url).model, server)
+        demo.print_backends(console, server)
 
 
 def check_model(model: str | Path) -> None:
