@@ -16,7 +16,7 @@ from llama4_kernels.cli.oracle import Oracle, rounding_bound
 
 PROMPT = torch.randint(0, checkpoint.BYTES, (3 * checkpoint.CHUNK + 7,), generator=torch.Generator().manual_seed(1)).tolist()
 LIKES = ("scout", "maverick")
-FORMS = ("compressed-tensors-experts", "compressed-tensors", "redhat", "modelopt")
+FORMS = ("compressed-tensors-experts", "compressed-tensors", "redhat", "modelopt", "block")
 E4M3_HALF_ULP = 2**-4
 E4M3_SMALLEST_STEP = 2**-9
 
@@ -97,7 +97,7 @@ def test_chat_template_and_tokenizer_round_trip(made):
     assert tokenizer.decode(tokenizer.encode(text)) == text
     ids = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False)
     assert tokenizer.convert_ids_to_tokens(ids[0]) == "<|begin_of_text|>"
-    assert len(ids) == 1 + 2 * len("<>") + len("user" "assistant" "\n\n" "\n\n") + len(text.encode()) + 1
+    assert len(ids) == 1 + 2 * len("<>") + len("userassistant\n\n\n\n") + len(text.encode()) + 1
 
 
 def test_same_seed_same_bytes(tmp_path):
@@ -162,6 +162,10 @@ def test_dequantised_is_codes_times_scale_and_near_the_original(made, like, form
     if form == "modelopt":
         base = name.removeprefix("language_model.")
         gate_up = stored[f"{base}.gate_up_proj"].float()[3] * stored[f"{base}.gate_up_proj_weight_scale"]
+    elif form == "block":
+        parts = [(stored[f"{name}.3.{p}.weight"].float(), stored[f"{name}.3.{p}.weight_scale_inv"]) for p in ("gate_proj", "up_proj")]
+        parts = [(codes, scale[torch.arange(len(codes))[:, None] // 128, torch.arange(codes.shape[1]) // 128]) for codes, scale in parts]
+        gate_up = torch.cat([codes * scale for codes, scale in parts]).T
     else:
         parts = [(stored[f"{name}.3.{p}.weight"].float(), stored[f"{name}.3.{p}.weight_scale"].float()) for p in ("gate_proj", "up_proj")]
         gate_up = torch.cat([codes * scale for codes, scale in parts]).T
@@ -175,6 +179,60 @@ def test_dequantised_is_codes_times_scale_and_near_the_original(made, like, form
         error = (full[name] - original[name]).abs()
         # a bfloat16 scale may be up to 2^-8 too small, so that the largest weight of a channel saturates
         assert (error <= original[name].abs() * (E4M3_HALF_ULP + 2**-8) + scale * E4M3_SMALLEST_STEP).all(), name
+
+
+@pytest.mark.parametrize("suffix", ["weight_scale", "weight_scale_inv"])
+@pytest.mark.parametrize("shape", [(384, 256), (300, 200)], ids=["whole blocks", "blocks cut off"])
+def test_dequantised_by_blocks(suffix, shape, tmp_path):
+    """As compressed-tensors and as DeepSeek name the scales."""
+    from safetensors.torch import save_file
+
+    (tmp_path / "config.json").write_text("{}")
+    codes = torch.randn(shape).to(torch.float8_e4m3fn)
+    scale = torch.rand(3, 2)
+    save_file({"model.layers.0.mlp.weight": codes, f"model.layers.0.mlp.{suffix}": scale}, tmp_path / "model.safetensors")
+    (found,) = checkpoint.load_weights(checkpoint.dequantised(tmp_path, tmp_path / "full")).values()
+    assert torch.equal(found, codes.float() * scale[torch.arange(shape[0])[:, None] // 128, torch.arange(shape[1]) // 128])
+
+
+@pytest.mark.parametrize(
+    "scale, says",
+    [
+        (None, "a.weight is FP8, but the checkpoint holds no scale of it"),
+        ((4, 4), r"a.weight_scale has shape \[4, 4\] for a weight of \[256, 256\]"),
+    ],
+    ids=["none", "blocks of 64"],
+)
+def test_a_scale_that_the_oracle_does_not_know_is_named(scale, says, tmp_path):
+    from safetensors.torch import save_file
+
+    (tmp_path / "config.json").write_text("{}")
+    tensors = {"a.weight": torch.zeros(256, 256, dtype=torch.float8_e4m3fn)} | (
+        {} if scale is None else {"a.weight_scale": torch.ones(scale)}
+    )
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=says):
+        checkpoint.dequantised(tmp_path, tmp_path / "full")
+
+
+def test_headers_are_those_of_the_weights(made):
+    path = made(fp8="block")
+    stored, headers = checkpoint.load_weights(path), checkpoint.headers(path)
+    assert {name: header.shape for name, header in headers.items()} == {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    assert all(header.is_fp8 == (stored[name].dtype == torch.float8_e4m3fn) for name, header in headers.items())
+    assert set(checkpoint.load_weights(path, "_scale_inv")) == {name for name in stored if name.endswith("_scale_inv")} != set()
+
+
+def test_oracle_rounds_inputs_of_blocks_by_128_columns(made, monkeypatch):
+    """Of every FP8 layer, experts too; with scales per channel only what the second weight of the MoE layer is multiplied with."""
+    rounded = {}
+    exact = oracle._round
+    for form in ("compressed-tensors", "block"):
+        seen = rounded[form] = []
+        monkeypatch.setattr(oracle, "_round", lambda x, scale, per_block=False, parts=1: seen.append(per_block) or exact(x, scale))
+        Oracle(made("maverick", fp8=form, dequantised=True), quantise_activations=made("maverick", fp8=form)).logprobs(PROMPT[:3])
+    assert all(rounded["block"]) and len(rounded["block"]) == len(rounded["compressed-tensors"]) == 16
+    assert sum(rounded["compressed-tensors"]) == 4
 
 
 def test_oracle_greedy_follows_its_logprobs(made):

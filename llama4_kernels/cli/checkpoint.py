@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +17,8 @@ import torch
 from torch import Tensor
 
 E4M3_MAX = 448.0
+BLOCK = 128  # rows and columns of a weight that share a scale, where it has scales per block
+SCALES = ("_scale", "_scale_inv")
 CHUNK = 64
 SPECIAL_TOKENS = (
     "<|begin_of_text|>",
@@ -36,7 +40,7 @@ PATCH_SIZE = 14
 PIXEL_SHUFFLE = 0.5
 
 Like = Literal["scout", "maverick"]
-Form = Literal["compressed-tensors-experts", "compressed-tensors", "redhat", "modelopt"]
+Form = Literal["compressed-tensors-experts", "compressed-tensors", "redhat", "modelopt", "block"]
 
 SHARED = {
     "hidden_size": 256,
@@ -154,6 +158,8 @@ def make(
         "redhat"                      the same modules as "compressed-tensors", with the ignored ones given as regular expressions
         "modelopt"                    NVIDIA's: fused experts, one scale per tensor, static activation scales, hf_quant_config.json; the KV
                                       cache is left as it is
+        "block"                       the modules of "compressed-tensors" with one scale per block of 128x128, `weight_scale_inv`, as
+                                      DeepSeek stores it
     fp8_attention: also quantise the attention projections.
     vision: with vision tower, projector and processor, saved in shards with an index (SGLang looks for vision weights there).
     text_only: a Llama4ForCausalLM checkpoint, whose config.json is the text config alone.
@@ -176,7 +182,9 @@ def make(
 def dequantised(path: str | Path, out: str | Path) -> Path:
     """Write to `out` the float32 checkpoint whose weights are codes * scale of the FP8 one at `path`, in the layout of an unquantised one.
 
-    out: a new or empty folder, which is returned.
+    out: a new or empty folder, which is returned. Takes the memory of the float32 checkpoint, and some more.
+    Raises ValueError, with its name, for an FP8 weight without a scale, and for a scale that is neither one of the whole weight, nor one per
+    output channel, nor one per block of 128x128.
     """
     path, out = Path(path), _empty_folder(out)
     shutil.copytree(path, out, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json", "hf_quant_config.json"), dirs_exist_ok=True)
@@ -188,18 +196,21 @@ def dequantised(path: str | Path, out: str | Path) -> Path:
     stored = load_weights(path)
     tensors: dict[str, Tensor] = {}
     per_expert: dict[str, dict[int, dict[str, Tensor]]] = {}
-    for name, tensor in stored.items():
-        if name.endswith("_scale"):
+    for name in list(stored):
+        if name.endswith(SCALES):
             continue
-        fused = re.search(EXPERTS, name)
-        scale = stored.get(f"{name}_weight_scale" if fused else f"{name}_scale")
-        value = tensor.float() if scale is None else tensor.float() * scale.float()
+        scale_name = scale_of(name, stored)
+        tensor = stored.pop(name)
+        if tensor.dtype == torch.float8_e4m3fn and scale_name is None:
+            raise ValueError(f"{name} is FP8, but the checkpoint holds no scale of it")
+        value = tensor.float() if scale_name is None else _scaled(tensor, stored[scale_name], scale_name)
         expert = re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)_proj\.weight", name)
         if expert:
             per_expert.setdefault(expert[1], {}).setdefault(int(expert[2]), {})[expert[3]] = value
         else:
             tensors[name] = value
-    for prefix, experts in per_expert.items():
+    while per_expert:
+        prefix, experts = per_expert.popitem()
         ordered = [experts[e] for e in range(len(experts))]
         tensors[f"{prefix}.gate_up_proj"] = torch.stack([torch.cat([e["gate"], e["up"]]).T for e in ordered])
         tensors[f"{prefix}.down_proj"] = torch.stack([e["down"].T for e in ordered])
@@ -209,11 +220,70 @@ def dequantised(path: str | Path, out: str | Path) -> Path:
     return out
 
 
-def load_weights(path: str | Path) -> dict[str, Tensor]:
-    """Every tensor of the checkpoint in the folder `path`, by name."""
-    from safetensors.torch import load_file
+def load_weights(path: str | Path, ending: str = "") -> dict[str, Tensor]:
+    """The tensors of the checkpoint in the folder `path` whose names have this ending, by name."""
+    from safetensors import safe_open
 
-    return {name: tensor for file in sorted(Path(path).glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    found = {}
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            found |= {name: opened.get_tensor(name) for name in opened.keys() if name.endswith(ending)}  # noqa: SIM118
+    return found
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a checkpoint's file says of a tensor before its data. dtype: as safetensors names it, such as "BF16"."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.dtype == "F8_E4M3"
+
+    def is_per_block(self, weight: Header) -> bool:
+        """Whether this is the scale of `weight` with one value for each block of 128x128."""
+        return len(weight.shape) == 2 and weight.shape[0] > 1 and self.shape == _blocks(weight.shape)
+
+
+def headers(path: str | Path) -> dict[str, Header]:
+    """Of every tensor of the checkpoint in the folder `path`, by name; reads no weight."""
+    from safetensors import safe_open
+
+    found = {}
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                tensor = opened.get_slice(name)
+                found[name] = Header(tensor.get_dtype(), tuple(tensor.get_shape()))
+    return found
+
+
+def scale_of(name: str, names: Collection[str]) -> str | None:
+    """The one of `names` that is the scale of the weight `name`."""
+    stem = f"{name}_weight_scale" if re.search(EXPERTS, name) else f"{name}_scale"
+    return next((scale for scale in (stem, f"{stem}_inv") if scale in names), None)
+
+
+def _scaled(codes: Tensor, scale: Tensor, name: str) -> Tensor:
+    """codes * scale in float32. name: of the scale."""
+    value, scale = codes.float(), scale.float()
+    if scale.numel() == 1:
+        return value.mul_(scale.view(()))
+    if codes.dim() == 2 and scale.shape in ((len(codes),), (len(codes), 1)):
+        return value.mul_(scale.view(-1, 1))
+    if codes.dim() == 2 and scale.shape == _blocks(codes.shape):
+        spread = scale.repeat_interleave(BLOCK, 0)[: len(codes)].repeat_interleave(BLOCK, 1)[:, : codes.shape[1]]
+        return value.mul_(spread)
+    raise ValueError(
+        f"{name} has shape {list(scale.shape)} for a weight of {list(codes.shape)}, needs one scale of the whole, "
+        f"one per output channel, or one per block of {BLOCK}x{BLOCK}"
+    )
+
+
+def _blocks(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(-(-size // BLOCK) for size in shape)
 
 
 def _empty_folder(path: str | Path) -> Path:
@@ -292,6 +362,15 @@ def _quantise(tensors: dict[str, Tensor], config: dict[str, Any], path: Path, fo
             },
         )
         return _quantise_modelopt(tensors, chosen)
+    if form == "block":
+        config["quantization_config"] = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [BLOCK, BLOCK],
+            "modules_to_not_convert": _linear_modules(tensors, chosen),
+        }
+        return _quantise_linears(tensors, chosen, _per_block, "weight_scale_inv")
     if form == "redhat":
         ignore = ["re:.*lm_head", "re:.*router", "re:.*vision_model.*", "re:.*multi_modal_projector.*"]
         prefix = r"language_model\." if "text_config" in config else ""
@@ -299,7 +378,7 @@ def _quantise(tensors: dict[str, Tensor], config: dict[str, Any], path: Path, fo
     else:
         ignore = _linear_modules(tensors, chosen)
     config["quantization_config"] = _compressed_tensors_config(ignore)
-    return _quantise_compressed_tensors(tensors, chosen)
+    return _quantise_linears(tensors, chosen, _per_channel, "weight_scale")
 
 
 def _linear_modules(tensors: dict[str, Tensor], quantised: list[str]) -> list[str]:
@@ -343,8 +422,23 @@ def _compressed_tensors_config(ignore: list[str]) -> dict[str, Any]:
     }
 
 
-def _quantise_compressed_tensors(tensors: dict[str, Tensor], chosen: list[str]) -> dict[str, Tensor]:
-    """Every expert by its own name, [N, K] as nn.Linear holds it, with a bfloat16 scale per output channel [N, 1]."""
+def _per_channel(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes, and a bfloat16 scale per output channel [N, 1]."""
+    scale = (matrix.float().abs().amax(1, keepdim=True) / E4M3_MAX).bfloat16()
+    return _encode(matrix, scale), scale
+
+
+def _per_block(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes, and a float32 scale per block [ceil(N / 128), ceil(K / 128)]."""
+    rows = [torch.stack([block.float().abs().amax() for block in row.split(BLOCK, 1)]) for row in matrix.split(BLOCK)]
+    scale = torch.stack(rows) / E4M3_MAX
+    return _encode(matrix, _scaled(torch.ones_like(matrix), scale, "scale")), scale
+
+
+def _quantise_linears(
+    tensors: dict[str, Tensor], chosen: list[str], quantise: Callable[[Tensor], tuple[Tensor, Tensor]], scale_name: str
+) -> dict[str, Tensor]:
+    """Every expert by its own name, [N, K] as nn.Linear holds it, with its scale beside it."""
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name not in chosen:
@@ -359,9 +453,7 @@ def _quantise_compressed_tensors(tensors: dict[str, Tensor], chosen: list[str]) 
         else:
             matrices = {f"{prefix}.{e}.{projection}": w.T for e, w in enumerate(tensor)}
         for module, matrix in matrices.items():
-            scale = (matrix.float().abs().amax(1, keepdim=True) / E4M3_MAX).bfloat16()
-            stored[f"{module}.weight"] = _encode(matrix, scale)
-            stored[f"{module}.weight_scale"] = scale
+            stored[f"{module}.weight"], stored[f"{module}.{scale_name}"] = quantise(matrix)
     return stored
 
 

@@ -302,7 +302,12 @@ def evaluate(
     fp8: Annotated[bool, typer.Option("--fp8", help="With --tiny: routed experts in FP8.")] = False,
     needle: Annotated[bool, typer.Option("--needle", help="Hide a number in long texts and ask for it.")] = False,
     parity: Annotated[
-        bool, typer.Option("--parity", help="Compare the logprob of every token of a text with other implementations.")
+        bool,
+        typer.Option(
+            "--parity",
+            help="Compare the logprob of every token of a text with other implementations. transformers takes 4 bytes of memory a weight, "
+            "for an FP8 checkpoint 4 bytes of disk (TMPDIR) too.",
+        ),
     ] = False,
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder of results; a run that broke goes on from what it holds.")] = Path(
         "llama4-eval"
@@ -334,7 +339,9 @@ def evaluate(
     tokens: Annotated[
         Optional[int], typer.Option(min=2, help="--parity: at most so many tokens of it; past the first chunk if not given.")
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="--parity: of everything that is not FP8.")] = Dtype.float32,
+    dtype: Annotated[
+        Dtype, typer.Option(help="--parity: of everything that is not FP8. CUDA's MoE and attention take bfloat16 only.")
+    ] = Dtype.float32,
     against: Annotated[
         Optional[list[Against]],
         typer.Option(help="--parity: transformers, stock (SGLang's own model, on a GPU) or both; all that can run."),

@@ -8,6 +8,7 @@ An FP8 checkpoint has two oracles. `Oracle(dequantised)` holds the weights codes
 here a second time in plain PyTorch:
 
     x of a layer with a scale per channel    one scale per token, max|x| / 448
+    x of a layer with a scale per block      one scale per token and 128 columns
     h = silu(gate) * up of a MoE layer       one scale per token and 128 columns
     anything with a static activation scale  that scale
 
@@ -26,9 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from llama4_kernels.cli.checkpoint import E4M3_MAX, load_weights
-
-BLOCK = 128
+from llama4_kernels.cli.checkpoint import BLOCK, E4M3_MAX, Header, headers, load_weights, scale_of
 
 
 class Oracle:
@@ -51,7 +50,11 @@ class Oracle:
         kind = getattr(transformers, self.config["architectures"][0])
         self.model = kind.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
         if quantise_activations is not None:
-            _quantise_activations(self.model, load_weights(quantise_activations), ranks)
+            self.round_activations(quantise_activations, ranks)
+
+    def round_activations(self, path: str | Path, ranks: int) -> None:
+        """From now on round activations as the FP8 checkpoint in the folder `path` asks, from which this one was dequantised."""
+        _round_activations(self.model, headers(path), load_weights(path, "input_scale"), ranks)
 
     @torch.inference_mode()
     def logprobs(self, ids: list[int], **image: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,36 +93,38 @@ def rounding_bound(whole_error: float, sites: int) -> float:
     return whole_error * math.sqrt(2 / sites) / 2
 
 
-def _quantise_activations(model: nn.Module, stored: dict[str, Tensor], ranks: int) -> None:
+def _round_activations(model: nn.Module, stored: dict[str, Header], input_scales: dict[str, Tensor], ranks: int) -> None:
     """Make the layers that are FP8 in `stored` round their inputs."""
-    fp8 = {name for name, tensor in stored.items() if tensor.dtype == torch.float8_e4m3fn}
-    fp8 |= {name.removeprefix("language_model.") for name in fp8}
-    scales = {name.removeprefix("language_model."): tensor.float() for name, tensor in stored.items() if name.endswith("input_scale")}
+    stored = {name.removeprefix("language_model."): header for name, header in stored.items()}
+    scales = {name.removeprefix("language_model."): tensor.float() for name, tensor in input_scales.items()}
+    fp8 = {name for name, header in stored.items() if header.is_fp8}
+    per_block = {name for name in fp8 if (scale := scale_of(name, stored)) and stored[scale].is_per_block(stored[name])}
     for name, module in model.named_modules():
         name = name.removeprefix("language_model.")
         if type(module).__name__ == "Llama4TextMoe":
             experts = f"{name}.experts"
-            if {f"{experts}.gate_up_proj", f"{experts}.0.gate_proj.weight"} & fp8:
+            first = {f"{experts}.gate_up_proj", f"{experts}.0.gate_proj.weight"}
+            if first & fp8:
                 static = [scales.get(f"{experts}.{projection}_input_scale") for projection in ("gate_up_proj", "down_proj")]
-                module.experts.forward = _RoundedExperts(module.experts, *static, ranks)
+                module.experts.forward = _RoundedExperts(module.experts, *static, bool(first & per_block), ranks)
                 module.rounding_sites = 2
         elif isinstance(module, nn.Linear) and f"{name}.weight" in fp8:
-            per_block = name.endswith("shared_expert.down_proj")
+            by_blocks = f"{name}.weight" in per_block or name.endswith("shared_expert.down_proj")
             parts = ranks if name.endswith(("o_proj", "down_proj")) else 1
-            module.register_forward_pre_hook(_rounder(scales.get(f"{name}.input_scale"), per_block, parts))
+            module.register_forward_pre_hook(_rounder(scales.get(f"{name}.input_scale"), by_blocks, parts))
             module.rounding_sites = 1
 
 
 class _RoundedExperts:
     """Llama4TextExperts.forward with rounded activations. Its input is score * x, tokens repeated for every expert."""
 
-    def __init__(self, experts: nn.Module, input_scale: Tensor | None, hidden_scale: Tensor | None, ranks: int):
-        self.experts, self.ranks = experts, ranks
+    def __init__(self, experts: nn.Module, input_scale: Tensor | None, hidden_scale: Tensor | None, per_block: bool, ranks: int):
+        self.experts, self.per_block, self.ranks = experts, per_block, ranks
         self.input_scale, self.hidden_scale = input_scale, hidden_scale
 
     def __call__(self, x: Tensor) -> Tensor:
         experts = self.experts
-        x = _round(x, self.input_scale).view(experts.num_experts, -1, experts.hidden_size)
+        x = _round(x, self.input_scale, self.per_block).view(experts.num_experts, -1, experts.hidden_size)
         gate, up = torch.bmm(x, experts.gate_up_proj).chunk(2, dim=-1)
         hidden = _round(nn.functional.silu(gate) * up, self.hidden_scale, per_block=True, parts=self.ranks)
         return torch.bmm(hidden, experts.down_proj).view(-1, experts.hidden_size)

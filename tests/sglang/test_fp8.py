@@ -38,6 +38,7 @@ def check(server, full, fp8, tp=1):
         ("scout", "compressed-tensors", False, 1),
         ("maverick", "redhat", True, 2),
         ("scout", "modelopt", False, 1),
+        ("scout", "block", True, 1),
     ],
 )
 def test_checkpoint(like, form, attention, tp, make, tmp_path):

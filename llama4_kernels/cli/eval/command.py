@@ -80,7 +80,7 @@ def run_parity(options: Options, text: Path | None, tokens: int | None, dtype: s
     def compare(console: Console) -> int:
         _require("matplotlib")
         with contextlib.ExitStack() as stack:
-            model = Path(options.model) if options.tiny is None else _tiny(stack, options)
+            model = options.model if options.tiny is None else _tiny(stack, options, dtype=dtype)
             everything = ["transformers", *(["stock"] if torch.cuda.is_available() else [])]
             return parity.run(
                 console,
@@ -150,8 +150,8 @@ def _target(console: Console, options: Options, flags: tuple[str, ...], tiny_con
         yield stack.enter_context(started(console, model, *cpu, *flags, *options.server, log=log, tp=options.tp))
 
 
-def _tiny(stack: contextlib.ExitStack, options: Options, **config: Any) -> Path:
-    """A tiny random checkpoint in a folder that is gone with `stack`."""
+def _tiny(stack: contextlib.ExitStack, options: Options, **how: Any) -> Path:
+    """A tiny random checkpoint in a folder that is gone with `stack`. how: options of checkpoint.make."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llama4_kernels-eval-")))
     form = "compressed-tensors-experts" if options.fp8 else None
-    return checkpoint.make(folder / _name(options), options.tiny, fp8=form, **config)
+    return checkpoint.make(folder / _name(options), options.tiny, fp8=form, **how)

@@ -90,12 +90,10 @@ def started(console: Console, model: str | Path, *flags: str, log: Path, tp: int
         demo.print_backends(console, server)
 
 
-def check_model(model: str | Path) -> None:
-    """EvalError where `model` is neither the folder of a Llama 4 checkpoint nor in the Hugging Face cache."""
-    config = Path(model) / "config.json"
-    if not Path(model).is_dir():
-        _check_cached(model)
-        return
+def check_model(model: str | Path) -> Path:
+    """The folder of the checkpoint `model`, a folder or a name in the Hugging Face cache; EvalError where it is neither, or not of Llama 4."""
+    folder = Path(model) if Path(model).is_dir() else _cached(model)
+    config = folder / "config.json"
     if not config.is_file():
         raise EvalError(f"{model} holds no config.json: give the folder of a checkpoint")
     try:
@@ -104,6 +102,7 @@ def check_model(model: str | Path) -> None:
         raise EvalError(f"{config} is no JSON object ({error}): download the checkpoint again") from error
     if not any(str(name).startswith("Llama4") for name in architectures or []):
         raise EvalError(f"{model} is a checkpoint of {architectures}: give one of Llama 4")
+    return folder
 
 
 def chunk_size(model: str | Path) -> int | None:
@@ -112,8 +111,8 @@ def chunk_size(model: str | Path) -> int | None:
     return config.get("text_config", config).get("attention_chunk_size")
 
 
-def _check_cached(model: str | Path) -> None:
-    """EvalError where `model`, which is no folder, is not the name of a model in the Hugging Face cache either."""
+def _cached(model: str | Path) -> Path:
+    """The folder in the Hugging Face cache of `model`, which is no folder itself; EvalError where there is none of that name."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -128,3 +127,4 @@ def _check_cached(model: str | Path) -> None:
             f"{model} is neither a folder nor a model in the Hugging Face cache: correct the path, or run `hf download {model}`, "
             "after `hf auth login` where the model's licence has to be accepted"
         )
+    return Path(found).parent
