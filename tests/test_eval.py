@@ -26,7 +26,7 @@ import pytest
 from evaluations import after, has_lm_eval, has_matplotlib, has_transformers, only_line, run_eval
 from standin import serving
 
-from llama4_kernels.cli.eval import accuracy, command, guide
+from llama4_kernels.cli.eval import accuracy, command, guide, target
 from llama4_kernels.cli.eval.answers import AnswerLog
 from llama4_kernels.cli.eval.target import EvalError, Target
 
@@ -177,6 +177,16 @@ def test_answers_of_a_server_started_otherwise(evaluation, arguments, variable, 
     table = backend
     assert says in only_line(run_eval("--tiny", "scout", "--out", tmp_path, *evaluation, *arguments))
     assert len(starts) == (2 if backend == "triton" else 1)
+
+
+def test_a_server_that_does_not_say_what_it_is_in_time(monkeypatch):
+    """Its answers could belong to anything."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        monkeypatch.setattr(target, "INFO", 0.2)
+        with pytest.raises(EvalError, match=r"does not answer /server_info \(ReadTimeout\)"):
+            Target(f"http://127.0.0.1:{listener.getsockname()[1]}", "model").facts()
 
 
 @has_lm_eval

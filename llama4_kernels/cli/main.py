@@ -309,7 +309,7 @@ def evaluate(
             "for an FP8 checkpoint 4 bytes of disk (TMPDIR) too.",
         ),
     ] = False,
-    out: Annotated[Path, typer.Option(file_okay=False, help="Folder of results; a run that broke goes on from what it holds.")] = Path(
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder of results; the same run goes on from the answers in it.")] = Path(
         "llama4-eval"
     ),
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks of the server.")] = 1,

@@ -17,6 +17,7 @@ from llama4_kernels.cli import demo
 from llama4_kernels.cli.server import Server, serve
 
 START = 1800  # seconds that loading a checkpoint may take
+INFO = 60  # seconds until a server says what it is
 FACTS = (
     *("model_path", "revision", "weight_version", "load_format", "json_model_override_args", "lora_paths"),
     *("model_impl", "version", "device", "dtype", "quantization", "kv_cache_dtype"),
@@ -41,12 +42,16 @@ class Target:
 
     def facts(self) -> dict[str, Any]:
         """What its answers depend on, as far as it says: FACTS of SGLang's /server_info, and where it was started here the version of this
-        package and the backend of each op. Empty for a server that says nothing."""
+        package and the backend of each op. Empty for a server that has no such route; EvalError where it does not answer."""
         import requests
 
         facts: dict[str, Any] = {}
-        with contextlib.suppress(requests.RequestException, ValueError, TypeError):
-            said = requests.get(f"{self.url}/server_info", timeout=10).json()
+        try:
+            answer = requests.get(f"{self.url}/server_info", timeout=INFO)
+        except requests.RequestException as error:
+            raise EvalError(f"{self.url} does not answer /server_info ({type(error).__name__}): try again when it is less busy") from error
+        with contextlib.suppress(ValueError, TypeError):
+            said = answer.json() if answer.status_code == 200 else {}
             facts = {name: said[name] for name in FACTS if name in said}
         if self.server is not None:
             facts.pop("model_path", None)  # of a tiny model it is another one each time
