@@ -134,7 +134,8 @@ __device__ inline void load_stage(SharedMemory<Shape>& shared, int stage, const 
     }
 }
 
-// One warp: weights and activations of every step by TMA, and with GemmKind::fp8 the tokens' scales beside the last.
+// One warp: weights and activations of every step by TMA, and with GemmKind::fp8 the tokens' scales beside the last. Each lane arrives for what
+// it stores, although lane 0's arrival behind __syncwarp would do: compute-sanitizer's racecheck seems to count the arriving lane's stores alone.
 template <class Shape>
 __device__ void load_with_tma(SharedMemory<Shape>& shared, const BlockTiles<Shape>& tiles, const TensorMap& weights, const TensorMap& tokens,
                               const Problem& problem) {
@@ -156,7 +157,8 @@ __device__ void load_with_tma(SharedMemory<Shape>& shared, const BlockTiles<Shap
                     if (i * WARP + lane < Shape::TOKENS) stages.token_scales[at.stage][i * WARP + lane] = scales[i];
                 }
             }
-            __syncwarp();  // scales are written, and no lane still waits for this stage when lane 0 has gone round the ring
+            if (SHARE > 0) stages.pipeline.full[at.stage].arrive();
+            __syncwarp();  // no lane still waits for this stage when lane 0 has gone round the ring
             if (lane == 0) load_stage<Shape, false, WEIGHT_HINT, L2::evict_last>(shared, at.stage, tile, step, weights, tokens);
         }
     }
@@ -270,7 +272,7 @@ __global__ void __launch_bounds__(Shape::CONSUMERS + Shape::LOADERS, 1)
                         const __grid_constant__ Problem problem) {
     constexpr bool ALL_LOAD = GATHER || Shape::KIND == GemmKind::fp8_scaled_steps;
     // At a full stage: of who asks TMA, of each loader's copies, and of each for the scales.
-    constexpr int FULL_ARRIVALS = 1 + (GATHER ? Shape::LOADERS : 0) + (ALL_LOAD && Shape::FP8 ? Shape::LOADERS : 0);
+    constexpr int FULL_ARRIVALS = 1 + (GATHER ? Shape::LOADERS : 0) + (!Shape::FP8 ? 0 : ALL_LOAD ? Shape::LOADERS : WARP);
     // Of the 504 that three threads, one of each warpgroup, have at launch.
     constexpr int LOADER_REGISTERS = Shape::SETS == 1 ? 56 : 40, CONSUMER_REGISTERS = (504 - LOADER_REGISTERS) / 2;
     auto& shared = *shared_memory<SharedMemory<Shape>>();
