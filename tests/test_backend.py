@@ -104,6 +104,19 @@ def test_a_request_for_a_backend_that_never_takes_the_dtype_is_an_error(triton_t
         backend.choices("cpu", torch.float32)
 
 
+def test_a_model_in_float32_has_its_moe_and_attention_in_triton_on_a_hopper(monkeypatch):
+    pytest.importorskip("llama4_kernels.cuda._C", reason="the CUDA extension is not built")
+    import llama4_kernels.cuda as cuda
+    import llama4_kernels.triton as triton
+
+    for module in (cuda, triton):
+        monkeypatch.setattr(module, "why_not", lambda device: "")
+    elsewhere = {"moe_gate_up", "moe_down", "fused_moe", "chunked_attention"}
+    for dtype, in_triton in ((torch.float32, elsewhere), (torch.bfloat16, set())):
+        assert {choice.op for choice in backend.choices("cpu", dtype) if choice.backend == "triton"} == in_triton
+        assert {choice.op for choice in backend.choices("cpu", dtype) if choice.backend == "cuda"} == set(backend.OPS) - in_triton
+
+
 def test_every_public_op_has_a_reference():
     assert set(backend.OPS) == {name for name in ops.__all__ if isinstance(getattr(ops, name), types.FunctionType)}
     for op in backend.OPS:

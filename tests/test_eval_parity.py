@@ -101,6 +101,7 @@ def test_parity_of_fp8_is_of_activations_rounded(dtype, monkeypatch, tmp_path):
         ("--quantization", "give a checkpoint that is so"),
         ("--kv-cache-dt=fp8_e4m3", "give a checkpoint that is so"),
         ("--dtype=bfloat16", "--dtype of this command says it"),
+        ("--tp=2", "--tp of this command says it"),
         ("--load-format dummy", "give a checkpoint that is so"),
     ],
 )

@@ -41,15 +41,11 @@ STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 FP8_IN_BFLOAT16 = 1.25  # of transformers' median: bfloat16 moves codes of FP8, in the server other ones than in transformers
 BYTES_OF_FLOAT32 = 4
-# Flags after which the server computes something else than the checkpoint in --dtype, which transformers does
+# Flags after which the server computes something else than transformers, and which of them this command has an option for
+OWN_OPTION = {"--dtype": "--dtype", "--tp-size": "--tp", "--tensor-parallel-size": "--tp"}
 OTHER_MODEL = (
-    "--quantization",
-    "--kv-cache-dtype",
-    "--dtype",
-    "--json-model-override-args",
-    "--load-format",
-    "--model-impl",
-    "--model-path",
+    *OWN_OPTION,
+    *("--quantization", "--kv-cache-dtype", "--json-model-override-args", "--load-format", "--model-impl", "--model-path"),
 )
 
 
@@ -195,9 +191,8 @@ def _check_flags(flags: tuple[str, ...]) -> None:
     for flag in flags:
         given = flag.partition("=")[0].split()[0] if flag.strip() else ""
         if given.startswith("--") and len(given) > 2 and (asked := [name for name in OTHER_MODEL if name.startswith(given)]):
-            instead = (
-                "--dtype of this command says it" if asked[0] == "--dtype" else "give a checkpoint that is so, or --against stock alone"
-            )
+            instead = OWN_OPTION.get(asked[0])
+            instead = f"{instead} of this command says it" if instead else "give a checkpoint that is so, or --against stock alone"
             raise EvalError(f"--server-flag={flag} has the server compute what transformers does not: {instead}")
 
 
