@@ -268,8 +268,7 @@ def work(workload: Workload, distinct_experts: float | None = None) -> Work:
         return part
     moe = _token_work(workload, "fused_moe", distinct_experts)
     residual = 2 * workload.tokens * workload.hidden * 2  # read and written once each; the MoE's x and y stay inside the layer
-    flops = dict(moe.flops)
-    flops["bf16"] = flops.get("bf16", 0) + part.flops["bf16"]
+    flops = moe.flops | {"bf16": moe.flops["bf16"] + part.flops["bf16"]}
     activations = 4 * workload.tokens * workload.hidden * 2  # x and y of both parts
     return Work(part.bytes + moe.bytes - activations + residual, flops)
 

@@ -32,8 +32,8 @@ def test_the_schema_is_one():
     ids=lambda written: f"{type(written).__name__} {written.status}",
 )
 def test_what_is_written_is_read_again(tmp_path, written):
-    record.append(tmp_path / "new" / "file.json", [written])
-    record.append(tmp_path / "new" / "file.json", [written])
+    for _ in range(2):
+        record.append(tmp_path / "new" / "folders" / "file.json", [written])
     assert record.read(tmp_path) == record.Contents((written, written), ())
 
 
@@ -110,6 +110,12 @@ def test_a_file_of_another_kind_is_named_once_and_many_bad_lines_are_counted(tmp
 def test_a_missing_path_and_a_folder_without_results_are_problems(tmp_path):
     contents = record.read(tmp_path / "nothing.json", tmp_path)
     assert contents.problems == (f"{tmp_path / 'nothing.json'}: does not exist", f"{tmp_path}: holds no *.json file")
+
+
+def test_a_folder_with_the_name_of_a_file_is_a_problem(tmp_path):
+    (tmp_path / "folder.json").mkdir()
+    (problem,) = record.read(tmp_path).problems
+    assert problem.startswith(f"{tmp_path / 'folder.json'}: cannot be read")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
