@@ -261,7 +261,7 @@ def test_rounding_bound_tells_float32_noise_from_another_rounding(made, monkeypa
     want, _ = rounding.logprobs(PROMPT)
     whole = (Oracle(full).logprobs(PROMPT)[0] - want).abs().mean()
     bound = rounding_bound(float(whole), rounding.rounding_sites())
-    assert rounding.rounding_sites() == 8
+    assert rounding.rounding_sites() == 8 and rounding_bound(1.0, 8) == 0.25
 
     exact = oracle._round
     monkeypatch.setattr(oracle, "_round", lambda x, scale, per_block=False, parts=1: exact(x, scale))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import io
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -209,6 +211,37 @@ def test_demo_judges_every_request():
     assert len(judge([1e-6, 2e-4])) == 1
     assert len(judge([1e-6, float("nan")])) == 1
     assert judge([1e-6, 1e-6], greedy=1) == ["tokens of 65 tokens: 1 of 2 greedy tokens agree"]
+
+
+def test_demo_judges_fp8_by_the_mean_of_all_tokens():
+    from rich.console import Console
+
+    from llama4_kernels.cli.demo import Comparison, Reference, _judge
+
+    def judge(*differences):
+        reference = Reference(SimpleNamespace(rounding_sites=lambda: 8), SimpleNamespace())
+        whole = torch.tensor([0.5, 1.5])
+        return _judge(Console(quiet=True), [Comparison("tokens", 64, torch.tensor(each), whole, 0, 2) for each in differences], reference)
+
+    assert judge([0.4, 0.1], [0.3, 0.1]) == []
+    assert judge([0.4, 0.3], [0.3, 0.2]) == ["mean |Δlogprob| 3.0e-01 is over 2.5e-01"]
+    assert len(judge([0.1, float("nan")])) == 1
+
+
+def test_demo_compares_each_token_with_its_own():
+    from llama4_kernels.cli.demo import Reference
+
+    def oracle(shift):
+        return SimpleNamespace(logprobs=lambda ids: (torch.tensor([-1.0, -2.0, -3.0, -4.0]) + shift, torch.tensor([2, 3, 4, 9])))
+
+    compare = functools.partial(Reference(oracle(0.0), oracle(-0.5)).compare, "chat", [1, 2, 3], [4, 5])
+    answer, whole = compare([-3.0, -4.25]), compare([-1.0, -2.0, -3.5, -4.0])
+    assert answer.difference.tolist() == [0, 0.25] and whole.difference.tolist() == [0, 0, 0.5, 0]
+    assert answer.whole_error.tolist() == [0.5] * 2 and whole.whole_error.tolist() == [0.5] * 4
+    assert (answer.length, answer.greedy, answer.generated) == (whole.length, whole.greedy, whole.generated) == (3, 1, 2)
+    for logprobs in ([-1.0] * 3, []):
+        with pytest.raises(server.ServerError, match=f"{len(logprobs)} logprobs came back for 3 tokens of prompt and 2 of answer"):
+            compare(logprobs)
 
 
 @has_server_needs

@@ -53,7 +53,7 @@ def test_the_schemas_notice_what_is_missing(form, schema, tmp_path):
 
 
 def test_only_right_results_are_written(tmp_path):
-    names = [entry["name"] for entry in written("action", tmp_path / "out.json", SYNTHETIC)]
+    names = [entry["name"] for entry in written("action", tmp_path / "new" / "folders" / "out.json", SYNTHETIC)]
     assert names == [
         "fused_moe/fp8/scout/tp8/t64[triton] on NVIDIA H200",
         "fused_moe/fp8/scout/tp8/t64[sglang] on NVIDIA H200",

@@ -10,6 +10,7 @@ import pytest
 import requests
 from engine import ask, assert_agrees, llama4_server, prompt
 from safetensors.torch import load_file, save_file
+from sglang.srt.environ import envs
 from transformers import Llama4TextConfig
 
 from llama4_kernels.cli.checkpoint import VOCABULARY
@@ -232,9 +233,11 @@ def test_configs_that_are_refused(fields, message):
 
 
 def test_the_rope_table_holds_what_is_drafted_past_the_context():
-    """The overlapped schedule verifies one chain more when a chain that was accepted whole has gone past the context."""
-    for drafted in (*range(2, 65), 500):
-        assert rope_positions(1024, drafted - 1, drafted) >= 1024 + 2 * drafted
+    """The overlapped schedule verifies one chain more when a chain that was accepted whole has gone past the context. As SGLang reckons it."""
+    factor, margin = envs.SGLANG_SPEC_EXPANSION_SAFETY_FACTOR.get(), envs.SGLANG_ROPE_CACHE_SAFETY_MARGIN.get()
+    for drafted in range(2, 65):
+        rows = rope_positions(1024, drafted - 1, drafted)
+        assert rows >= 1024 + 2 * drafted and rows == 1024 + factor * (drafted - 1) * drafted + margin
 
 
 @pytest.mark.parametrize("environment, ours", [({}, True), ({"SGLANG_PLUGINS": "another"}, False)])

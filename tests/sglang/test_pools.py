@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from model_runner import FREE
+from sglang.srt.environ import envs
 
 from llama4_kernels.cli.plan import gpus, memory, model
 
@@ -100,6 +101,11 @@ def test_weights_and_pools(name, reports, make):
         assert requests == report["requests"]
         assert memory.request_table_bytes(requests, CONTEXT) == report["request_table_bytes"]
         assert memory.rope_table_bytes(found, CONTEXT) == report["rope_table_bytes"] and report["rope_table_survives"]
+
+
+def test_what_sglang_has_environment_variables_for():
+    assert memory.EVICTION_INTERVAL == envs.SGLANG_SWA_EVICTION_INTERVAL.get()
+    assert memory.MULTIMODAL_BYTES == envs.SGLANG_VLM_CACHE_SIZE_MB.get() << 20
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
