@@ -312,6 +312,7 @@ SLOTS = {"page_table_holds": "slots", "page_table": torch.arange(6).int()[None]}
         ({"q": torch.ones(4, 3, 8).transpose(0, 1)}, ValueError, "q has strides"),
         ({"q": torch.ones(3, 0, 8)}, ValueError, r"q has shape \[3, 0, 8\], needs at least one head and one dimension"),
         ({"q": torch.ones(3, 5, 8)}, ValueError, "q has 5 heads, needs a multiple of the caches' 2"),
+        ({"k_cache": CACHE[:, :, :0], "v_cache": CACHE[:, :, :0]}, ValueError, "q has 4 heads, needs a multiple of the caches' 0"),
         ({"k_cache": torch.ones(4, 2, 2, 9)}, ValueError, r"k_cache has shape \[4, 2, 2, 9\], needs \[pages, page_size, Hkv, 8\]"),
         ({"k_cache": torch.ones(2, 4, 2, 8).transpose(0, 1)}, ValueError, "k_cache has strides"),
         ({"v_cache": CACHE[:3]}, ValueError, r"v_cache has shape \[3, 2, 2, 8\], needs \[4, 2, 2, 8\]"),

@@ -117,6 +117,19 @@ def test_a_model_in_float32_has_its_moe_and_attention_in_triton_on_a_hopper(monk
         assert {choice.op for choice in backend.choices("cpu", dtype) if choice.backend == "cuda"} == set(backend.OPS) - in_triton
 
 
+def test_what_the_interpreter_is_asked_for_goes_to_no_other(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    computed = []
+    monkeypatch.setattr(backend, "_find", lambda name, op: lambda x: computed.append(name))
+    with use_backend("triton"):
+        backend.call("quantize_per_token", CPU, torch.ones(1, 2))
+    assert computed == ["triton"]
+
+
+def test_backends_are_those_of_the_device_that_is_asked_about():
+    assert available_backends("fused_moe", "meta")["triton"].startswith("meta is not an NVIDIA GPU")
+
+
 def test_every_public_op_has_a_reference():
     assert set(backend.OPS) == {name for name in ops.__all__ if isinstance(getattr(ops, name), types.FunctionType)}
     for op in backend.OPS:
@@ -168,9 +181,9 @@ def test_autocast_changes_no_bit():
     x, router = torch.randn(5, 64), torch.randn(4, 64)
     want, _ = ops.route_top1(x, router)
     with torch.autocast("cpu", torch.bfloat16):
-        got, _ = ops.route_top1(x, router)
+        got, codes = ops.route_top1(x, router, quantize=True)
         assert torch.is_autocast_enabled("cpu")
-    assert got.scores.dtype == torch.float32 and torch.equal(got.scores, want.scores)
+    assert codes is not None and got.scores.dtype == torch.float32 and torch.equal(got.scores, want.scores)
 
 
 def test_a_request_decides_which_function_runs(triton_on_cpu, monkeypatch):

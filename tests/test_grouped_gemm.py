@@ -170,6 +170,7 @@ CODES = torch.ones(3, 8).to(FP8)
         (A, B, OFFSETS, {"rows": int32(0, 1, 3)}, ValueError, "rows holds values from 0 to 3, needs 0 to 2, the 3 rows of a"),
         (A, B, OFFSETS, {"rows": int32(0, -1, 0)}, ValueError, "rows holds values from -1 to 0, needs 0 to 2"),
         (A, B, OFFSETS, {"rows": torch.tensor([0, 1, 2])}, TypeError, "rows has dtype int64, needs int32"),
+        (A, B, OFFSETS, {"rows": int32(0, 1, 2).to("meta")}, ValueError, "rows is on meta, needs cpu"),
         (A, B, OFFSETS, {"out_dtype": torch.float16}, TypeError, "out_dtype is torch.float16, needs torch.bfloat16 or torch.float32"),
     ],
 )  # fmt: skip

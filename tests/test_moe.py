@@ -276,6 +276,7 @@ def test_bad_input_to_the_layer_is_named(x, weights, error, message):
 @pytest.mark.parametrize(
     ("x", "routing", "weights", "error", "message"),
     [
+        (X[0], ROUTING, PLAIN, ValueError, r"x has shape .*, needs \[T, H\]"),
         (X, None, PLAIN, TypeError, "routing is NoneType, needs a Routing"),
         (X, replaced(ROUTING, scores=torch.ones(4)), PLAIN, ValueError, r"routing.scores has shape \[4\], needs \[3\]"),
         (X, replaced(ROUTING, order=ROUTING.order.long()), PLAIN, TypeError, "routing.order has dtype int64, needs int32"),

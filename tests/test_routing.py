@@ -149,5 +149,6 @@ def test_bad_input_is_named(x, router, error, message):
 
 
 def test_quantize_is_true_or_false():
+    assert ops.route_top1(torch.ones(2, 8), torch.ones(4, 8))[1] is None
     with pytest.raises(TypeError, match="^route_top1: quantize is 'yes', needs True or False"):
         ops.route_top1(torch.ones(2, 8), torch.ones(4, 8), quantize="yes")
