@@ -199,6 +199,13 @@ def test_many_queries_after_a_long_prefix(op, cache_dtype, splits):
     assert_same_bits(run(op, *alone(arguments, options, 1)), together[20:70])
 
 
+def test_a_launch_asks_for_every_counter_that_it_counts_in():
+    """As no launch has asked for more before. The last one counts the splits of the last rows of the last KV head."""
+    fresh = op_of(emulation.load(emulation.build()))
+    lengths = [(2 * 64 * TILE + 55, 50)]
+    assert_attention(fresh, *batch(lengths, chunk_size=None, page_size=64, heads=(4, 2, 64), dtype=BF16))
+
+
 @pytest.mark.parametrize(
     "rows, table_keys, chunk_size, want",
     [(5 << 13, 1 << 20, 1 << 30, 4), (5 << 13, 1 << 20, 8192, 1), (5 << 13, 1 << 14, 1 << 30, 2), (40 << 13, 1 << 20, 1 << 30, 1), (0, 1 << 20, 1 << 30, 4)],
