@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
+import torch
 from sglang.srt.layers.dp_attention import is_dp_attention_enabled
 from sglang.srt.layers.layer_boundary import append_stages, declare_attn, declare_ffn
 from sglang.srt.layers.layernorm import RMSNorm
@@ -39,6 +40,14 @@ from llama4_kernels.sglang.vision import vision_tensors
 from llama4_kernels.sglang.weights import adapt_text_only, adopt, moe_is_fp8, moe_weights
 
 logger = logging.getLogger("llama4_kernels")
+
+
+class Llama4Norm(RMSNorm):
+    """SGLang's RMSNorm, in float32 too: on a GPU its kernel for a norm without a residual takes 16 bits only."""
+
+    def forward_cuda(self, x: Tensor, *args, **kwargs) -> Tensor | tuple[Tensor, Tensor]:
+        forward = self.forward_native if x.dtype == torch.float32 else super().forward_cuda
+        return forward(x, *args, **kwargs)
 
 
 class Llama4MoE(nn.Module):
@@ -163,8 +172,8 @@ class Llama4DecoderLayer(llama4.Llama4DecoderLayer):
                 prefix=prefix,
                 reduce_results=False,
             )
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = Llama4Norm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Llama4Norm(config.hidden_size, eps=config.rms_norm_eps)
         feed_forward = declare_ffn(sparse=layer.is_moe, next_layer_sparse=layer_id + 1 in config.moe_layers)
         self.attn_boundary, self.ffn_boundary = append_stages(
             (declare_attn(), self.input_layernorm), (feed_forward, self.post_attention_layernorm)
@@ -192,7 +201,7 @@ class Llama4Model(llama4.Llama4Model):
             lambda idx, prefix: Llama4DecoderLayer(config, idx, cos_sin, quant_config, prefix),
             prefix=add_prefix("layers", prefix),
         )
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = Llama4Norm(config.hidden_size, eps=config.rms_norm_eps)
         self.layers_to_capture = []
 
 

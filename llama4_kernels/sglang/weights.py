@@ -65,16 +65,17 @@ def adapt_text_only(quant_config: QuantizationConfig | None) -> None:
 
 
 def adopt(model: nn.Module) -> None:
-    """Have routers, experts, shared experts and, where there is no GPU for SGLang's own kernels, every fp8 linear layer keep their weights
-    as ops.Linear when SGLang has loaded them, and not as SGLang's kernels want them. The fp8 layers that do run SGLang's kernels refuse
-    updates where nothing can be loaded into what these want."""
+    """Have routers, experts, shared experts and, where SGLang's own kernels cannot run, without a GPU and in float32, every fp8 linear layer
+    keep their weights as ops.Linear when SGLang has loaded them, and not as SGLang's kernels want them. The fp8 layers that do run SGLang's
+    kernels refuse updates where nothing can be loaded into what these want."""
     for name, layer in model.named_modules():
         if isinstance(layer, FusedMoE):
             layer.quant_method.process_weights_after_loading = _keep_experts
         elif isinstance(layer, LinearBase):
             is_read_by_moe = not {"router", "shared_expert"}.isdisjoint(name.split("."))
             is_plain = isinstance(layer.quant_method, UnquantizedLinearMethod)
-            runs_ours = not (is_plain or torch.cuda.is_available())
+            runs_theirs = torch.cuda.is_available() and layer.params_dtype != torch.float32
+            runs_ours = not (is_plain or runs_theirs)
             if is_read_by_moe or runs_ours:
                 layer.quant_method.process_weights_after_loading = _keep_linear
             elif not is_plain:
@@ -185,7 +186,7 @@ def _apply(layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """x · weightᵀ through ops.grouped_gemm, as one group."""
     linear = layer.ops_weight
     rows = x.flatten(0, -2).contiguous()
-    offsets = torch.tensor([0, rows.shape[0]], dtype=torch.int32, device=x.device)
+    offsets = torch.arange(2, dtype=torch.int32, device=x.device) * rows.shape[0]
     stacked = ops.Linear(linear.weight[None], linear.scale[None], linear.input_scale)
     out = ops.grouped_gemm(rows, stacked, offsets, out_dtype=x.dtype).view(*x.shape[:-1], -1)
     return out if bias is None else out + bias

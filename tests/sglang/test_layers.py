@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.layers import layernorm
 from transformers import Llama4TextConfig
 
 from llama4_kernels.sglang.checkpoint import CheckpointError
 from llama4_kernels.sglang.config import layer_config
-from llama4_kernels.sglang.model import Llama4ForConditionalGeneration
+from llama4_kernels.sglang.model import Llama4ForConditionalGeneration, Llama4Norm
 from llama4_kernels.sglang.plugin import MODEL_IMPL, _derive_layers
 
 
@@ -97,3 +98,18 @@ def test_rows_of_a_head_stay_in_the_block_of_their_scale(name, head_dim, heads, 
         nullcontext() if fits else pytest.raises(CheckpointError, match=f"head_dim is {head_dim}, {name} needs a head_dim that divides 128")
     ):
         assert model.permute_qk_weight_for_rotary(name, scale)[1] is scale
+
+
+def test_norms_in_float32_do_without_a_kernel_that_has_16_bits_only(monkeypatch):
+    """As on a GPU, where a norm with a residual has a kernel of float32, and one without has none."""
+
+    def rmsnorm(x, weight, eps):
+        assert x.dtype == torch.bfloat16, "failed to dispatch data type Float"
+        return "of the kernel"
+
+    monkeypatch.setattr(layernorm, "rmsnorm", rmsnorm, raising=False)
+    norm, x = Llama4Norm(64), torch.randn(2, 64)
+    torch.testing.assert_close(norm.forward_cuda(x), torch.nn.functional.rms_norm(x, (64,), eps=norm.variance_epsilon))
+    normed, residual = norm.forward_cuda(x, x)
+    torch.testing.assert_close((normed, residual), (norm.forward_cuda(2 * x), 2 * x))
+    assert norm.forward_cuda(x.bfloat16()) == "of the kernel"

@@ -9,6 +9,7 @@ from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod, Fp8Mo
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from sglang.srt.model_executor.model_runner_components.weight_updater import _unsupported_derived_weight_cache_error
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama4_kernels.sglang.weights import (
     REPACKED,
@@ -37,9 +38,9 @@ def config(**targets):
     return found
 
 
-def linear(quant_config, name):
-    """A model whose only layer is `name`, adopted."""
-    model = nn.ModuleDict({name: ReplicatedLinear(K, N, bias=False, params_dtype=torch.float32, quant_config=quant_config, prefix=name)})
+def linear(quant_config, name, dtype=torch.float32):
+    """A model whose only layer is `name`, for activations of `dtype`, adopted."""
+    model = nn.ModuleDict({name: ReplicatedLinear(K, N, bias=False, params_dtype=dtype, quant_config=quant_config, prefix=name)})
     adopt(model)
     return model, model[name]
 
@@ -143,11 +144,37 @@ def test_whether_the_routed_experts_are_fp8(method, expected):
     assert moe_is_fp8(nn.ModuleDict({"experts": experts})) == expected
 
 
+class Ops(TorchDispatchMode):
+    """The names of the PyTorch ops that run within it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.names.append(op.name())
+        return op(*args, **(kwargs or {}))
+
+
+def test_layers_in_float32_run_ours_on_a_gpu_too(monkeypatch):
+    """SGLang's kernels give 16 bits. A step makes no tensor of numbers on the host, which a CUDA graph does not capture."""
+    quant_config = config(one=("Linear", CHANNEL, PER_TOKEN))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    model, layer = linear(quant_config, "q_proj", torch.float32)
+    load(layer, 0)
+    with Ops() as ops:
+        out, _ = layer(torch.ones(3, K))
+    weight = layer.weight.float() * layer.weight_scale
+    torch.testing.assert_close(out, weight.sum(1).expand(3, N))
+    assert "aten::lift_fresh" not in ops.names and "aten::arange" in ops.names
+    assert _unsupported_derived_weight_cache_error(model) is None
+
+
 def test_layers_that_sglang_repacks_are_not_updated(monkeypatch):
     """As on a GPU, where attention and dense MLPs run SGLang's kernels: what these are served from stays, and updates are refused."""
     quant_config = config(one=("Linear", CHANNEL, PER_TOKEN))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    model, layer = linear(quant_config, "q_proj")
+    model, layer = linear(quant_config, "q_proj", torch.bfloat16)
     load(layer, 0)
     served = layer.weight
     assert served.shape == (K, N) and not hasattr(served, "weight_loader")
@@ -162,7 +189,7 @@ def test_layers_that_sglang_quantises_are_not_updated(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(Fp8LinearMethod, "process_weights_after_loading", quantise)
-    model, layer = linear(Fp8Config(), "q_proj")
+    model, layer = linear(Fp8Config(), "q_proj", torch.bfloat16)
     load(layer, 0)
     assert _unsupported_derived_weight_cache_error(model) == REQUANTISED
 
@@ -170,7 +197,7 @@ def test_layers_that_sglang_quantises_are_not_updated(monkeypatch):
 def test_layers_that_sglang_leaves_as_they_are_loaded_are_updated(monkeypatch):
     quant_config = config(one=("Linear", BLOCK, PER_GROUP))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    model, layer = linear(quant_config, "q_proj")
+    model, layer = linear(quant_config, "q_proj", torch.bfloat16)
     load(layer, 0)
     address, before = layer.weight.data_ptr(), layer.weight.float().clone()
     assert _unsupported_derived_weight_cache_error(model) is None
