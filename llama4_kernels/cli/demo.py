@@ -37,7 +37,9 @@ NEW_TOKENS = 24
 QUESTION = "What do you know about llamas?"
 IMAGE_QUESTION = "What is in this picture?"
 FLAGS = ("--model-impl=llama4_kernels", "--dtype=float32", "--max-total-tokens=4096", "--context-length=1024", "--max-running-requests=8")
-VISION_FLAGS = ("--enable-multimodal",)  # without it SGLang serves Llama 4 as text only
+# Without the first SGLang serves Llama 4 as text only. The second has the vision tower attend in PyTorch: on a GPU SGLang's other kinds take
+# no float32.
+VISION_FLAGS = ("--enable-multimodal", "--mm-attention-backend=sdpa")
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,11 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 RANKS = min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
-# A small KV cache; JSON without the spaces that a random model would go on with until its last token; the parser that tool calls need
+# A small KV cache; JSON without the spaces that a random model would go on with until its last token; the parser that tool calls need;
+# attention of the vision tower in PyTorch, for on a GPU SGLang's other kinds take no float32
 ADDED_FLAGS = (
     "--dtype=float32",
+    "--mm-attention-backend=sdpa",
     "--max-total-tokens=8192",
     "--max-running-requests=8",
     "--constrained-json-disable-any-whitespace",

@@ -25,7 +25,7 @@ def test_an_image_request(make, tmp_path):
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "PNG")
     image = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    with llama4_server(path, "--enable-multimodal", log=tmp_path / "log") as server:
+    with llama4_server(path, *demo.VISION_FLAGS, log=tmp_path / "log") as server:
         for text, media, message in (
             ("<|image|><|patch|>", {"image_data": [image]}, "<|patch|> beside image_data"),
             ("a", {"image_data": [image]}, "image_data has 1 images, the prompt has <|image|> 0 times"),
