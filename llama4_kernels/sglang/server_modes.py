@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 from sglang.srt.model_executor.cuda_graph_config import cuda_graph_fully_disabled
-from sglang.srt.runtime_context import get_exec, get_lora, get_memory, get_model, get_parallel, get_spec
+from sglang.srt.runtime_context import get_disagg, get_exec, get_lora, get_memory, get_model, get_parallel, get_spec
 
 from llama4_kernels.ops import backend
 from llama4_kernels.triton import E4M3_CAPABILITY
@@ -59,6 +59,7 @@ def check_server() -> None:
             "answers without them: which experts a token took is not kept",
         ),
         (get_exec().features.enable_mis, "--enable-mis", "a sequence for each item that is scored: attention has no mask between items"),
+        (get_disagg().enable_pdmux, "--enable-pdmux", "prefills of all layers at once: the model has none of a few layers"),
         (get_lora().enable_lora, "--enable-lora", "weights without adapters: the MoE layer reads those of its experts itself"),
         (model.load_format not in LOAD_FORMATS, f"--load-format {model.load_format}", " or ".join(LOAD_FORMATS)),
         (

@@ -19,6 +19,7 @@ PLAIN = SimpleNamespace(
     ),
     model=SimpleNamespace(is_embedding=False, kv_cache_dtype="auto", load_format="auto", weight_cache_mode="off"),
     spec=SimpleNamespace(speculative_algorithm=None, speculative_eagle_topk=None),
+    disagg=SimpleNamespace(enable_pdmux=False),
     lora=SimpleNamespace(enable_lora=None),
     memory=SimpleNamespace(enable_unified_memory=False),
     deterministic=SimpleNamespace(enable_deterministic_inference=False),
@@ -36,6 +37,7 @@ def check(monkeypatch, **changes):
     monkeypatch.setattr(server_modes, "get_parallel", lambda: flags.parallel)
     monkeypatch.setattr(server_modes, "get_model", lambda: flags.model)
     monkeypatch.setattr(server_modes, "get_spec", lambda: flags.spec)
+    monkeypatch.setattr(server_modes, "get_disagg", lambda: flags.disagg)
     monkeypatch.setattr(server_modes, "get_lora", lambda: flags.lora)
     monkeypatch.setattr(server_modes, "get_memory", lambda: flags.memory)
     monkeypatch.setattr(server_modes, "get_exec", lambda: flags)
@@ -70,6 +72,7 @@ def test_what_the_model_serves(monkeypatch, changes):
     ({"features": {"enable_return_routed_experts": True}}, "--enable-return-routed-experts, needs answers without"),
     ({"features": {"enable_mis": True}}, "--enable-mis, needs a sequence for each item"),
     ({"memory": {"enable_unified_memory": True}}, "--enable-unified-memory, needs K and V of a layer in one piece"),
+    ({"disagg": {"enable_pdmux": True}}, "--enable-pdmux, needs prefills of all layers at once"),
     ({"lora": {"enable_lora": True}}, "--enable-lora, needs weights without adapters"),
     ({"model": {"load_format": "sharded_state"}}, "--load-format sharded_state, needs auto or safetensors or"),
     ({"model": {"weight_cache_mode": "client"}}, "--weight-cache-mode client, needs off: the MoE layer's weights"),
