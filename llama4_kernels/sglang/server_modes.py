@@ -4,6 +4,7 @@ would be wrong or the first request would end the server."""
 from __future__ import annotations
 
 import torch
+from sglang.srt.environ import envs
 from sglang.srt.model_executor.cuda_graph_config import cuda_graph_fully_disabled
 from sglang.srt.runtime_context import get_disagg, get_exec, get_lora, get_memory, get_model, get_parallel, get_spec
 
@@ -69,6 +70,7 @@ def check_server() -> None:
         ),
         (model.is_embedding, "--is-embedding", "a model with a pooling layer"),
         (get_memory().enable_unified_memory, "--enable-unified-memory", "K and V of a layer in one piece, at the slots of the page table"),
+        (envs.SGLANG_USE_HND_KVCACHE.get(), "SGLANG_USE_HND_KVCACHE=1", "a cache in which the heads of a token lie side by side"),
         (model.kv_cache_dtype not in KV_CACHE_DTYPES, f"--kv-cache-dtype {model.kv_cache_dtype}", " or ".join(KV_CACHE_DTYPES)),
         (
             get_exec().deterministic.enable_deterministic_inference,

@@ -88,6 +88,12 @@ def test_what_the_model_refuses(monkeypatch, changes, message):
         check(monkeypatch, **changes)
 
 
+def test_a_cache_with_the_tokens_of_a_head_side_by_side(monkeypatch):
+    monkeypatch.setenv("SGLANG_USE_HND_KVCACHE", "1")
+    with pytest.raises(ValueError, match="with SGLANG_USE_HND_KVCACHE=1, needs a cache in which the heads"):
+        check(monkeypatch)
+
+
 GPU = torch.device("cuda", 0)
 
 
