@@ -155,7 +155,8 @@ def make(
     fp8: None, or the layout of an FP8 checkpoint
         "compressed-tensors-experts"  Meta's Maverick-FP8: routed experts only; one scale per output channel, activations per token
         "compressed-tensors"          the same with the shared experts and dense MLPs quantised too
-        "redhat"                      the same modules as "compressed-tensors", with the ignored ones given as regular expressions
+        "redhat"                      the same modules as "compressed-tensors", with the ignored ones given as regular expressions,
+                                      of the names in a checkpoint with a vision tower, also where text_only
         "modelopt"                    NVIDIA's: fused experts, one scale per tensor, static activation scales, hf_quant_config.json; the KV
                                       cache is left as it is
         "block"                       the modules of "compressed-tensors" with one scale per block of 128x128, `weight_scale_inv`, as
@@ -373,8 +374,7 @@ def _quantise(tensors: dict[str, Tensor], config: dict[str, Any], path: Path, fo
         return _quantise_linears(tensors, chosen, _per_block, "weight_scale_inv")
     if form == "redhat":
         ignore = ["re:.*lm_head", "re:.*router", "re:.*vision_model.*", "re:.*multi_modal_projector.*"]
-        prefix = r"language_model\." if "text_config" in config else ""
-        ignore += [] if attention else [rf"re:{prefix}model\.layers\.\d+\.self_attn\..*"]
+        ignore += [] if attention else [r"re:language_model\.model\.layers\.\d+\.self_attn\..*"]
     else:
         ignore = _linear_modules(tensors, chosen)
     config["quantization_config"] = _compressed_tensors_config(ignore)
