@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from llama4_kernels.cli import checkpoint, oracle
+from llama4_kernels.cli import checkpoint, checkpoint_files, oracle
 from llama4_kernels.cli.oracle import Oracle, rounding_bound
 
 PROMPT = torch.randint(0, checkpoint.BYTES, (3 * checkpoint.CHUNK + 7,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -33,7 +33,7 @@ def made(tmp_path_factory):
         if not dequantised:
             return folders[key]
         if (key, True) not in folders:
-            folders[key, True] = checkpoint.dequantised(folders[key], tmp_path_factory.mktemp("dequantised"))
+            folders[key, True] = checkpoint_files.dequantised(folders[key], tmp_path_factory.mktemp("dequantised"))
         return folders[key, True]
 
     return make
@@ -85,7 +85,7 @@ def test_transformers_finds_every_tensor_it_expects(made, arguments, missing):
 def test_vision_checkpoint_is_sharded_with_an_index(made):
     path = made(vision=True)
     index = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
-    assert set(index) == set(checkpoint.load_weights(path))
+    assert set(index) == set(checkpoint_files.load_weights(path))
     assert len(set(index.values())) == 3 and any(name.startswith("vision_model.") for name in index)
 
 
@@ -112,7 +112,7 @@ def test_text_config_overrides_reach_the_config(tmp_path):
     path = checkpoint.make(tmp_path, no_rope_layers=[1, 0], num_hidden_layers=2, attention_chunk_size=None, dtype="bfloat16")
     config = json.loads((path / "config.json").read_text())
     assert config["text_config"]["no_rope_layers"] == [1, 0] and config["text_config"]["attention_chunk_size"] is None
-    assert {tensor.dtype for tensor in checkpoint.load_weights(path).values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in checkpoint_files.load_weights(path).values()} == {torch.bfloat16}
 
 
 def test_text_only_with_vision_is_refused(tmp_path):
@@ -125,11 +125,11 @@ def test_a_folder_in_use_is_refused(made, tmp_path):
         checkpoint.make(made())
     (tmp_path / "model-00001-of-00001.safetensors").touch()
     with pytest.raises(FileExistsError, match="is not empty"):
-        checkpoint.dequantised(made(fp8="redhat"), tmp_path)
+        checkpoint_files.dequantised(made(fp8="redhat"), tmp_path)
 
 
 def test_layout_of_metas_fp8_checkpoint(made):
-    stored = checkpoint.load_weights(made("maverick", fp8="compressed-tensors-experts"))
+    stored = checkpoint_files.load_weights(made("maverick", fp8="compressed-tensors-experts"))
     prefix = "language_model.model.layers.1.feed_forward"
     for projection, shape in (("gate_proj", (128, 256)), ("up_proj", (128, 256)), ("down_proj", (256, 128))):
         weight, scale = stored[f"{prefix}.experts.127.{projection}.weight"], stored[f"{prefix}.experts.127.{projection}.weight_scale"]
@@ -140,7 +140,7 @@ def test_layout_of_metas_fp8_checkpoint(made):
 
 def test_layout_of_nvidias_fp8_checkpoint(made):
     path = made(fp8="modelopt")
-    stored = checkpoint.load_weights(path)
+    stored = checkpoint_files.load_weights(path)
     prefix = "model.layers.0.feed_forward"
     assert stored[f"{prefix}.experts.gate_up_proj"].shape == (16, 256, 512)
     for name in ("experts.gate_up_proj_weight_scale", "experts.down_proj_input_scale", "shared_expert.up_proj.input_scale"):
@@ -153,9 +153,9 @@ def test_layout_of_nvidias_fp8_checkpoint(made):
 @pytest.mark.parametrize("like", LIKES)
 @pytest.mark.parametrize("form", FORMS)
 def test_dequantised_is_codes_times_scale_and_near_the_original(made, like, form):
-    original = checkpoint.load_weights(made(like))
-    stored = checkpoint.load_weights(made(like, fp8=form))
-    full = checkpoint.load_weights(made(like, fp8=form, dequantised=True))
+    original = checkpoint_files.load_weights(made(like))
+    stored = checkpoint_files.load_weights(made(like, fp8=form))
+    full = checkpoint_files.load_weights(made(like, fp8=form, dequantised=True))
     assert {name: tensor.shape for name, tensor in full.items()} == {name: tensor.shape for name, tensor in original.items()}
 
     name = "language_model.model.layers.1.feed_forward.experts"
@@ -175,7 +175,7 @@ def test_dequantised_is_codes_times_scale_and_near_the_original(made, like, form
     assert all(".feed_forward." in name and ".router." not in name for name in changed)
     assert any(".shared_expert." in name for name in changed) == (form != "compressed-tensors-experts")
     for name in changed:
-        scale = original[name].abs().max() / checkpoint.E4M3_MAX
+        scale = original[name].abs().max() / checkpoint_files.E4M3_MAX
         error = (full[name] - original[name]).abs()
         # a bfloat16 scale may be up to 2^-8 too small, so that the largest weight of a channel saturates
         assert (error <= original[name].abs() * (E4M3_HALF_ULP + 2**-8) + scale * E4M3_SMALLEST_STEP).all(), name
@@ -191,7 +191,7 @@ def test_dequantised_by_blocks(suffix, shape, tmp_path):
     codes = torch.randn(shape).to(torch.float8_e4m3fn)
     scale = torch.rand(3, 2)
     save_file({"model.layers.0.mlp.weight": codes, f"model.layers.0.mlp.{suffix}": scale}, tmp_path / "model.safetensors")
-    (found,) = checkpoint.load_weights(checkpoint.dequantised(tmp_path, tmp_path / "full")).values()
+    (found,) = checkpoint_files.load_weights(checkpoint_files.dequantised(tmp_path, tmp_path / "full")).values()
     assert torch.equal(found, codes.float() * scale[torch.arange(shape[0])[:, None] // 128, torch.arange(shape[1]) // 128])
 
 
@@ -212,15 +212,15 @@ def test_a_scale_that_the_oracle_does_not_know_is_named(scale, says, tmp_path):
     )
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=says):
-        checkpoint.dequantised(tmp_path, tmp_path / "full")
+        checkpoint_files.dequantised(tmp_path, tmp_path / "full")
 
 
 def test_headers_are_those_of_the_weights(made):
     path = made(fp8="block")
-    stored, headers = checkpoint.load_weights(path), checkpoint.headers(path)
+    stored, headers = checkpoint_files.load_weights(path), checkpoint_files.headers(path)
     assert {name: header.shape for name, header in headers.items()} == {name: tuple(tensor.shape) for name, tensor in stored.items()}
     assert all(header.is_fp8 == (stored[name].dtype == torch.float8_e4m3fn) for name, header in headers.items())
-    assert set(checkpoint.load_weights(path, "_scale_inv")) == {name for name in stored if name.endswith("_scale_inv")} != set()
+    assert set(checkpoint_files.load_weights(path, "_scale_inv")) == {name for name in stored if name.endswith("_scale_inv")} != set()
 
 
 def test_oracle_rounds_inputs_of_blocks_by_128_columns(made, monkeypatch):

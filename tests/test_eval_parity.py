@@ -12,7 +12,7 @@ import pytest
 import torch
 from evaluations import has_matplotlib, has_transformers, only_line, run_eval
 
-from llama4_kernels.cli import checkpoint
+from llama4_kernels.cli import checkpoint, checkpoint_files
 from llama4_kernels.cli.eval import parity
 
 
@@ -85,7 +85,7 @@ def test_parity_of_fp8_is_of_activations_rounded(dtype, monkeypatch, tmp_path):
     from llama4_kernels.cli.oracle import Oracle
 
     path = checkpoint.make(tmp_path / "tiny", "maverick", fp8="block", num_hidden_layers=2, intermediate_size=256)
-    ids, full = parity._tokenise(path, None, 200), checkpoint.dequantised(path, tmp_path / "full")
+    ids, full = parity._tokenise(path, None, 200), checkpoint_files.dequantised(path, tmp_path / "full")
     for code, rounding in ((0, path), (1, None)):
         logprobs = Oracle(full, rounding).logprobs(ids)[0]
         result = judge(monkeypatch, tmp_path, (path, None), logprobs + (0.5 if rounding is None else 0), dtype)
@@ -149,7 +149,7 @@ def test_a_scale_that_is_not_known_is_named(monkeypatch, tmp_path):
     from safetensors.torch import save_file
 
     path = checkpoint.make(tmp_path / "tiny", "scout", fp8="block", num_hidden_layers=1)
-    stored = checkpoint.load_weights(path)
+    stored = checkpoint_files.load_weights(path)
     name = next(name for name in stored if name.endswith("_scale_inv"))
     save_file(stored | {name: torch.ones(4, 4)}, path / "model.safetensors")
     line = only_line(judge(monkeypatch, tmp_path, (path, None), torch.zeros(199)))

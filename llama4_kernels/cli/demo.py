@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
-from llama4_kernels.cli import checkpoint
+from llama4_kernels.cli import checkpoint, checkpoint_files
 from llama4_kernels.cli.checkpoint import CHUNK
 from llama4_kernels.cli.server import Server, ServerError, serve
 from llama4_kernels.cli.tables import new_console, new_table
@@ -133,7 +133,7 @@ def reference_for(path: Path, folder: Path, fp8: bool, tp: int) -> Reference:
 
     if not fp8:
         return Reference(Oracle(path), None)
-    full = checkpoint.dequantised(path, folder / "dequantised")
+    full = checkpoint_files.dequantised(path, folder / "dequantised")
     return Reference(Oracle(full, quantise_activations=path, ranks=tp), Oracle(full))
 
 

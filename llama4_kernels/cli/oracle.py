@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from llama4_kernels.cli.checkpoint import BLOCK, E4M3_MAX, Header, headers, load_weights, scale_of
+from llama4_kernels.cli.checkpoint_files import BLOCK, E4M3_MAX, Header, headers, load_weights, scale_of
 
 
 class Oracle:

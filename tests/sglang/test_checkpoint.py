@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from llama4_kernels.cli import checkpoint
+from llama4_kernels.cli import checkpoint_files
 from llama4_kernels.sglang.checkpoint import CheckedWeights, CheckpointError, parameter_name, without_data
 
 LAYER = "language_model.model.layers.2"
@@ -17,7 +17,7 @@ EXPERTS = f"{LAYER}.feed_forward.experts.down_proj"
 
 def parameters(path, config):
     """Of the model that the checkpoint at `path` is of, where that fits its config.json."""
-    found = {parameter_name(name): tensor.dtype for name, tensor in checkpoint.load_weights(path).items()}
+    found = {parameter_name(name): tensor.dtype for name, tensor in checkpoint_files.load_weights(path).items()}
     if config.get_text_config().tie_word_embeddings:
         del found["language_model.lm_head.weight"]
     return found
@@ -92,7 +92,7 @@ FP8 = {"fp8": "compressed-tensors", "fp8_attention": True}
 )
 def test_what_quantised_and_multimodal_checkpoints_lack(made, change, message, make):
     path = make("scout", **made)
-    tensors = checkpoint.load_weights(path)
+    tensors = checkpoint_files.load_weights(path)
     assert read(path, tensors) == tensors
     change(tensors)
     with pytest.raises(CheckpointError) as error:
@@ -101,7 +101,7 @@ def test_what_quantised_and_multimodal_checkpoints_lack(made, change, message, m
 
 
 def test_vision_weights_of_no_use(make):
-    tensors = checkpoint.load_weights(make("scout", vision=True))
+    tensors = checkpoint_files.load_weights(make("scout", vision=True))
     text = {name: tensor for name, tensor in tensors.items() if name.startswith("language_model.")}
     assert len(text) < len(tensors) and read(make("scout"), tensors) == text
 
@@ -121,7 +121,7 @@ def test_part_of_a_checkpoint_is_enough_for_an_update(make):
     tensors = {UP: load_file(path / "model.safetensors")[UP]}
     assert read(path, tensors, complete=False) == tensors
     quantised = make("scout", **FP8)
-    tensors = {UP: checkpoint.load_weights(quantised)[UP]}
+    tensors = {UP: checkpoint_files.load_weights(quantised)[UP]}
     assert read(quantised, tensors, complete=False) == tensors
 
 
@@ -131,7 +131,7 @@ def test_kv_scales_get_the_name_that_the_model_has(make):
     renamed = {f"{LAYER}.self_attn.attn.k_scale": torch.tensor(0.5), f"{LAYER}.self_attn.attn.v_scale": torch.tensor(2.0)}
     assert read(path, tensors, complete=False, more=renamed) == renamed
     assert read(path, tensors, complete=False) == {}
-    everything = checkpoint.load_weights(path)
+    everything = checkpoint_files.load_weights(path)
     assert read(path, everything, more=renamed) == everything
 
 
@@ -139,7 +139,7 @@ def test_kv_scales_get_the_name_that_the_model_has(make):
 def test_tensors_without_data(options, make):
     """Names, shapes and dtypes of every tensor, which pass where the tensors do."""
     path = make("scout", **options)
-    tensors = checkpoint.load_weights(path)
+    tensors = checkpoint_files.load_weights(path)
     bare = dict(without_data(sorted(path.glob("*.safetensors"))))
     assert all(tensor.is_meta for tensor in bare.values())
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in bare.items()} == {
@@ -150,7 +150,7 @@ def test_tensors_without_data(options, make):
 
 def test_scales_of_weights_quantised_at_load(make):
     path = make("scout")
-    tensors = checkpoint.load_weights(path)
+    tensors = checkpoint_files.load_weights(path)
     assert read(path, tensors, more=[f"{LAYER}.feed_forward.experts.w13_weight_scale"]) == tensors
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from engine import LENGTHS, TOLERANCE, ask, difference, differences, llama4_server, prompt
 
-from llama4_kernels.cli import checkpoint
+from llama4_kernels.cli import checkpoint_files
 from llama4_kernels.cli.oracle import Oracle, rounding_bound
 
 FIRST = 8
@@ -43,7 +43,7 @@ def check(server, full, fp8, tp=1):
 )
 def test_checkpoint(like, form, attention, tp, make, tmp_path):
     path = make(like, fp8=form, fp8_attention=attention, intermediate_size=256)
-    full = checkpoint.dequantised(path, tmp_path / "full")
+    full = checkpoint_files.dequantised(path, tmp_path / "full")
     with llama4_server(path, log=tmp_path / "log", tp=tp) as server:
         check(server, full, path, tp)
 
@@ -52,7 +52,7 @@ def test_checkpoint(like, form, attention, tp, make, tmp_path):
 def test_checkpoint_in_bfloat16(like, form, attention, make, tmp_path):
     """About as far from the oracle as the oracle in bf16, whose rounding moves codes: a coarse check, test_checkpoint is sharper."""
     path = make(like, fp8=form, fp8_attention=attention, intermediate_size=256, dtype="bfloat16")
-    full = checkpoint.dequantised(path, tmp_path / "full")
+    full = checkpoint_files.dequantised(path, tmp_path / "full")
     exact, rounded = Oracle(full, quantise_activations=path), Oracle(full, quantise_activations=path, dtype=torch.bfloat16)
     with llama4_server(path, log=tmp_path / "log", dtype="bfloat16") as server:
         answers = [ask(server, prompt(length)) for length in LENGTHS]
@@ -63,6 +63,6 @@ def test_checkpoint_in_bfloat16(like, form, attention, make, tmp_path):
 def test_quantised_at_load(make, tmp_path):
     """A checkpoint whose weights are codes * scale already is quantised to those codes and scales again, so that the oracle is known."""
     fp8 = make("maverick", fp8="compressed-tensors", fp8_attention=True)
-    full = checkpoint.dequantised(fp8, tmp_path / "full")
+    full = checkpoint_files.dequantised(fp8, tmp_path / "full")
     with llama4_server(full, "--quantization=fp8", log=tmp_path / "log") as server:
         check(server, full, fp8)

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from llama4_kernels.cli import demo
-from llama4_kernels.cli.checkpoint import load_weights
+from llama4_kernels.cli.checkpoint_files import load_weights
 from llama4_kernels.cli.oracle import Oracle
 from llama4_kernels.sglang import vision
 from llama4_kernels.sglang.vision import vision_tensors

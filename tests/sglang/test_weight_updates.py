@@ -17,7 +17,7 @@ from sglang.srt.utils import MultiprocessingSerializer
 from torch import nn
 from transformers import AutoConfig
 
-from llama4_kernels.cli import checkpoint
+from llama4_kernels.cli import checkpoint_files
 from llama4_kernels.cli.server import Server
 from llama4_kernels.sglang import updates
 from llama4_kernels.sglang.checkpoint import CheckpointError
@@ -117,7 +117,7 @@ def test_weights_as_tensors(make, tmp_path):
     path, other = (make("scout", fp8="modelopt", seed=seed) for seed in (0, 1))
     with llama4_server(other, log=tmp_path / "log") as server:
         wanted = answers(server)
-    tensors = sorted(checkpoint.load_weights(other).items(), key=lambda item: (not item[0].endswith("scale"), item[0]))
+    tensors = sorted(checkpoint_files.load_weights(other).items(), key=lambda item: (not item[0].endswith("scale"), item[0]))
     name, tensor = tensors[-1]
     with llama4_server(path, "--load-format=dummy", log=tmp_path / "log") as server:
         assert post(server, "begin_weight_update")[0] == 200

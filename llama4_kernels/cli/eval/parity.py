@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from llama4_kernels.cli import checkpoint, demo
+from llama4_kernels.cli import checkpoint_files, demo
 from llama4_kernels.cli.eval.needle import haystack
 from llama4_kernels.cli.eval.target import EvalError, check_model, chunk_size, started
 from llama4_kernels.cli.tables import new_table
@@ -176,12 +176,12 @@ def _from_transformers(model: Path, ids: list[int], ours: Tensor, dtype: str, tp
 
 
 def _is_fp8(model: Path) -> bool:
-    return any(header.is_fp8 for header in checkpoint.headers(model).values())
+    return any(header.is_fp8 for header in checkpoint_files.headers(model).values())
 
 
 def _dequantised(model: Path, folder: Path) -> Path:
     try:
-        return checkpoint.dequantised(model, folder / "dequantised")
+        return checkpoint_files.dequantised(model, folder / "dequantised")
     except ValueError as error:
         raise EvalError(f"{model}: {error}") from error
 
@@ -198,10 +198,10 @@ def _check_flags(flags: tuple[str, ...]) -> None:
 
 def _check_room(model: Path) -> None:
     """EvalError where this machine has less memory, or a smaller disk, than the weights in float32 take, which is the least that is needed."""
-    found = checkpoint.headers(model)
+    found = checkpoint_files.headers(model)
     if not found:
         raise EvalError(f"{model} holds no *.safetensors: --parity reads the checkpoint's weights, download them")
-    size = BYTES_OF_FLOAT32 * sum(math.prod(header.shape) for name, header in found.items() if not name.endswith(checkpoint.SCALES))
+    size = BYTES_OF_FLOAT32 * sum(math.prod(header.shape) for name, header in found.items() if not name.endswith(checkpoint_files.SCALES))
     needs = {"memory": (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "this machine")}
     if _is_fp8(model):
         needs["disk"] = (shutil.disk_usage(tempfile.gettempdir()).free, f"{tempfile.gettempdir()}, which TMPDIR names,")
