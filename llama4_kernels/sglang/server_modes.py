@@ -31,7 +31,8 @@ GRAPH_FLAGS = "--cuda-graph-backend-decode=disabled --cuda-graph-backend-prefill
 
 def check_server() -> None:
     """ValueError where this process's server, as SGLang has resolved its flags, is asked for a mode that the model does not have."""
-    parallel, model, spec, moe, offload = get_parallel(), get_model(), get_spec(), get_exec().moe, get_exec().offload
+    parallel, model, spec = get_parallel(), get_model(), get_spec()
+    moe, offload, overlap = get_exec().moe, get_exec().offload, get_exec().overlap
     algorithm, topk = spec.speculative_algorithm, spec.speculative_eagle_topk
     for is_asked, flag, needs in (
         (parallel.moe_ep_size > 1, f"--ep-size {parallel.moe_ep_size}", "1: every rank has a part of every expert"),
@@ -50,6 +51,7 @@ def check_server() -> None:
             f"--moe-runner-backend {moe.moe_runner_backend}",
             f"{' or '.join(MOE_RUNNER_BACKENDS)}: the MoE layer runs kernels of its own, on weights laid out as these have them",
         ),
+        (moe.moe_a2a_backend != "none", f"--moe-a2a-backend {moe.moe_a2a_backend}", "none: every rank has a part of every expert"),
         (moe.kt_weight_path is not None, "--kt-weight-path", "every expert on the GPU"),
         (moe.enable_paged_experts, "--enable-paged-experts", "every expert on the GPU"),
         (offload.cpu_offload_gb > 0, f"--cpu-offload-gb {offload.cpu_offload_gb}", "0: the MoE layer reads its weights where they are"),
@@ -60,6 +62,8 @@ def check_server() -> None:
             "answers without them: which experts a token took is not kept",
         ),
         (get_exec().features.enable_mis, "--enable-mis", "a sequence for each item that is scored: attention has no mask between items"),
+        (overlap.enable_two_batch_overlap, "--enable-two-batch-overlap", "batches in one piece: the model has no stages of two to overlap"),
+        (overlap.enable_single_batch_overlap, "--enable-single-batch-overlap", "the MoE layer in one piece: it has no stages to overlap"),
         (get_disagg().enable_pdmux, "--enable-pdmux", "prefills of all layers at once: the model has none of a few layers"),
         (get_lora().enable_lora, "--enable-lora", "weights without adapters: the MoE layer reads those of its experts itself"),
         (model.load_format not in LOAD_FORMATS, f"--load-format {model.load_format}", " or ".join(LOAD_FORMATS)),
@@ -71,6 +75,10 @@ def check_server() -> None:
         (model.is_embedding, "--is-embedding", "a model with a pooling layer"),
         (get_memory().enable_unified_memory, "--enable-unified-memory", "K and V of a layer in one piece, at the slots of the page table"),
         (envs.SGLANG_USE_HND_KVCACHE.get(), "SGLANG_USE_HND_KVCACHE=1", "a cache in which the heads of a token lie side by side"),
+        *(
+            (variable.get(), f"{variable.name}=1", "tokens that go to the experts of their router")
+            for variable in (envs.SGLANG_SIMULATE_UNIFORM_EXPERTS, envs.SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS)
+        ),
         (model.kv_cache_dtype not in KV_CACHE_DTYPES, f"--kv-cache-dtype {model.kv_cache_dtype}", " or ".join(KV_CACHE_DTYPES)),
         (
             get_exec().deterministic.enable_deterministic_inference,

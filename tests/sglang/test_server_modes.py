@@ -23,7 +23,8 @@ PLAIN = SimpleNamespace(
     lora=SimpleNamespace(enable_lora=None),
     memory=SimpleNamespace(enable_unified_memory=False),
     deterministic=SimpleNamespace(enable_deterministic_inference=False),
-    moe=SimpleNamespace(moe_runner_backend="auto", kt_weight_path=None, enable_paged_experts=False),
+    moe=SimpleNamespace(moe_runner_backend="auto", moe_a2a_backend="none", kt_weight_path=None, enable_paged_experts=False),
+    overlap=SimpleNamespace(enable_two_batch_overlap=False, enable_single_batch_overlap=False),
     offload=SimpleNamespace(cpu_offload_gb=0, offload_group_size=-1),
     features=SimpleNamespace(enable_return_routed_experts=False, enable_mis=False),
 )
@@ -65,12 +66,15 @@ def test_what_the_model_serves(monkeypatch, changes):
     ({"parallel": {"dwdp_size": 2}}, "--dwdp-size 2, needs 1"),
     ({"parallel": {"moe_dense_tp_size": 1}}, "--moe-dense-tp-size 1, needs --tp-size, 2: every rank has a part"),
     ({"moe": {"moe_runner_backend": "flashinfer_cutlass"}}, "--moe-runner-backend flashinfer_cutlass, needs auto or triton: the MoE layer"),
+    ({"moe": {"moe_a2a_backend": "deepep"}}, "--moe-a2a-backend deepep, needs none: every rank has a part"),
     ({"moe": {"kt_weight_path": "/experts"}}, "--kt-weight-path, needs every expert on the GPU"),
     ({"moe": {"enable_paged_experts": True}}, "--enable-paged-experts, needs every expert on the GPU"),
     ({"offload": {"cpu_offload_gb": 1}}, "--cpu-offload-gb 1, needs 0: the MoE layer"),
     ({"offload": {"offload_group_size": 2}}, "--offload-group-size 2, needs weights that stay"),
     ({"features": {"enable_return_routed_experts": True}}, "--enable-return-routed-experts, needs answers without"),
     ({"features": {"enable_mis": True}}, "--enable-mis, needs a sequence for each item"),
+    ({"overlap": {"enable_two_batch_overlap": True}}, "--enable-two-batch-overlap, needs batches in one piece"),
+    ({"overlap": {"enable_single_batch_overlap": True}}, "--enable-single-batch-overlap, needs the MoE layer in one piece"),
     ({"memory": {"enable_unified_memory": True}}, "--enable-unified-memory, needs K and V of a layer in one piece"),
     ({"disagg": {"enable_pdmux": True}}, "--enable-pdmux, needs prefills of all layers at once"),
     ({"lora": {"enable_lora": True}}, "--enable-lora, needs weights without adapters"),
@@ -88,9 +92,14 @@ def test_what_the_model_refuses(monkeypatch, changes, message):
         check(monkeypatch, **changes)
 
 
-def test_a_cache_with_the_tokens_of_a_head_side_by_side(monkeypatch):
-    monkeypatch.setenv("SGLANG_USE_HND_KVCACHE", "1")
-    with pytest.raises(ValueError, match="with SGLANG_USE_HND_KVCACHE=1, needs a cache in which the heads"):
+@pytest.mark.parametrize("variable, needs", [
+    ("SGLANG_USE_HND_KVCACHE", "a cache in which the heads"),
+    ("SGLANG_SIMULATE_UNIFORM_EXPERTS", "tokens that go to the experts of their router"),
+    ("SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS", "tokens that go to the experts of their router"),
+])  # fmt: skip
+def test_variables_that_the_model_refuses(monkeypatch, variable, needs):
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(ValueError, match=f"with {variable}=1, needs {needs}"):
         check(monkeypatch)
 
 
