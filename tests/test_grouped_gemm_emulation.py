@@ -192,7 +192,7 @@ def test_arguments_that_it_does_not_take(module, monkeypatch, a, b, reason):
     offsets[0] = 0
     assert module.why_not_grouped_gemm(a, b, offsets).startswith(reason)
     find = backend._in_module
-    monkeypatch.setattr(backend, "_why_not", lambda name, op, device: "" if name != "triton" else "no GPU")
+    monkeypatch.setattr(backend, "_why_not", lambda name, op, device, dtype: "" if name != "triton" else "no GPU")
     monkeypatch.setattr(backend, "_in_module", lambda name, op, of: getattr(module, of) if name == "cuda" else find(name, op, of))
     for cached in (backend._choose, backend._find, backend._refusal):
         cached.cache_clear()
