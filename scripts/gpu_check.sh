@@ -8,7 +8,8 @@
 # PEERS: folder of other projects' packages, to measure them beside ours.
 # STEPS: the steps to run where time is short, say "build tests"; what an earlier run built in OUT_DIR is used again without "build".
 #
-# A step that fails does not stop the next; the exit code is 1 if any failed. What this host cannot run is skipped, and the table says why.
+# A step that fails does not stop the next, but nothing is tested where pytest would import another package than the one that was built; the
+# exit code is 1 if any failed. What this host cannot run is skipped, and the table says why.
 # A new op slots in by its markers: gpu runs on the GPU; gpu and small also under compute-sanitizer; bench/bench_*.py with gpu are timed.
 set -uo pipefail
 

@@ -2,8 +2,9 @@
 
 The lines are the guide's own for Scout, the two that it measures accuracy with, and those that its tips describe; its one with EAGLE3 is
 not among them, for SGLang speculates on GPUs only. A line has the guide's flags, but for the model's path, RANKS in place of eight,
---model-impl, and ADDED_FLAGS. Each promise is asked for with the official openai client. A random model says nothing sensible, so what is checked is what holds of any model: that a stream adds up to the
-answer given at once, that a forced tool call or schema comes back as one that parses, that an image changes the answer.
+--model-impl, and ADDED_FLAGS. Each promise is asked for with the official openai client. A random model says nothing sensible, so what is
+checked is what holds of any model: that a stream adds up to the answer given at once, that a forced tool call or schema comes back as one that
+parses, that an image changes the answer.
 """
 
 from __future__ import annotations

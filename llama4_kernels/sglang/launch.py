@@ -10,7 +10,8 @@ WORKER_APP = "llama4_kernels.sglang.worker_app:app"
 def prepare_launch(arguments) -> None:
     """Have the HTTP processes of --tokenizer-worker-num, in which SGLang loads no plugins, load them.
 
-    arguments: SGLang's, resolved. ValueError for --use-ray, whose processes cannot be told to, and for an HTTP app of the user's own in their place.
+    arguments: SGLang's, resolved. ValueError for --use-ray, whose processes cannot be told to, and for an HTTP app of the user's own in place
+        of ours.
     """
     if arguments.use_ray:
         raise ValueError(
