@@ -52,7 +52,7 @@ def llama4_server(
     popen: what starts it: subprocess.Popen as for users, and faster preloaded.import_once and, where no variable has to be set before SGLang is
     imported, preloaded.popen.
     """
-    flags = ("--max-total-tokens=4096", "--context-length=1024", "--max-running-requests=8", *flags)
+    flags = ("--max-total-tokens=4096", "--context-length=1024", "--max-running-requests=8", "--sleep-on-idle", *flags)
     with serve(
         path, "--model-impl=llama4_kernels", f"--dtype={dtype}", *flags, log=log, tp=tp, environment=environment, popen=popen
     ) as server:

@@ -11,6 +11,8 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import TextIO
 from unittest import mock
 
@@ -22,7 +24,24 @@ MODULES = (
     "sglang.srt.managers.detokenizer_manager",
     "sglang.srt.models.mllama4",
     "transformers.models.llama4.processing_llama4",
+    "frozen",
 )
+
+
+def forkserver(environment: Mapping[str, str]) -> multiprocessing.context.BaseContext:
+    """Starts processes that have MODULES in memory. environment: what these are imported with, for the first who asks."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(MODULES))
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parent), environment.get("PYTHONPATH"))))
+    with mock.patch.dict(os.environ, environment, PYTHONPATH=path):
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def processes(count: int, environment: Mapping[str, str]) -> ProcessPoolExecutor:
+    """`count` processes that have MODULES in memory, without plugins, and these variables besides those of this process."""
+    environment = os.environ | environment
+    return ProcessPoolExecutor(count, forkserver(environment), _set_environment, [environment])
 
 
 class Process:
@@ -30,11 +49,7 @@ class Process:
 
     def __init__(self, command: Sequence[str], *, stdout: TextIO, env: Mapping[str, str], **options):
         assert command[1:3] == ["-m", "sglang.launch_server"] and options["start_new_session"]
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(MODULES))
-        with mock.patch.dict(os.environ, env):
-            multiprocessing.forkserver.ensure_running()
-        self._process = context.Process(target=_launch, args=(command[3:], stdout.name, dict(env)))
+        self._process = forkserver(env).Process(target=_launch, args=(command[3:], stdout.name, dict(env)))
         self._process.start()
         self.pid = self._process.pid
 
@@ -58,10 +73,14 @@ def _launch(arguments: list[str], log: str, environment: dict[str, str]) -> None
     with open(log, "a") as output:
         os.dup2(output.fileno(), sys.stdout.fileno())
         os.dup2(output.fileno(), sys.stderr.fileno())
-    os.environ.clear()
-    os.environ.update(environment)
+    _set_environment(environment)
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     _serve(arguments)
+
+
+def _set_environment(environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def _serve(arguments: list[str]) -> None:

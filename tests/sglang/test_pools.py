@@ -1,18 +1,11 @@
 """The planner's memory model against what SGLang reports: weights within 1 %, KV tokens within 2 %, its own defaults exactly."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import model_runner
 import pytest
-from model_runner import FREE
 from sglang.srt.environ import envs
 
 from llama4_kernels.cli.plan import gpus, memory, model
 
-SCRIPT = Path(__file__).with_name("model_runner.py")
 CONTEXT = 2048
 
 # name -> (checkpoint, further flags, --tp-size, what of memory.Flags differs)
@@ -62,37 +55,21 @@ DEFAULTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def reports(make):
-    """What SGLang reports, by case, of the rank that is asked for the most."""
-    cases = []
-    for (like, options), flags, tp, differs in CASES.values():
-        dtype = "bfloat16" if differs.get("kv_bytes") == 2 else "float32"
-        common = ("--device=cpu", "--cuda-graph-backend-decode=disabled", "--cuda-graph-backend-prefill=disabled", f"--dtype={dtype}")
-        own = (f"--model-path={make(like, **options)}", "--model-impl=llama4_kernels", "--mem-fraction-static=0.5")
-        own += () if "max_position_embeddings" in options else (f"--context-length={CONTEXT}",)
-        cases.append({"flags": [*own, *common, *flags], "tp": tp})
-    for gpu, tp, flags, differs in DEFAULTS.values():
-        own = (f"--model-path={make('scout', vision=True)}", "--model-impl=llama4_kernels", "--attention-backend=fa3", "--device=cuda")
-        graphs = () if differs.get("vision") else ("--cuda-graph-backend-prefill=breakable",)
-        cases.append({"flags": [*own, f"--tp-size={tp}", *graphs, *flags], "gpu_mib": gpus.load(gpu).total_mib})
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "SGLANG_NCCL_SO_PATH": "/none"}
-    done = subprocess.run([sys.executable, SCRIPT], input=json.dumps(cases), env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = iter([json.loads(line) for line in done.stdout.splitlines()])
-    return {name: [next(lines) for _ in range(case[2])] for name, case in CASES.items()} | {name: next(lines) for name in DEFAULTS}
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_weights_and_pools(name, reports, make):
+def test_weights_and_pools(name, make):
     (like, options), flags, tp, differs = CASES[name]
-    found = model.load(str(make(like, **options)), "fp8" if "--quantization=fp8" in flags else None)
+    path = make(like, **options)
+    found = model.load(str(path), "fp8" if "--quantization=fp8" in flags else None)
     assumed = {"mem_fraction_static": 0.5, "swa_full_tokens_ratio": memory.SWA_RATIO, "page_size": 1, "kv_bytes": 4}
     asked = memory.Flags(context_length=CONTEXT, tp=tp, chunked_prefill_size=4096, **assumed | differs)
     loaded = sum(memory.loaded_bytes(found, asked).values())
-    room = int(FREE * asked.mem_fraction_static) - loaded - (memory.MULTIMODAL_BYTES if asked.vision else 0)
+    room = int(model_runner.FREE * asked.mem_fraction_static) - loaded - (memory.MULTIMODAL_BYTES if asked.vision else 0)
     pools = memory.pools(found, asked, room)
-    for report in reports[name]:
+    dtype = "bfloat16" if asked.kv_bytes == 2 else "float32"
+    common = ("--device=cpu", "--cuda-graph-backend-decode=disabled", "--cuda-graph-backend-prefill=disabled", f"--dtype={dtype}")
+    own = (f"--model-path={path}", "--model-impl=llama4_kernels", "--mem-fraction-static=0.5")
+    own += () if "max_position_embeddings" in options else (f"--context-length={CONTEXT}",)
+    for report in model_runner.reports([*own, *common, *flags], tp):
         assert loaded == pytest.approx(report["weight_bytes"], rel=0.01)
         assert pools.tokens == pytest.approx(report["tokens"], rel=0.02)
         assert (pools.swa_tokens or 0) == pytest.approx(report["swa_tokens"] or 0, rel=0.02)
@@ -109,14 +86,17 @@ def test_what_sglang_has_environment_variables_for():
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
-def test_sglangs_own_defaults(name, reports, make):
-    gpu, tp, _, differs = DEFAULTS[name]
-    gpu, found = gpus.load(gpu), model.load(str(make("scout", vision=True)), None)
+def test_sglangs_own_defaults(name, make):
+    gpu, tp, more, differs = DEFAULTS[name]
+    path = make("scout", vision=True)
+    gpu, found = gpus.load(gpu), model.load(str(path), None)
     chunked = differs.get("chunked_prefill_size") or memory.default_chunked_prefill(gpu)
     asked = {"mem_fraction_static": 0.0, "swa_full_tokens_ratio": memory.SWA_RATIO, "chunked_prefill_size": chunked, "page_size": 1}
     flags = memory.Flags(context_length=CONTEXT, tp=tp, kv_bytes=2, **asked | differs)
     batch = memory.default_graph_batch(gpu, tp, flags.max_running_requests)
-    assert reports[name] == {
+    own = (f"--model-path={path}", "--model-impl=llama4_kernels", "--attention-backend=fa3", "--device=cuda", f"--tp-size={tp}")
+    graphs = () if differs.get("vision") else ("--cuda-graph-backend-prefill=breakable",)
+    assert model_runner.settings([*own, *graphs, *more], gpu.total_mib) == {
         "mem_fraction_static": pytest.approx(memory.default_mem_fraction(gpu, flags, batch, found.vision), abs=1e-9),
         "chunked_prefill_size": chunked,
         "cuda_graph_max_bs": batch,
