@@ -164,12 +164,14 @@ private:
     // The tensor cores compute a tile's scores, then multiply the weights of the one before with V; the softmax of the new scores runs
     // beside that. Behind it stands a wait for the V that is there, which keeps ptxas from moving the wait for the products before it.
     __device__ void attend_all(int count, int first_tile, int tiles) {
+        wait_for_operand(k, count);
         begin_scores(count);
         hopper::wgmma_wait<0>();
         release<1>(k.empty, count);
         softmax(first_tile);
         pack_weights();
         for (const int last = count + tiles - 1; count < last; ++count) {
+            wait_for_operand(k, count + 1);  // before the turn, in which the other warpgroup may not issue
             if (TAKE_TURNS) wait_for_turn();
             begin_scores(count + 1);
             begin_output(count);
@@ -195,6 +197,7 @@ private:
             begin_rows();
             const int end = min(start + item.split_tiles, item.keys.tiles);
             for (int tile = start + warpgroup; tile < end; tile += ATTENDING) {
+                wait_for_operand(k, count + tile);
                 begin_scores(count + tile);
                 hopper::wgmma_wait<0>();
                 release<ATTENDING>(k.empty, count + tile);
@@ -225,10 +228,9 @@ private:
         if (Loader<HEAD_DIM, Element>::IS_FP8 || ring.is_gathered(count)) hopper::fence_async_proxy();
     }
 
-    // scores = Q · Kᵀ
+    // scores = Q · Kᵀ, of a tile that wait_for_operand has waited for
     __device__ void begin_scores(int count) {
         constexpr int STEPS = ATTENTION_SPAN / 32;
-        wait_for_operand(k, count);
         hopper::wgmma_fence();
 #pragma unroll
         for (int half = 0; half < HEAD_DIM / 64; ++half) {

@@ -140,7 +140,7 @@ public:
                 }
                 for (; steps > 0; --steps) add_run<1>(steps > 1, total);
             } else {
-                for (int step = 0; step < steps; ++step) add_step(weight_scale(step), step + 1 < steps, total);
+                for (int step = 0; step < steps; ++step) add_step(weight_scale, step, step + 1 < steps, total);
             }
         }
     }
@@ -197,10 +197,11 @@ private:
 #pragma unroll
         for (int set = 0; set < Shape::SETS; ++set) {
             float sums[VALUES];
+            if (set == 0) wait_for_operands(at[0]);  // before the turn, in which the other warpgroup may not issue
             turns_.take();
 #pragma unroll
             for (int step = 0; step < STEPS; ++step) {
-                if (set == 0) wait_for_operands(at[step]);
+                if (set == 0 && step > 0) wait_for_operands(at[step]);
                 hopper::wgmma_fence();
                 multiply(at[step], set, sums, step > 0);
                 hopper::wgmma_commit();
@@ -222,11 +223,13 @@ private:
     }
 
     // One stage with scales of its own, set by set.
-    __device__ void add_step(float weight_scale, bool more, GemmSums<Shape>& total) {
+    template <class WeightScale>
+    __device__ void add_step(WeightScale weight_scale, int step, bool more, GemmSums<Shape>& total) {
         float sums[VALUES];
         last_ = at_;
         at_.advance();
         wait_for_operands(last_);
+        const float scale = weight_scale(step);  // behind the fence, which would wait for it
 #pragma unroll
         for (int set = 0; set < Shape::SETS; ++set) {
             turns_.take();
@@ -235,7 +238,7 @@ private:
             hopper::wgmma_commit();
             turns_.pass();
             hopper::wgmma_wait<0>();
-            add_scaled(weight_scale, sums, total[set]);
+            add_scaled(scale, sums, total[set]);
         }
         if (more) hand_back();
     }

@@ -157,8 +157,8 @@ __device__ void load_with_tma(SharedMemory<Shape>& shared, const BlockTiles<Shap
                     if (i * WARP + lane < Shape::TOKENS) stages.token_scales[at.stage][i * WARP + lane] = scales[i];
                 }
             }
+            __syncwarp();  // no lane still waits for this stage when lane 0 has gone round the ring, and all arrive at once
             if (SHARE > 0) stages.pipeline.full[at.stage].arrive();
-            __syncwarp();  // no lane still waits for this stage when lane 0 has gone round the ring
             if (lane == 0) load_stage<Shape, false, WEIGHT_HINT, L2::evict_last>(shared, at.stage, tile, step, weights, tokens);
         }
     }
@@ -188,10 +188,9 @@ __device__ void load_with_all_threads(SharedMemory<Shape>& shared, const BlockTi
             if (has_scale && (Shape::KIND == GemmKind::fp8_scaled_steps || step + 1 == problem.steps))
                 stages.token_scales[at.stage][thread] = scale;
             if (has_block_scale && step + 1 < problem.steps) scale = block_scales[step + 1];  // under way until the next stage is empty
-            if (GATHER) {
-                gather.copy(stages.tokens[at.stage], step);
-                cp_async_arrive(stages.pipeline.full[at.stage]);
-            }
+            if (GATHER) gather.copy(stages.tokens[at.stage], step);
+            __syncwarp();  // so that a warp's lanes arrive at once, not one after the other
+            if (GATHER) cp_async_arrive(stages.pipeline.full[at.stage]);
             if (Shape::FP8) stages.pipeline.full[at.stage].arrive();
         }
     }

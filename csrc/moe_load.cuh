@@ -161,6 +161,7 @@ private:
     // of plain stores, of scales and of codes: who stores them arrives once more.
     __device__ void arrive() {
         hopper::Barrier& full = stages_.pipeline.full[at_.stage];
+        __syncwarp();  // so that a warp's lanes arrive at once, not one after the other
         hopper::cp_async_arrive(full);
         full.arrive();
     }

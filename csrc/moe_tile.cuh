@@ -205,7 +205,9 @@ private:
         const int first = segment.first_row - segment.tile_row, last = segment.end_row - segment.tile_row;
         float scales[Shape::SETS][2], sums[TOGETHER ? Shape::SETS : 1][COLUMNS / 2];
         for (int step = begin; step < end; ++step, at_.advance()) {
-            if (step == begin || path.form == ScaleForm::per_block) {
+            stages_.pipeline.wait_until_full(at_);
+            hopper::fence_async_proxy();  // the wait shows this thread what loaders copied and stored, the fence shows it to its wgmma
+            if (step == begin || path.form == ScaleForm::per_block) {  // behind the fence, which would wait for them
 #pragma unroll
                 for (int set = 0; set < Shape::SETS; ++set) {
 #pragma unroll
@@ -215,8 +217,6 @@ private:
                     }
                 }
             }
-            stages_.pipeline.wait_until_full(at_);
-            hopper::fence_async_proxy();  // the wait shows this thread what loaders copied and stored, the fence shows it to its wgmma
             if constexpr (TOGETHER) {
                 hopper::wgmma_fence();
 #pragma unroll
