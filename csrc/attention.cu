@@ -67,7 +67,6 @@ __global__ void __launch_bounds__(THREADS, 1)
         hopper::increase_registers<ATTEND_REGISTERS>();
         int count = 0;  // pairs of tiles of this block so far
         Attend<HEAD_DIM, Element> attend(a, shared, k, v);
-        attend.begin();
         while (item < items) {
             attend.attend(item_of(a, shared.item_ends, shared.run, item), count);
             item = shared.drawn.take(taken++);

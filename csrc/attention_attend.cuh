@@ -7,6 +7,7 @@
 #include "hopper/math.cuh"
 #include "hopper/memory.cuh"
 #include "hopper/wgmma.cuh"
+#include "issue_turns.cuh"
 #include "warp.cuh"
 
 namespace llama4_kernels {
@@ -52,10 +53,9 @@ __host__ __device__ inline size_t codes_start(int requests) {
     return (sizeof(SharedMemory<HEAD_DIM>) + requests * sizeof(int) + 15) / 16 * 16;
 }
 
-// ---- barriers: 0 is __syncthreads, 1 and 2 those of a warpgroup, 4 and 5 where each waits for its turn
+// ---- barriers: 0 is __syncthreads, 1 and 2 those of a warpgroup, 3 and 4 IssueTurns'
 
-constexpr int BOTH_ATTENDING = 3;
-constexpr int TURN = 4;
+constexpr int BOTH_ATTENDING = 5;
 
 __device__ inline void sync_warpgroup(int warpgroup) { hopper::named_barrier_sync(1 + warpgroup, WARPGROUP); }
 
@@ -80,15 +80,8 @@ public:
     __device__ Attend(const AttentionArguments& a, SharedMemory<HEAD_DIM>& shared, const Ring<HEAD_DIM>& k, const Ring<HEAD_DIM>& v)
         : a(a), shared(shared), k(k), v(v) {}
 
-    // Before the first item. From then on a turn has been passed to the first warpgroup that it has not taken yet.
-    __device__ void begin() const {
-        if (TAKE_TURNS && warpgroup == 1) pass_turn();
-    }
-
     // After the last item.
-    __device__ void finish() const {
-        if (TAKE_TURNS && warpgroup == 0) wait_for_turn();
-    }
+    __device__ void finish() { turns.finish(); }
 
     __device__ void attend(const Item& item, int& count) {
         load_q(item);
@@ -110,6 +103,7 @@ private:
     SharedMemory<HEAD_DIM>& shared;
     const Ring<HEAD_DIM>&k, &v;
     const int warpgroup = threadIdx.x / WARPGROUP - 1;
+    IssueTurns<TAKE_TURNS> turns{warpgroup};
     const int thread = threadIdx.x % WARPGROUP;
     const int lane = threadIdx.x % WARP;
 
@@ -172,10 +166,10 @@ private:
         pack_weights();
         for (const int last = count + tiles - 1; count < last; ++count) {
             wait_for_operand(k, count + 1);  // before the turn, in which the other warpgroup may not issue
-            if (TAKE_TURNS) wait_for_turn();
+            turns.take();
             begin_scores(count + 1);
             begin_output(count);
-            if (TAKE_TURNS) pass_turn();
+            turns.pass();
             hopper::wgmma_wait<1>();
             release<1>(k.empty, count + 1);
             softmax(++first_tile);
@@ -211,10 +205,6 @@ private:
             leave_part(item, item.split + start / item.split_tiles);
         }
     }
-
-    __device__ void wait_for_turn() const { hopper::named_barrier_sync(TURN + warpgroup, ATTENDING * WARPGROUP); }
-
-    __device__ void pass_turn() const { hopper::named_barrier_arrive(TURN + (1 - warpgroup), ATTENDING * WARPGROUP); }
 
     // For so many warpgroups.
     template <int WARPGROUPS>
