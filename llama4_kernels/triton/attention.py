@@ -62,7 +62,7 @@ def chunked_attention(
         launch = config.choose("attention_prefill", device, dtype, shared_kib=config.shared_kib(device), **facts)
         prefill_kernel[tiles(num_tokens, num_requests, group, launch["BLOCK_M"]), num_kv_heads](
             q, k_cache, v_cache, out, *keys, num_tokens, num_requests, page_table.stride(0), chunk_size, scale_in_bits,
-            LONGER_THAN=SHORT if num_requests > 1 else 0, **heads, **paging, **config.options(launch),
+            SHORT if num_requests > 1 else 0, **heads, **paging, **config.options(launch),
         )  # fmt: skip
     if only_short or num_requests > 1:
         queries = triton.cdiv(num_tokens, num_requests) if only_short else 1

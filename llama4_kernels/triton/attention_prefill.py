@@ -65,14 +65,14 @@ def _attend(
     return maximum, total, acc
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_requests", "row_stride"])
+@triton.jit(do_not_specialize=["num_tokens", "num_requests", "row_stride", "longer_than"])
 def prefill_kernel(
     q, k_cache, v_cache, out, page_table, page_table_rows, slot_map, seq_lens, query_start_loc, k_scale, v_scale,
-    num_tokens, num_requests, row_stride, chunk_size, scale,
+    num_tokens, num_requests, row_stride, chunk_size, scale, longer_than,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, HOLDS_SLOTS: tl.constexpr,
-    LONGER_THAN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Writes the output of requests with more than LONGER_THAN queries, and zeros to the padding. `scale` turns q·k into bits."""
+    """Writes the output of requests with more than longer_than queries, and zeros to the padding. `scale` turns q·k into bits."""
     # late tiles see the most keys: begin with them
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head, num_kv_heads = tl.program_id(1), tl.num_programs(1)
@@ -95,7 +95,7 @@ def prefill_kernel(
     if is_padding:
         tl.store(out + elements, tl.zeros((BLOCK_M, BLOCK_D), out.dtype.element_ty), mask=writes)
         return
-    if num_queries <= LONGER_THAN:
+    if num_queries <= longer_than:
         return
 
     q_tile = tl.load(q + elements, mask=(dims < HEAD_DIM)[None, :], other=0.0)
