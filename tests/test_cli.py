@@ -275,6 +275,17 @@ def test_what_computed_is_said_with_what_went_elsewhere_since(tmp_path, capsys):
     ]
 
 
+@has_server_needs
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 knows no PYTHONSAFEPATH; SGLang needs 3.11")
+def test_a_server_imports_nothing_of_the_folder_it_is_started_in(fake_sglang, tmp_path, monkeypatch):
+    (tmp_path / "sglang").mkdir()
+    (tmp_path / "sglang" / "__init__.py").write_text("raise SystemExit('the wrong one')")
+    monkeypatch.chdir(tmp_path)
+    fake_sglang("serve")
+    with server.serve("model", log=tmp_path / "log", timeout=30) as running:
+        assert running.process.poll() is None
+
+
 def test_a_server_s_port_is_none_that_the_kernel_gives_to_others():
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     assert {server._free_port() for _ in range(20)} <= set(range(1024, lowest))

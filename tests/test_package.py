@@ -16,6 +16,7 @@ import pytest
 
 import llama4_kernels
 from llama4_kernels import cuda
+from llama4_kernels.cli import doctor
 
 ROOT = Path(__file__).parents[1]
 NOT_BUILT = cuda.why_not_built()
@@ -104,6 +105,33 @@ def test_why_not_gives_the_reason_that_the_build_recorded(tmp_path, monkeypatch)
     monkeypatch.setattr(cuda, "_REASON_FILE", tmp_path / "not_built.txt")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "no compiler that day" in llama4_kernels.cuda.why_not_built()
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """The folder of another installed llama4_kernels, and the only one."""
+    site = tmp_path / "site"
+    for file, text in (("llama4_kernels/__init__.py", ""), ("llama4_kernels-0.dist-info/METADATA", "Name: llama4_kernels\nVersion: 0\n")):
+        (site / file).parent.mkdir(parents=True)
+        (site / file).write_text(text)
+    monkeypatch.setattr(sys, "path", [str(site), *(folder for folder in sys.path if Path(folder).resolve() != ROOT)])
+    return site / "llama4_kernels"
+
+
+def test_sources_that_come_before_the_installed_package_are_named(tmp_path, monkeypatch, installed):
+    monkeypatch.setattr(cuda, "_REASON_FILE", tmp_path / "none")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert f"{ROOT / 'llama4_kernels'} holds sources alone" in cuda.why_not_built() and "PYTHONSAFEPATH=1" in cuda.why_not_built()
+    shutil.rmtree(installed)
+    assert cuda.why_not_built() == "this Python has not installed llama4_kernels (pip install .)"
+
+
+def test_doctor_warns_in_a_folder_whose_package_comes_before_the_installed_one(monkeypatch, installed):
+    monkeypatch.chdir(ROOT)
+    [row] = [row for row in doctor.installed() if row.what == "this folder"]
+    assert row.status == "WARN" and f"imports {ROOT / 'llama4_kernels'} if it starts in this folder" in row.found
+    monkeypatch.chdir(installed.parent)
+    assert not [row for row in doctor.installed() if row.what == "this folder"]
 
 
 PYTHON = """#!/bin/sh

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -52,7 +53,8 @@ def collect(workload: str, backend: str) -> list[Counters]:
     program = [sys.executable, "-m", "llama4_kernels.bench.ncu", workload, backend]
     options = ["--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw", "--print-units", "base"]
     command = ["ncu", *options, "--metrics", ",".join(METRICS.values()), *program]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    environment = os.environ | {"PYTHONSAFEPATH": "1"}  # the package of this process, whatever the current folder holds
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False)
     found = parse_csv(done.stdout)
     if not found:
         said = next((line for line in (done.stdout + done.stderr).splitlines() if "==ERROR==" in line), f"exit code {done.returncode}")

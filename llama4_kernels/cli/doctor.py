@@ -13,12 +13,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 import llama4_kernels
 from llama4_kernels.bench.machine import installed_version
+from llama4_kernels.cuda import hides_installed_package
 
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
@@ -72,6 +74,10 @@ def installed() -> Iterator[Row]:
     """Python and packages."""
     yield Row("python", "OK", f"{platform.python_version()} ({sys.executable})")
     yield Row("llama4_kernels", "OK", llama4_kernels.__version__)
+    here = Path.cwd() / "llama4_kernels"
+    if (here / "__init__.py").exists() and hides_installed_package(here):
+        found = f"python -m sglang.launch_server imports {here} if it starts in this folder, not the installed package"
+        yield Row("this folder", "WARN", found, "start the server in another one, or with PYTHONSAFEPATH=1")
     yield Row("torch", "OK", torch.__version__)
     for package in ("triton", "transformers"):
         version = installed_version(package)

@@ -128,7 +128,8 @@ def serve(
 
 
 def _environment(tp: int) -> dict[str, str]:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    # The last, for packages of this process's and not of the folder that it runs in
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
     if tp > 1 and not torch.cuda.is_available():
         # One core per rank, and no NCCL: the CUDA build of torch would start it and ask for a GPU.
         environment |= {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(tp))), "SGLANG_NCCL_SO_PATH": "/none"}

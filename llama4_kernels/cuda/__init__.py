@@ -1,5 +1,6 @@
 """The ops in CUDA C++ for Hopper (sm_90a), from the extension that csrc/ builds."""
 
+import importlib.metadata
 import importlib.util
 from pathlib import Path
 
@@ -27,5 +28,16 @@ def why_not_built() -> str:
     if importlib.util.find_spec("llama4_kernels.cuda._C") is not None:
         return ""
     if not _REASON_FILE.exists():
+        if hides_installed_package(Path(__file__).parents[1]):
+            return (
+                f"{Path(__file__).parents[1]} holds sources alone, and Python takes it before the installed package where it starts in that folder: "
+                "start it in another one, or with PYTHONSAFEPATH=1"
+            )
         return "this Python has not installed llama4_kernels (pip install .)"
     return f"{_REASON_FILE.read_text().strip()} (reinstall with LLAMA4_KERNELS_CUDA=on to build it)"
+
+
+def hides_installed_package(folder: Path) -> bool:
+    """Whether the package in `folder` is another than one that is installed, which it comes before in a process that starts beside it."""
+    installed = [Path(found.locate_file(folder.name)) for found in importlib.metadata.distributions(name="llama4_kernels")]
+    return any((other / "__init__.py").exists() and not other.samefile(folder) for other in installed)
