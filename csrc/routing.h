@@ -31,7 +31,7 @@ struct RouteArguments {
     bool dependent;     // start before the kernel ahead has ended: programmatic dependent launch
 };
 
-// Experts are worked on in slices of 16.
+// The most slices that a kernel works in: of 16 experts.
 int route_slices(int experts);
 
 void route_top1(const RouteArguments& arguments, cudaStream_t stream);

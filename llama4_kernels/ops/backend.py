@@ -56,7 +56,8 @@ def use_backend(default: str | None = None, **per_op: str) -> Iterator[None]:
     default: backend for every op ("cuda", "triton", "reference"), "auto" for the first of them that can run, or None to leave the others
     as they were.
     per_op: backend by op name or by stem (routing, quantization, grouped_gemm, moe, attention, rope).
-    Raises ValueError for an unknown backend or op.
+    Raises ValueError for an unknown backend or op; an op called within raises RuntimeError where its backend cannot run or does not take the
+    arguments.
 
     >>> import torch, llama4_kernels
     >>> with llama4_kernels.use_backend("reference"):

@@ -58,7 +58,7 @@ class MoEWeights:
     router: [E, H] bfloat16 or float32.
     w13: routed experts, weight [E, 2I, H], gate rows first, then up rows.
     w2: routed experts, weight [E, H, I].
-    shared_w13, shared_w2: the shared expert, weights [2I, H] and [H, I]; their dtype may differ from the routed ones'.
+    shared_w13, shared_w2: the shared expert, weights [2I, H] and [H, I]; their dtype and I may differ from the routed ones'.
     """
 
     router: Tensor
