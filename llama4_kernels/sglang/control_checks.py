@@ -11,10 +11,15 @@ def _check_group(manager, request) -> None:
 
 
 def _check_release(manager, request) -> None:
-    from sglang.srt.runtime_context import get_device
+    from sglang.srt.runtime_context import get_device, get_serving
 
     if get_device().device == "cpu":
         raise ValueError("memory is not released on the CPU, needs a server on a GPU")
+    workers = get_serving().tokenizer_worker_num
+    if workers != 1:
+        raise ValueError(
+            f"--tokenizer-worker-num is {workers}, needs 1 to release memory: the processes do not know of each other's requests"
+        )
     if manager.rid_to_state and not manager.is_pause:
         raise ValueError(f"the server has {len(manager.rid_to_state)} requests, needs to have none, or to be paused, to release its memory")
     _released(manager).update(_tags(request))

@@ -234,6 +234,9 @@ class Llama4ForConditionalGeneration(mllama4.Llama4ForConditionalGeneration):
                 quant_config=quant_config if is_quantised else None,
                 prefix=add_prefix("vision_model", prefix),
             )
+            # Buffers are what SGLang keeps while the memory of the weights is released
+            rotations = self.vision_model.rotary_embedding.__dict__.pop("freqs_ci")
+            self.vision_model.rotary_embedding.register_buffer("freqs_ci", rotations, persistent=False)
             self.multi_modal_projector = mllama4.Llama4MultiModalProjector(config)
         is_text_only = text_config is config  # whose checkpoint, and so its quantisation, has names without the prefix
         if is_text_only:

@@ -8,6 +8,7 @@ from sglang.srt.environ import envs
 from sglang.srt.model_executor.cuda_graph_config import cuda_graph_fully_disabled
 from sglang.srt.runtime_context import get_disagg, get_exec, get_lora, get_memory, get_model, get_parallel, get_spec
 
+from llama4_kernels import switches
 from llama4_kernels.ops import backend
 from llama4_kernels.triton import E4M3_CAPABILITY
 
@@ -93,13 +94,17 @@ def check_server() -> None:
 
 
 def check_graphs(device: torch.device, *, is_fp8: bool, checkpoint_cache: str) -> None:
-    """ValueError where CUDA graphs would be captured of ops in plain PyTorch, which reads sizes on the host.
+    """ValueError where CUDA graphs would be captured of ops that read on the host: those in plain PyTorch sizes, others values if they check them.
 
     is_fp8: whether weights of the MoE layers are FP8. checkpoint_cache: "fp8" where the checkpoint asks for an FP8 KV cache, which it has where
     no flag says otherwise.
     """
     if device.type != "cuda" or cuda_graph_fully_disabled():
         return
+    if switches.is_on(switches.CHECK_VALUES):
+        raise ValueError(
+            f"{switches.CHECK_VALUES}=1 has ops read values on the host, which CUDA graphs cannot capture, needs {GRAPH_FLAGS}"
+        )
     for choice in backend.choices(device):
         if choice.op in MODEL_OPS and choice.backend == "reference":
             raise ValueError(

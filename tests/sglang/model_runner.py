@@ -74,15 +74,15 @@ def _report(flags: list[str], rank: int, port: int) -> dict:
     ports = PortArgs.init_new(args)
     ports.nccl_port = port
     runner = one_batch.load_model(args, ports, rank, rank)[0].torch_runner
-    table = next(buffer for name, buffer in runner.model.named_buffers() if name.endswith("cos_sin_cache"))
+    tables = {name.split(".")[-1]: buffer for name, buffer in runner.model.named_buffers()}
     return {
         "weight_bytes": round(runner.weight_load_mem_usage * (1 << 30)),
         "tokens": runner.max_total_num_tokens,
         "swa_tokens": runner.swa_max_total_num_tokens if runner.is_hybrid_swa else None,
         "kv_bytes": int(sum(runner.token_to_kv_pool.get_kv_size_bytes())),
         "requests": runner.max_running_requests,
-        "rope_table_bytes": table.nbytes,
-        "rope_table_survives": _survives(runner.model, table),
+        "rope_table_bytes": tables["cos_sin_cache"].nbytes,
+        "tables_that_survive": [name for name, table in sorted(tables.items()) if _survives(runner.model, table)],
         "request_table_bytes": runner.req_to_token_pool.req_to_token.nbytes,
     }
 

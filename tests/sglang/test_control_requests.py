@@ -40,9 +40,12 @@ def test_a_group_with_a_name_is_left_to_sglang():
 def ask_memory(monkeypatch):
     """Asks a manager on a GPU, with or without requests, to release or resume memory."""
     monkeypatch.setattr("sglang.srt.runtime_context.get_device", lambda: SimpleNamespace(device="cuda"))
+    serving = SimpleNamespace(tokenizer_worker_num=1)
+    monkeypatch.setattr("sglang.srt.runtime_context.get_serving", lambda: serving)
     manager = SimpleNamespace(rid_to_state={}, is_pause=False)
 
-    def check(name, tags=None, **fields):
+    def check(name, tags=None, workers=1, **fields):
+        serving.tokenizer_worker_num = workers
         manager.__dict__.update(fields)
         CHECKS[f"{name}_memory_occupation"](manager, SimpleNamespace(tags=tags))
 
@@ -68,3 +71,10 @@ def test_memory_is_not_released_under_requests(ask_memory):
     with pytest.raises(ValueError, match="nothing yet"):
         ask_memory("resume")
     ask_memory("release", is_pause=True)
+
+
+def test_memory_is_not_released_by_one_of_several_processes(ask_memory):
+    with pytest.raises(ValueError, match="--tokenizer-worker-num is 2, needs 1 to release memory"):
+        ask_memory("release", workers=2)
+    with pytest.raises(ValueError, match="nothing yet"):
+        ask_memory("resume", workers=2)

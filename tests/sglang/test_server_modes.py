@@ -155,6 +155,15 @@ def test_what_graphs_cannot_capture(a_gpu, is_fp8, given, message):
     server_modes.check_graphs(torch.device("cpu"), is_fp8=is_fp8, checkpoint_cache="none")
 
 
+def test_checks_of_values_are_not_captured(a_gpu, monkeypatch):
+    monkeypatch.setenv("LLAMA4_KERNELS_CHECK_VALUES", "1")
+    a_gpu((9, 0), graphs=False)
+    server_modes.check_graphs(GPU, is_fp8=False, checkpoint_cache="none")
+    a_gpu((9, 0))
+    with pytest.raises(ValueError, match="LLAMA4_KERNELS_CHECK_VALUES=1 has ops read values on the host, .* needs --cuda-graph"):
+        server_modes.check_graphs(GPU, is_fp8=False, checkpoint_cache="none")
+
+
 @pytest.mark.parametrize("name", ["w8a8_fp8", "mxfp8", "awq"])
 def test_quantisations_that_the_model_refuses(name):
     needs = "needs fp8 or compressed_tensors or modelopt_fp8"
