@@ -128,7 +128,7 @@ def serve(
 
 
 def _environment(tp: int) -> dict[str, str]:
-    # The last, for packages of this process's and not of the folder that it runs in
+    # PYTHONSAFEPATH: no package in the current folder comes before the installed one
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
     if tp > 1 and not torch.cuda.is_available():
         # One core per rank, and no NCCL: the CUDA build of torch would start it and ask for a GPU.
