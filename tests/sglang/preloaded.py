@@ -41,7 +41,7 @@ def forkserver(environment: Mapping[str, str]) -> multiprocessing.context.BaseCo
 def processes(count: int, environment: Mapping[str, str]) -> ProcessPoolExecutor:
     """`count` processes that have MODULES in memory, without plugins, and these variables besides those of this process."""
     environment = os.environ | environment
-    return ProcessPoolExecutor(count, forkserver(environment), _set_environment, [environment])
+    return ProcessPoolExecutor(count, forkserver(environment), _begin, [environment])
 
 
 class Process:
@@ -73,12 +73,13 @@ def _launch(arguments: list[str], log: str, environment: dict[str, str]) -> None
     with open(log, "a") as output:
         os.dup2(output.fileno(), sys.stdout.fileno())
         os.dup2(output.fileno(), sys.stderr.fileno())
-    _set_environment(environment)
+    _begin(environment)
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     _serve(arguments)
 
 
-def _set_environment(environment: dict[str, str]) -> None:
+def _begin(environment: dict[str, str]) -> None:
+    assert sys.modules.keys() >= set(MODULES)  # of one that it cannot import a forkserver says nothing
     os.environ.clear()
     os.environ.update(environment)
 
