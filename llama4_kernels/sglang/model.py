@@ -234,9 +234,10 @@ class Llama4ForConditionalGeneration(mllama4.Llama4ForConditionalGeneration):
                 quant_config=quant_config if is_quantised else None,
                 prefix=add_prefix("vision_model", prefix),
             )
-            # Buffers are what SGLang keeps while the memory of the weights is released
-            rotations = self.vision_model.rotary_embedding.__dict__.pop("freqs_ci")
-            self.vision_model.rotary_embedding.register_buffer("freqs_ci", rotations, persistent=False)
+            rotary = self.vision_model.rotary_embedding
+            rotations = rotary.freqs_ci
+            del rotary.freqs_ci
+            rotary.register_buffer("freqs_ci", rotations, persistent=False)  # which SGLang keeps while the weights' memory is released
             self.multi_modal_projector = mllama4.Llama4MultiModalProjector(config)
         is_text_only = text_config is config  # whose checkpoint, and so its quantisation, has names without the prefix
         if is_text_only:
