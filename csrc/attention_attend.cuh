@@ -43,13 +43,13 @@ struct alignas(1024) SharedMemory {
     unsigned earlier_runs;  // that were done before this block's
     float scale;            // of scores in logarithms of base 2
     float v_scale;
-    int run;  // splits of an item of few queries, at most
+    Run runs[ATTENTION_MAX_RUN];
     int item_ends[1];         // [requests], and then the loading warps' codes, to the end of the shared memory
 };
 
 // Where in the shared memory the codes begin.
 template <int HEAD_DIM>
-__host__ __device__ inline size_t codes_start(int requests) {
+__host__ __device__ constexpr size_t codes_start(int requests) {
     return (sizeof(SharedMemory<HEAD_DIM>) + requests * sizeof(int) + 15) / 16 * 16;
 }
 

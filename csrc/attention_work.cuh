@@ -15,8 +15,8 @@
 
 namespace llama4_kernels {
 
-constexpr int ATTENTION_ROUNDS = 3;      // items of few queries that a block is to have at least, before one takes several splits
-constexpr int ATTENTION_RUN_SPLITS = 4;  // that it takes at most
+constexpr int ATTENTION_MAX_RUN = 32;              // splits that an item of few queries takes at most: each lane weighs one number of them
+constexpr float ATTENTION_ITEM_BYTES = 160 << 10;  // of keys and values that a block could read in what such an item takes beside its own
 
 __device__ inline int divide_up(int a, int b) { return (a + b - 1) / b; }
 
@@ -64,39 +64,78 @@ __device__ inline int row_splits(const AttentionArguments& a, const Request& req
     return max(1, min(least_tiles / ATTENTION_ROW_SPLIT_TILES, a.max_row_splits));
 }
 
-// Splits of few queries, negated, or items of many, of one KV head.
-__device__ inline int count_pieces(const AttentionArguments& a, int index) {
+// How the keys of few queries are split.
+struct Splits {
+    int count, tiles;  // tiles of each, save for the last
+
+    // Both in a number below 0.
+    __device__ int packed() const { return -(tiles * (2 * ATTENTION_MAX_SPLITS) + count); }
+    __device__ static Splits of(int packed) { return {-packed % (2 * ATTENTION_MAX_SPLITS), -packed / (2 * ATTENTION_MAX_SPLITS)}; }
+};
+
+// Splits of few queries, packed, or items of many, of one KV head.
+__device__ inline int pieces_of(const AttentionArguments& a, int index) {
     const Request request(a, index);
     if (request.queries <= 0) return 0;
     if (!has_few_queries(a, request.queries))
         return divide_up(request.queries * (a.num_heads / a.num_kv_heads), ATTENTION_ROWS) * row_splits(a, request);
-    const int tiles = KeyRange(a, request, 0, request.queries - 1).tiles;
-    return -divide_up(tiles, tiles_per_split(a, tiles));
+    const int tiles = KeyRange(a, request, 0, request.queries - 1).tiles, of_split = tiles_per_split(a, tiles);
+    return Splits{divide_up(tiles, of_split), of_split}.packed();
 }
 
-// Splits of few queries that one item takes, at most: several where there are many, as what an item costs beside its keys is then paid less
-// often. Each split leaves the same part, whoever computes it.
-__device__ inline int splits_per_run(int64_t splits, int blocks) {
-    return int(max(int64_t(1), min(splits / (int64_t(blocks) * ATTENTION_ROUNDS), int64_t(ATTENTION_RUN_SPLITS))));
-}
+__device__ inline int items_of(int pieces, int run) { return pieces < 0 ? divide_up(Splits::of(pieces).count, run) : pieces; }
 
-__device__ inline int items_of_pieces(int pieces, int run) { return pieces < 0 ? divide_up(-pieces, run) : pieces; }
+// The batch's items of few queries, of one KV head, where each takes up to so many splits. Each split leaves the same part, whoever
+// computes it; but what an item costs beside its keys is paid less often where items are few, and blocks are left idle.
+struct Run {
+    int items, longest;  // in tiles
 
-// ends[b]: items of requests 0 to b, whose splits go to items by runs of `run`. By all threads of the block, with barriers.
-__device__ inline void count_all_items(const AttentionArguments& a, int* ends, int& run) {
-    constexpr int WARP = 32;
-    for (int b = threadIdx.x; b < a.requests; b += blockDim.x) ends[b] = count_pieces(a, b);
+    // About as many tiles as the busiest block has, with what items cost: at most as if all items were as long as the longest. Where they
+    // differ, blocks end within an item of each other: a time of three quarters of the longest behind the mean led nearest to the best choice in
+    // the batches of tests/test_attention_balance.py.
+    __device__ float busiest(const AttentionArguments& a, float tiles, bool only_few, int blocks) const {
+        const float tile_bytes = 2 * ATTENTION_TILE * a.head_dim * (a.kv_dtype == Dtype::float8_e4m3fn ? 1 : 2);
+        const float of_item = ATTENTION_ITEM_BYTES / tile_bytes, all_items = float(items) * a.num_kv_heads;
+        const float behind_mean = (tiles * a.num_kv_heads + all_items * of_item) / blocks + 0.75f * (longest + of_item);
+        return only_few ? fminf(behind_mean, ceilf(all_items / blocks) * (longest + of_item)) : behind_mean;
+    }
+};
+
+// ends[b]: items of requests 0 to b. By all threads of the block, with barriers.
+__device__ inline void count_all_items(const AttentionArguments& a, int* ends, Run (&runs)[ATTENTION_MAX_RUN]) {
+    constexpr int WARP = ATTENTION_MAX_RUN;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    for (int b = threadIdx.x; b < a.requests; b += blockDim.x) ends[b] = pieces_of(a, b);
+    if (warp == 0) runs[lane] = {0, 0};
     __syncthreads();
-    if (threadIdx.x < WARP) {
-        int splits = 0;
-        for (int b = threadIdx.x; b < a.requests; b += WARP) splits -= min(ends[b], 0);
-        for (int distance = WARP / 2; distance > 0; distance /= 2) splits += __shfl_xor_sync(ALL_LANES, splits, distance);
-        const int run_of_all = splits_per_run(int64_t(splits) * a.num_kv_heads, gridDim.x);
-        if (threadIdx.x == 0) run = run_of_all;
+    int items = 0, longest = 0;
+    for (int b = warp; b < a.requests; b += warps) {
+        if (ends[b] >= 0) continue;
+        const Splits splits = Splits::of(ends[b]);
+        items += divide_up(splits.count, lane + 1);
+        longest = max(longest, min(splits.count, lane + 1) * splits.tiles);
+    }
+    if (items > 0) {
+        atomicAdd(&runs[lane].items, items);
+        atomicMax(&runs[lane].longest, longest);
+    }
+    __syncthreads();
+    if (warp == 0) {
+        float tiles = 0.0f;
+        bool only_few = true;
+        for (int b = lane; b < a.requests; b += WARP) {
+            const Splits splits = Splits::of(min(ends[b], 0));
+            tiles += float(splits.count) * splits.tiles;
+            only_few = only_few && ends[b] <= 0;
+        }
+        for (int distance = WARP / 2; distance > 0; distance /= 2) tiles += __shfl_xor_sync(ALL_LANES, tiles, distance);
+        only_few = __all_sync(ALL_LANES, only_few);
+        const unsigned time = __float_as_uint(runs[lane].busiest(a, tiles, only_few, gridDim.x));  // as a float above 0 has its order
+        const int run = __ffs(__ballot_sync(ALL_LANES, time == __reduce_min_sync(ALL_LANES, time)));
         int before = 0;
         for (int first = 0; first < a.requests; first += WARP) {
-            const int b = first + threadIdx.x;
-            const int sum = inclusive_sum(b < a.requests ? items_of_pieces(ends[b], run_of_all) : 0);
+            const int b = first + lane;
+            const int sum = inclusive_sum(b < a.requests ? items_of(ends[b], run) : 0);
             if (b < a.requests) ends[b] = before + sum;
             before += __shfl_sync(ALL_LANES, sum, WARP - 1);
         }
@@ -124,7 +163,7 @@ __device__ inline int first_request_past(const int* ends, int requests, int inde
     return low;
 }
 
-__device__ inline Item item_of(const AttentionArguments& a, const int* ends, int run, int item) {
+__device__ inline Item item_of(const AttentionArguments& a, const int* ends, int item) {
     const int index = item / a.num_kv_heads;
     const int b = first_request_past(ends, a.requests, index);
     const int group = a.num_heads / a.num_kv_heads;
@@ -133,13 +172,14 @@ __device__ inline Item item_of(const AttentionArguments& a, const int* ends, int
     const int place = index - (ends[b] - items);
     const bool few = has_few_queries(a, request.queries);
     // the last rows see the most keys: begin with them
-    const int of_rows = few ? 1 : row_splits(a, request), per_run = few ? run : 1;
+    const int of_rows = few ? 1 : row_splits(a, request);
     const int first_row = few ? 0 : (items - 1 - place) / of_rows * ATTENTION_ROWS;
-    const int first_split = few ? place * run : place % of_rows;
     const int rows = min(request.queries * group - first_row, ATTENTION_ROWS);
     KeyRange keys(a, request, first_row / group, (first_row + rows - 1) / group);
     const int size = few ? tiles_per_split(a, keys.tiles) : divide_up(keys.tiles, of_rows);
     const int splits = few ? divide_up(keys.tiles, size) : of_rows;
+    const int per_run = few ? divide_up(splits, items) : 1;  // in runs as equal as can be
+    const int first_split = few ? place * per_run : place % of_rows;
     keys.first_tile += first_split * size;
     keys.tiles = min(per_run * size, keys.tiles - first_split * size);
     return {request, item % a.num_kv_heads, few, first_row, rows, keys, first_split, size, splits, few ? items : of_rows};

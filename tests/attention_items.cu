@@ -1,28 +1,49 @@
 // The items of work of a batch by csrc/attention_work.cuh itself, for test_attention_balance.py.
 #include "attention_work.cuh"
+#include "device.h"
 
 using namespace llama4_kernels;
 
-// tiles: of each item, in the order of their numbers. Gives how many items there are; more than `capacity` are not written.
+namespace {
+
+struct Result {
+    int* tiles;  // of each item, in the order of their numbers; more than `capacity` are not written
+    int capacity, count;
+};
+
+// run: splits that an item of few queries takes at most, or 0 for the kernel's own choice. One block counts for a grid of as many as there are.
+__global__ void count_kernel(const AttentionArguments a, int run, Result* result) {
+    struct SharedMemory {
+        Run runs[ATTENTION_MAX_RUN];
+        int ends[ATTENTION_MAX_REQUESTS];
+    };
+    auto& shared = *shared_memory<SharedMemory>();
+    if (blockIdx.x > 0) return;
+    count_all_items(a, shared.ends, shared.runs);
+    if (threadIdx.x > 0) return;
+    for (int b = 0, end = 0; run > 0 && b < a.requests; ++b) shared.ends[b] = end += items_of(pieces_of(a, b), run);
+    result->count = shared.ends[a.requests - 1] * a.num_kv_heads;
+    for (int i = 0; i < min(result->count, result->capacity); ++i) result->tiles[i] = item_of(a, shared.ends, i).keys.tiles;
+}
+
+}  // namespace
+
 extern "C" __attribute__((visibility("default"))) int attention_items(int requests, const int* seq_lens, const int* query_start_loc,
-                                                                      int num_heads, int num_kv_heads, int chunk_size, int max_splits,
-                                                                      int blocks, int* tiles, int capacity) {
+                                                                      int num_heads, int num_kv_heads, int fp8, int chunk_size,
+                                                                      int max_splits, int run, int blocks, int* tiles, int capacity) {
     AttentionArguments a{};
     a.requests = requests;
     a.seq_lens = seq_lens;
     a.query_start_loc = query_start_loc;
     a.num_heads = num_heads;
     a.num_kv_heads = num_kv_heads;
+    a.head_dim = 128;
+    a.kv_dtype = fp8 ? Dtype::float8_e4m3fn : Dtype::bfloat16;
     a.chunk_size = chunk_size;
     a.max_splits = max_splits;
     a.max_row_splits = ATTENTION_MAX_ROW_SPLITS;
-    std::vector<int> ends(requests);
-    int64_t splits = 0;
-    for (int b = 0; b < requests; ++b) splits -= std::min(count_pieces(a, b), 0) * int64_t(num_kv_heads);
-    const int run = splits_per_run(splits, blocks);
-    int end = 0;
-    for (int b = 0; b < requests; ++b) ends[b] = end += items_of_pieces(count_pieces(a, b), run);
-    const int items = end * num_kv_heads;
-    for (int i = 0; i < std::min(items, capacity); ++i) tiles[i] = item_of(a, ends.data(), run, i).keys.tiles;
-    return items;
+    Result result{tiles, capacity, 0};
+    const size_t shared_bytes = (ATTENTION_MAX_RUN * 2 + ATTENTION_MAX_REQUESTS) * sizeof(int);
+    launch(LaunchConfig{"attention_items", dim3(unsigned(blocks)), dim3(64), shared_bytes, nullptr}, &count_kernel, a, run, &result);
+    return result.count;
 }

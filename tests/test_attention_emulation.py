@@ -44,7 +44,7 @@ PLANTED = {
     "no proxy fence": (ATTEND, FENCE, ""),
     "no proxy fence for gathered rows": (ATTEND, FENCE, FENCE.replace("|| ring.is_gathered(count)", "")),
     "gathered rows of which nobody tells": (LOAD, "= «!consecutive»;", "false"),
-    "one split too few": (WORK, "return -divide_up(tiles, tiles_per_split(a, tiles));", "return -max(tiles / tiles_per_split(a, tiles), 1);"),
+    "runs that leave out the last split": (WORK, "«divide_up(splits, items)» : 1;", "max(divide_up(splits, items) - 1, 1)"),
     "positions without the prefix": (WORK, "before = a.seq_lens[request] - queries;", "before = 0;"),
     "masks of boundary tiles left out": (ATTEND, "if (start < seen_by_all_from || start + ATTENTION_TILE > seen_by_all_to) mask(start);", ""),
     "old output not corrected": (ATTEND, "            «correct_output();»\n            pack_weights();", ""),
@@ -176,7 +176,7 @@ def test_bits_depend_on_the_request_alone(op, cache_dtype):
 
 @pytest.mark.parametrize("cache_dtype", [BF16, FP8])
 def test_bits_do_not_depend_on_how_many_splits_a_run_has(op, cache_dtype):
-    """One alone, four among many requests on three blocks; a request whose splits are no multiple of four, and one that ends in one tile."""
+    """One alone, several among many requests on three blocks; requests whose splits are no multiple of them, and one that ends in one tile."""
     arguments, options = batch(
         [(1500, 1), (1300, 8), (1100, 2), (700, 1), (1290, 3)] * 2, chunk_size=None, page_size=64, cache_dtype=cache_dtype, **SCOUT
     )
