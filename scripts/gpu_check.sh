@@ -3,10 +3,12 @@
 # network and without SGLang. Results go to OUT_DIR: a log per step, JUnit XML of tests, JSON of benchmarks, and summary.json.
 #
 # usage: scripts/gpu_check.sh OUT_DIR
-# PYTHON: the interpreter (python3). STEP_SECONDS, FILE_SECONDS, TEST_SECONDS: the most that a step may take (600), the tests of a file where
-# files run one by one (120), and a test (60). JOBS: tests at a time (8).
+# PYTHON: the interpreter (python3). TOTAL_SECONDS: the most that all of it may take; what is not begun by then has failed.
+# STEP_SECONDS, FILE_SECONDS, TEST_SECONDS, BENCH_SECONDS: the most that a step may take (600), the tests of a file where files run one by one
+# (120), a test (60), and a measurement (60). JOBS: tests at a time (8).
 # PEERS: folder of other projects' packages, to measure them beside ours.
-# STEPS: the steps to run where time is short, say "build tests"; what an earlier run built in OUT_DIR is used again without "build".
+# STEPS: the steps to run where time is short, say "build tests"; what an earlier run built in OUT_DIR is used again without "build", and its
+# results stay in the table. LLAMA4_KERNELS_COMMIT: the commit, where this is a copy without a repository.
 #
 # A step that fails does not stop the next, but nothing is tested where pytest would import another package than the one that was built; the
 # exit code is 1 if any failed. What this host cannot run is skipped, and the table says why.
@@ -14,10 +16,10 @@
 set -uo pipefail
 
 if [ $# -ne 1 ]; then
-    sed -n '5,9s/^# //p' "$0" >&2
+    sed -n '5,12s/^# //p' "$0" >&2
     exit 2
 fi
-known="build install package tests memcheck racecheck benchmarks trials calibration peers"
+known="build install package tests measuring memcheck racecheck benchmarks trials calibration peers"
 for name in ${STEPS:-}; do
     case " $known " in
         *" $name "*) ;;
@@ -30,15 +32,20 @@ done
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.."
+if [ -z "${LLAMA4_KERNELS_COMMIT:-}" ] && ! git rev-parse HEAD > /dev/null 2>&1; then
+    echo "this is no clone, needs LLAMA4_KERNELS_COMMIT, which records of benchmarks name" >&2
+    exit 2
+fi
 
 python=${PYTHON:-python3}
 step_seconds=${STEP_SECONDS:-600}
 file_seconds=${FILE_SECONDS:-120}
 test_seconds=${TEST_SECONDS:-60}
+bench_seconds=${BENCH_SECONDS:-60}
 jobs=${JOBS:-8}
 installed=$out/site-packages
 export PYTHONPATH=$installed${PYTHONPATH:+:$PYTHONPATH}
-: > "$out/steps.tsv"
+touch "$out/steps.tsv"
 
 record() { # name, status, seconds, note
     printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$4" | tee -a "$out/steps.tsv"
@@ -48,26 +55,36 @@ skip() { # name, reason
     record "$1" skipped 0 "$2"
 }
 
+seconds_left() {
+    echo $((${TOTAL_SECONDS:-1000000} - SECONDS))
+}
+
 chosen() { # name, up to a hyphen
     local name=${1%%-*}
     case " ${STEPS:-$name} " in *" $name "*) ;; *) return 1 ;; esac
 }
 
 step() { # name, command...
-    local name=$1 log=$out/$1.log started=$SECONDS code status note
+    local name=$1 log=$out/$1.log started=$SECONDS limit code status note
     shift
     if ! chosen "$name"; then
-        skip "$name" "not in STEPS"
+        grep -q "^$name$(printf '\t')" "$out/steps.tsv" || skip "$name" "not in STEPS"
         return
     fi
+    limit=$(seconds_left)
+    if [ "$limit" -le 0 ]; then
+        record "$name" failed 0 "not begun: TOTAL_SECONDS are over"
+        return
+    fi
+    if [ "$limit" -gt "$step_seconds" ]; then limit=$step_seconds; fi
     echo "== $name: $*"
-    timeout --signal=INT --kill-after=10 "$step_seconds" "$@" > "$log" 2>&1
+    timeout --signal=INT --kill-after=10 "$limit" "$@" > "$log" 2>&1
     code=$?
     note=$(grep -v '^[[:space:]]*$' "$log" | tail -n 1 | tr '\t' ' ' | cut -c1-100)
     case $code in
         0) status=ok ;;
         5) status=skipped note="pytest found no test for it" ;;
-        124 | 137) status=failed note="not done after $step_seconds s" ;;
+        124 | 137) status=failed note="not done after $limit s" ;;
         *) status=failed ;;
     esac
     if [ "$status" = failed ]; then tail -n 40 "$log"; fi
@@ -109,38 +126,46 @@ case $imported in
 esac
 
 if [ -n "$no_gpu" ]; then
-    for name in tests memcheck racecheck benchmarks trials calibration peers; do skip "$name" "$no_gpu"; done
+    for name in tests measuring memcheck racecheck benchmarks trials calibration peers; do skip "$name" "$no_gpu"; done
 else
+    measuring=tests/test_bench_gpu.py  # has the GPU to itself
     # Tests run side by side, each for TEST_SECONDS at most; one that hangs or faults ends its process, and another takes the tests left.
     # Without the plugins for that there is a process for each file.
     if "$python" -c 'import pytest_timeout, xdist' 2> /dev/null; then
         # pytest-benchmark, where it is installed, would warn in each worker that it is off there.
         workers=(-n "$jobs" --dist worksteal --timeout "$test_seconds" --timeout-method thread -p no:benchmark)
-        step tests env OMP_NUM_THREADS=2 "${pytest[@]}" -m gpu "${workers[@]}" --junitxml "$out/tests.xml" tests
+        step tests env OMP_NUM_THREADS=2 "${pytest[@]}" -v -m gpu "${workers[@]}" --junitxml "$out/tests.xml" --ignore "$measuring" tests
     else
         rm -f "$out/tests-list.log"
-        step tests-list "${pytest[@]}" -m gpu --collect-only -q tests
+        step tests-list "${pytest[@]}" -m gpu --collect-only -q --ignore "$measuring" tests
         for file in $(sed -n 's/^\(tests[^:]*\)::.*/\1/p' "$out/tests-list.log" 2> /dev/null | uniq); do
             name=tests-$(basename "$file" .py)
-            step_seconds=$file_seconds step "$name" "${pytest[@]}" -m gpu --junitxml "$out/$name.xml" "$file"
+            step_seconds=$file_seconds step "$name" "${pytest[@]}" -v -m gpu --junitxml "$out/$name.xml" "$file"
         done
     fi
+    step measuring "${pytest[@]}" -v -m gpu --junitxml "$out/measuring.xml" "$measuring"
     sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2> /dev/null || true)
     for tool in memcheck racecheck; do
-        if [ -n "$sanitizer" ]; then
-            step "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 --target-processes all \
-                "${pytest[@]}" -m "gpu and small" --junitxml "$out/$tool.xml" tests
-        else
+        if [ -z "$sanitizer" ]; then
             skip "$tool" "no compute-sanitizer on PATH or in /usr/local/cuda/bin"
+            continue
         fi
+        # Of Triton's kernels their authors' own checks are enough; CUDA graphs need the cache of torch's memory.
+        for file in $(grep -l "pytest.mark.small" tests/test_*.py); do
+            name=$tool-$(basename "$file" .py)
+            step_seconds=$file_seconds step "$name" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 \
+                --target-processes all "${pytest[@]}" -v -m "gpu and small" -k "not triton" --junitxml "$out/$name.xml" "$file"
+        done
     done
-    bench=("${pytest[@]}" -m gpu)
+    bench=("${pytest[@]}" -m gpu --job-seconds "$bench_seconds")
     step benchmarks env PYTHONPATH="$PYTHONPATH${PEERS:+:$PEERS}" "${bench[@]}" ${PEERS:+--peers} --benchmark-json "$out/benchmarks.json" \
         --records "$out/records.json" bench/bench_*.py
-    for trial in PDL=0 PREFETCH=0 PREFETCH=1; do
-        step "trials-$trial" env "LLAMA4_KERNELS_$trial" "${bench[@]}" -k cuda --records "$out/trials/$trial.json" \
-            --workloads 'fused_moe/fp8/*/tp8/t1' --workloads 'fused_moe/fp8/*/tp8/t16' --workloads 'fused_moe/fp8/*/tp8/t64' \
-            bench/bench_moe_layer.py
+    for trial in as-they-are PDL=0 PREFETCH=1; do
+        name=trials-${trial/=/-}
+        switch=()
+        if [ "$trial" != as-they-are ]; then switch=("LLAMA4_KERNELS_$trial"); fi
+        step "$name" env "${switch[@]}" "${bench[@]}" -k cuda --records "$out/trials.json" --workloads 'fused_moe/fp8/*/tp8/t1' \
+            --workloads 'fused_moe/fp8/*/tp8/t16' --workloads 'fused_moe/fp8/*/tp8/t64' bench/bench_moe_layer.py
     done
     step calibration "$python" -m bench.calibration --out "$out/calibration"
     if [ -n "${PEERS:-}" ]; then
@@ -158,7 +183,8 @@ from pathlib import Path
 
 out = Path(sys.argv[1])
 fields = ("step", "status", "seconds", "note")
-steps = [dict(zip(fields, line.split("\t"))) for line in (out / "steps.tsv").read_text().splitlines()]
+latest = {line.split("\t")[0]: line for line in (out / "steps.tsv").read_text().splitlines()}
+steps = [dict(zip(fields, line.split("\t"))) for line in latest.values()]
 (out / "summary.json").write_text(json.dumps(steps, indent=1) + "\n")
 for row in [dict(zip(fields, fields)), *steps]:
     print(f"{row['step']:<28} {row['status']:<8} {row['seconds']:>7}  {row['note']}")

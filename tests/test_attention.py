@@ -246,6 +246,17 @@ def test_gives_the_same_bits_twice(backend):
 
 
 @pytest.mark.gpu
+@pytest.mark.small
+@pytest.mark.parametrize("cache_dtype", [None, FP8])
+@pytest.mark.parametrize(("holds", "page_size"), [("pages", 64), ("slots", 1)])
+def test_gives_the_same_bits_twice_in_bfloat16(gpu_backend, holds, page_size, cache_dtype):
+    """With few queries and with many, whose rows CUDA copies by TMA where they follow each other and gathers where they do not."""
+    arguments, options = batch([(700, 1), (40, 33), (600, 150), (300, 8)], chunk_size=512, page_size=page_size, holds=holds, heads=(5, 1, 128),
+                               dtype=torch.bfloat16, cache_dtype=cache_dtype, padding=2)  # fmt: skip
+    assert_same_bits(*(compute(gpu_backend, "chunked_attention", *arguments, **options) for _ in range(2)))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("cache_dtype", [None, FP8])
 @pytest.mark.parametrize("lengths", [[(700, 1), (30, 1)], [(700, 100), (9, 1)]])
 def test_replays_in_a_cuda_graph(gpu_backend, lengths, cache_dtype):

@@ -209,6 +209,17 @@ def test_gives_the_same_bits_twice(backend, forms):
 
 
 @pytest.mark.gpu
+@pytest.mark.small
+@pytest.mark.parametrize("forms", [forms for forms in MIXES if "fp32" not in forms])
+@pytest.mark.parametrize("tokens", [3, 40, 130])
+def test_gives_the_same_bits_twice_in_bfloat16(gpu_backend, tokens, forms):
+    """In tiles of each size that CUDA has."""
+    weights = moe_weights(*forms, experts=4, hidden=272, inner=144)
+    x = torch.randn(tokens, 272).bfloat16()
+    assert_same_bits(*(compute(gpu_backend, "fused_moe", x, weights) for _ in range(2)))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("forms", MIXES)
 @pytest.mark.parametrize("tokens", [1, 100])
 def test_replays_in_a_cuda_graph(gpu_backend, forms, tokens):

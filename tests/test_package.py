@@ -114,7 +114,8 @@ def installed(tmp_path, monkeypatch):
     for file, text in (("llama4_kernels/__init__.py", ""), ("llama4_kernels-0.dist-info/METADATA", "Name: llama4_kernels\nVersion: 0\n")):
         (site / file).parent.mkdir(parents=True)
         (site / file).write_text(text)
-    monkeypatch.setattr(sys, "path", [str(site), *(folder for folder in sys.path if Path(folder).resolve() != ROOT)])
+    others = [folder for folder in sys.path if not (Path(folder) / "llama4_kernels").exists()]
+    monkeypatch.setattr(sys, "path", [str(site), *others])
     return site / "llama4_kernels"
 
 
@@ -195,6 +196,25 @@ def test_the_gpu_check_refuses_a_step_that_it_does_not_have(tmp_path):
     ran = subprocess.run([script, tmp_path / "out"], env=environ, capture_output=True, text=True)
     assert ran.returncode == 2 and not (tmp_path / "out").exists(), ran
     assert ran.stderr.startswith("STEPS names benchmark, needs some of: build install package tests ")
+
+
+def check_without_a_gpu(out: Path, steps: str, **environ: str) -> tuple[int, list[list[str]]]:
+    """The exit code and the table of a check whose interpreter fails at once, so that nothing is built."""
+    asked = os.environ | {"STEPS": steps, "PYTHON": "/bin/false", "LLAMA4_KERNELS_COMMIT": "0123abc"} | environ
+    ran = subprocess.run([ROOT / "scripts" / "gpu_check.sh", out], env=asked, capture_output=True, text=True)
+    return ran.returncode, [line.split("\t") for line in (out / "steps.tsv").read_text().splitlines()]
+
+
+def test_the_gpu_check_begins_nothing_after_its_time(tmp_path):
+    _, rows = check_without_a_gpu(tmp_path, "package", TOTAL_SECONDS="0")
+    assert ["package", "failed", "0", "not begun: TOTAL_SECONDS are over"] in rows
+
+
+def test_a_second_gpu_check_keeps_what_the_first_found(tmp_path):
+    check_without_a_gpu(tmp_path, "package")
+    _, rows = check_without_a_gpu(tmp_path, "build")
+    statuses = [row[1] for row in rows if row[0] == "package"]
+    assert statuses == ["failed"], rows
 
 
 @pytest.mark.parametrize("first_test", ["tests/test_package.py", "bench/bench_moe.py"])

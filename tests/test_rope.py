@@ -178,8 +178,12 @@ def test_fp8_caches_saturate(backend):
     assert v_cache.float().flatten().tolist() == [448, -2]
 
 
-def test_gives_the_same_bits_twice(backend):
-    options = dict(num_heads=5, num_kv_heads=1, head_dim=128, cos_sin=cos_sin_table(64, 128), qk_norm_eps=1e-5)
+@pytest.mark.small
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, FP8])
+def test_gives_the_same_bits_twice(backend, cache_dtype):
+    cache = torch.zeros(5, 16, 1, 128).to(cache_dtype)
+    options = dict(num_heads=5, num_kv_heads=1, head_dim=128, cos_sin=cos_sin_table(64, 128), qk_norm_eps=1e-5,
+                   k_cache=cache, v_cache=cache.clone(), slots=torch.arange(64))  # fmt: skip
     qkv, positions = torch.randn(64, 7 * 128).bfloat16(), torch.arange(64)
     assert_same_bits(*(compute(backend, "rope_qk_norm", qkv, positions, **options) for _ in range(2)))
 

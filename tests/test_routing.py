@@ -99,8 +99,10 @@ def test_follows_transformers(backend):
     torch.testing.assert_close(routing.scores, best, rtol=1e-5, atol=0)
 
 
-def test_gives_the_same_bits_twice(backend):
-    x, router = torch.randn(130, 200), torch.randn(128, 200)
+@pytest.mark.small
+@pytest.mark.parametrize(("tokens", "experts", "dtype"), [(130, 128, torch.float32), (9, 16, torch.bfloat16), (70, 128, torch.bfloat16)])
+def test_gives_the_same_bits_twice(backend, tokens, experts, dtype):
+    x, router = torch.randn(tokens, 200).to(dtype), torch.randn(experts, 200).to(dtype)
     runs = [compute(backend, "route_top1", x, router, quantize=True) for _ in range(2)]
     assert_same_bits(*runs)
 
