@@ -16,7 +16,7 @@ import torch
 from llama4_kernels.bench import record, workloads
 from llama4_kernels.bench.measure import Job
 from llama4_kernels.bench.plan import plan
-from llama4_kernels.bench.runner import Runner
+from llama4_kernels.bench.runner import JOB_SECONDS, Runner
 from llama4_kernels.ops.backend import default_device
 
 
@@ -41,6 +41,7 @@ def pytest_addoption(parser):
     group.addoption("--workloads", action="append", help="names or patterns, such as 'fused_moe/*/tp8/*'; a short list if not given")
     group.addoption("--peers", action="store_true", help="measure the peers too")
     group.addoption("--records", type=Path, help="file that the records are added to")
+    group.addoption("--job-seconds", type=float, default=JOB_SECONDS, help="the most that one measurement may take (%(default)g)")
 
 
 def pytest_generate_tests(metafunc):
@@ -58,9 +59,21 @@ def name(job: Job) -> str:
     return f"{job.workload}-{job.backend}"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What a run that is cut short should have comes first: our CUDA kernels, then peers, of the whole layer before those of its parts."""
+
+    def place(item: pytest.Item) -> tuple[bool, bool, bool]:
+        job = getattr(getattr(item, "callspec", None), "params", {}).get("job")
+        if not isinstance(job, Job):  # nothing of a file was asked for
+            return False, False, False
+        return job.backend == "triton", job.peer, job.peer and not job.workload.startswith("fused_moe/")
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session")
-def runner():
-    with Runner() as running:
+def runner(pytestconfig):
+    with Runner(job_seconds=pytestconfig.getoption("--job-seconds")) as running:
         yield running
 
 

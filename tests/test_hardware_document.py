@@ -104,9 +104,12 @@ def test_ceilings_are_those_of_large_copies_and_square_products(tmp_path):
     ]
 
 
-def test_without_one_ceiling_the_floors_rest_on_the_datasheet_and_it_says_so(tmp_path):
-    text = page.page(CEILINGS[:3], tmp_path)
-    assert "so its floors rest on the datasheet of an H200" in " ".join(text.split()) and "4800 GB/s" in text and "4000 GB/s" not in text
+@pytest.mark.parametrize(("device", "model", "bandwidth"), [("NVIDIA H200", "H200", 4800), ("NVIDIA H100 80GB HBM3", "H100", 3350)])
+def test_without_one_ceiling_the_floors_rest_on_the_datasheet_and_it_says_so(tmp_path, device, model, bandwidth):
+    records = [dataclasses.replace(record, machine=dataclasses.replace(GPU, device=device)) for record in CEILINGS[:3]]
+    text = page.page(records, tmp_path)
+    assert f"so its floors rest on the datasheet of an {model}" in " ".join(text.split())
+    assert f"{bandwidth} GB/s" in text and "4000 GB/s" not in text
 
 
 def test_floors_are_bytes_or_flops_over_the_ceilings(tmp_path):

@@ -23,6 +23,7 @@ QK_NORM_EPS = 1e-5
 TEMPERATURE = (0.1, 8192)
 ROPE_THETA = 500000.0
 CHECKED_QUERIES = 256
+LOGIT_SCALE, LEAD = 0.5, 0.25  # of router logits: their spread, and by how much a token's largest is ahead of the next, at least
 # ‖out − reference‖ / ‖reference‖: one rounding to bf16 costs 2e-3; a whole layer rounds several times. So does fused_moe in fp8: tensor
 # cores keep 13 bits of sums of e4m3 products (bench/calibration, fp8/bits), by which some hidden values quantise to the next code, 1/16 to
 # 1/8 of the value away: 4e-3 of the result where sums are off by 1.3e-4, as in fp8/accumulation (tests/bench/test_bench_inputs.py).
@@ -155,15 +156,27 @@ def make(workload: Workload, device: torch.device) -> Problem:
     if op == "quantize_per_token":
         return Problem(workload, {"x": x})
     if op == "route_top1":
-        router = random.normal(workload.experts, workload.hidden) * workload.hidden**-0.5
-        return Problem(workload, {"x": x, "router": router, "quantize": workload.dtype == "fp8"})
+        router = _router(workload.experts, workload.hidden, random)
+        return Problem(workload, {"x": _decided(x, router), "router": router, "quantize": workload.dtype == "fp8"})
     weights = moe_weights(workload.experts, workload.hidden, workload.intermediate, workload.dtype == "fp8", device)
     if op == "decoder_layer":
         norms = tuple(1 + 0.1 * random.normal(workload.hidden) for _ in range(2))
         arguments = {"x": x, "norms": norms, "moe": weights, **_attention_part(workload, random, x)}
         distinct = None if device.type == "meta" else _distinct_experts(_moe_input(arguments), weights)
         return Problem(workload, arguments, distinct)
-    return _moe(workload, x, weights)
+    return _moe(workload, _decided(x, weights.router), weights)
+
+
+def _router(experts: int, hidden: int, random: Random) -> Tensor:
+    return random.normal(experts, hidden) * LOGIT_SCALE * hidden**-0.5
+
+
+def _decided(x: Tensor, router: Tensor) -> Tensor:
+    """x with LEAD more of its expert's row in each token, so that peers whose logits or scores are rounded to bf16 choose the same expert."""
+    if x.is_meta:
+        return x
+    best = router[(x.float() @ router.float().t()).argmax(1)].float()
+    return (x.float() + LEAD / LOGIT_SCALE**2 * best).to(x.dtype)
 
 
 def _moe(workload: Workload, x: Tensor, weights: MoEWeights) -> Problem:
@@ -216,7 +229,7 @@ def moe_weights(experts: int, hidden: int, intermediate: int, fp8: bool, device:
         return Linear(weight, scale) if fp8 else Linear(weight)
 
     return MoEWeights(
-        random.normal(experts, hidden) * hidden**-0.5,
+        _router(experts, hidden, random),
         linear(experts, 2 * intermediate, hidden),
         linear(experts, hidden, intermediate),
         linear(2 * intermediate, hidden),

@@ -17,6 +17,8 @@ from llama4_kernels.bench.record import Benchmark
 from llama4_kernels.ops.backend import default_device
 
 JOB_SECONDS = 600.0  # a first call may compile for minutes
+START_SECONDS = 120.0
+STOP_SECONDS = 30.0
 
 
 class Runner:
@@ -75,6 +77,9 @@ class Runner:
         self._process.start()
         theirs.close()
         try:
+            if not self._pipe.poll(START_SECONDS):
+                self._stop(kill=True)
+                raise RuntimeError(f"the measuring process has not measured the ceilings after {START_SECONDS:g} s, and was killed")
             answer = self._pipe.recv()
         except EOFError as error:
             raise RuntimeError(f"the measuring process did not start: {self._cause_of_death()}") from error
@@ -88,14 +93,14 @@ class Runner:
             return
         if kill:
             self._process.kill()
-        self._process.join(30)
+        self._process.join(STOP_SECONDS)
         if self._process.is_alive():
             self._process.kill()
-            self._process.join()
+            self._process.join(STOP_SECONDS)  # a process that waits for a GPU may outlive that
         self._process = None
 
     def _cause_of_death(self) -> str:
-        self._process.join(30)
+        self._process.join(STOP_SECONDS)
         code = self._process.exitcode
         self._process = None
         return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"

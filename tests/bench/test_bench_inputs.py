@@ -26,6 +26,16 @@ def test_what_quantises_or_rounds_in_between_may_be_further_off(workload, bound)
     assert inputs.Problem(workloads.parse(workload), {}).bound == bound
 
 
+@pytest.mark.parametrize("workload", [f"route_top1/fp8/{shape}" for shape in ("scout/tp8/t64", "maverick/tp8/t64", "tiny/tp1/t64")])
+def test_logits_and_scores_rounded_to_bf16_choose_the_same_experts(workload):
+    given = inputs.make(workloads.parse(workload), CPU).arguments
+    logits = given["x"].double() @ given["router"].double().t()
+    best, second = logits.topk(2)[0].t()
+    assert (best - second).min() > 0.6 * inputs.LEAD
+    for rounded in (logits.bfloat16(), logits.bfloat16().sigmoid()):
+        assert torch.equal(rounded.argmax(1), logits.argmax(1)) and not (rounded.topk(2)[0].diff() == 0).any()
+
+
 @pytest.mark.parametrize(
     ("sums_off_by", "allowed"), [(1.3e-4, True), (1.6e-3, False)], ids=["in fp32 every 128 of K", "on tensor cores alone"]
 )

@@ -318,14 +318,14 @@ def test_tuned_sglang_runs_with_the_fastest_tiles_that_can_be_launched(monkeypat
             raise RuntimeError("out of shared memory")
         yield
 
-    def estimate(run, device):
-        run()
-        return 1.0 if seen[-1] == moe.TILES[3] else 2.0
+    def time_calls(calls, device, rounds):
+        calls[0]()
+        return timing.summary("cuda_graph", True, [1.0 if seen[-1] == moe.TILES[3] else 2.0]), []
 
     on_streams = moe._sglang  # there is none on a CPU
     monkeypatch.setattr(moe, "_sglang", lambda problem, two_streams: on_streams(problem, two_streams=False))
     monkeypatch.setattr(load, "sglang_tiles", tiles)
-    monkeypatch.setattr(timing, "estimate_us", estimate)
+    monkeypatch.setattr(timing, "time_calls", time_calls)
     monkeypatch.setattr(moe, "_FASTEST", {})
     assert 1e-4 < error("sglang_tuned", MOE) < 5e-2
     assert set(seen) == set(moe.TILES) and seen[-1] == moe.TILES[3]

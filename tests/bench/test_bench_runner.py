@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from llama4_kernels.bench import measure, record
+from llama4_kernels.bench import runner as runner_module
 from llama4_kernels.bench.measure import Job, Options
 from llama4_kernels.bench.runner import Runner
 
@@ -74,6 +75,14 @@ def test_all_records_of_a_run_say_so(results):
     assert len({done.run for done in results.values()}) == 1
     measured = [done for done in results.values() if done.ceilings]
     assert len({done.ceilings.copy_gb_s for done in measured}) == 1 and measured[0].ceilings.matmul_tflop_s["fp32"] > 0
+
+
+def test_a_process_that_does_not_start_is_killed(tmp_path, monkeypatch):
+    (tmp_path / "sleepy_peers.py").write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(runner_module, "START_SECONDS", 0.5)
+    with pytest.raises(RuntimeError, match=r"has not measured the ceilings after 0\.5 s, and was killed"), Runner(Options(), ["sleepy_peers"]):
+        pass
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton runs here")

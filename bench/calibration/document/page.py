@@ -12,7 +12,7 @@ from typing import Any
 from tabulate import tabulate
 
 from bench.calibration.document import findings, plots, results
-from bench.calibration.document.results import DATASHEET, Gpu
+from bench.calibration.document.results import DATASHEETS, Gpu
 from bench.calibration.native import ROOT
 from bench.calibration.measurement import in_line
 from llama4_kernels.bench import ceilings as floors
@@ -48,7 +48,8 @@ def page(records: Iterable[Record], folder: Path) -> str:
     known = results.gpus(records)
     parts = ["# What the hardware gives, and what other projects' kernels reach", INTRODUCTION]
     if not known:
-        parts += ["## Without a record", NOTHING_MEASURED, *_ceilings(DATASHEET, "an H200's datasheet"), *_floors(DATASHEET)]
+        datasheet = DATASHEETS["H200"]
+        parts += ["## Without a record", NOTHING_MEASURED, *_ceilings(datasheet, "an H200's datasheet"), *_floors(datasheet)]
     for gpu in known:
         parts += _gpu(gpu, folder)
     return "\n\n".join(map(_wrapped, parts)) + "\n"
@@ -68,11 +69,11 @@ def _gpu(gpu: Gpu, folder: Path) -> list[str]:
     parts += [f"Driver {machine.driver}, torch {machine.torch}, power limit {machine.power_limit_w} W; runs {runs}."]
     if measured is None:
         parts += [
-            "Copy and matrix products are not both among the measurements of this page, so its floors rest on the datasheet of an H200. "
+            f"Copy and matrix products are not both among the measurements of this page, so its floors rest on the datasheet of an {gpu.model}. "
             "Benchmarks measure ceilings of their own, lower than the datasheet's, so ratios elsewhere are higher than here."
         ]
-    used = measured or DATASHEET
-    parts += _ceilings(used, "this GPU" if measured else "an H200's datasheet")
+    used = measured or DATASHEETS[gpu.model]
+    parts += _ceilings(used, "this GPU" if measured else f"an {gpu.model}'s datasheet")
     if said := findings.of(gpu):
         parts += ["### What follows for a kernel", "\n".join(f"- {sentence}" for sentence in said)]
     parts += [f"![{title}]({path.relative_to(folder)})" for title, path in plots.write(gpu, folder / PLOTS)]

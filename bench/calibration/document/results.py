@@ -13,8 +13,12 @@ from llama4_kernels.bench import record
 from llama4_kernels.bench.machine import Machine
 from llama4_kernels.bench.record import Benchmark, Calibration, Ceilings, Record
 
-# Of an H200 by its datasheet, https://www.nvidia.com/en-us/data-center/h200/, without sparsity: what floors rest on until one was measured
-DATASHEET = Ceilings(copy_gb_s=4800.0, matmul_tflop_s={"bf16": 989.5, "fp8": 1979.0})
+# By the datasheets, without sparsity: what floors rest on until ceilings were measured. https://www.nvidia.com/en-us/data-center/h200/ and
+# .../h100/ (SXM)
+DATASHEETS = {
+    "H200": Ceilings(copy_gb_s=4800.0, matmul_tflop_s={"bf16": 989.5, "fp8": 1979.0}),
+    "H100": Ceilings(copy_gb_s=3350.0, matmul_tflop_s={"bf16": 989.5, "fp8": 1979.0}),
+}
 LARGE_MIB = 1024  # a copy of this size is far from fitting L2
 HEADLINES = ("bandwidth", "rate", "per_cycle", "time")  # figures by which runs are compared, the first that a record has
 
@@ -44,6 +48,11 @@ class Gpu:
         """The figure of the one good case, or None."""
         found = self.points(question, figure, **where)
         return found[0][1] if len(found) == 1 else None
+
+    @property
+    def model(self) -> str:
+        """The key of its datasheet: an H100's for other GPUs too, as the lower one."""
+        return "H200" if "H200" in self.machine.device else "H100"
 
     @property
     def ceilings(self) -> Ceilings | None:

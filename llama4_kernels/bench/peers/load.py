@@ -44,6 +44,13 @@ def deep_gemm() -> Any:
     return _imported("deep_gemm")
 
 
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile's, for as many shapes as a run has: past its limit of 8 torch would go on without compiling, with a warning."""
+    torch._dynamo.config.recompile_limit = 256
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(function, dynamic=False)
+
+
 def _imported(module: str) -> Any:
     require_package(module.partition(".")[0])
     require_gpu()
@@ -65,6 +72,10 @@ def flash_attn_4() -> Callable[..., Any]:
 def fbgemm() -> types.SimpleNamespace:
     require_package("fbgemm_gpu")
     require_gpu()
+    import triton
+
+    if isinstance(triton.next_power_of_2, types.FunctionType):  # as in Triton 3.6; FBGEMM's kernels call it, which no plain function may be
+        triton.next_power_of_2 = triton.constexpr_function(triton.next_power_of_2)
     importlib.import_module("fbgemm_gpu.experimental.gen_ai")  # registers torch.ops.fbgemm
     triton_gemm = "fbgemm_gpu.experimental.gemm.triton_gemm"
     moe = "fbgemm_gpu.experimental.gen_ai.moe"
@@ -104,12 +115,17 @@ def sglang() -> types.SimpleNamespace:
     """SGLang's kernels. Where SGLang is not wholly installed, packages whose __init__ pulls in the server are entered without it."""
     require_package("sglang")
     require_gpu()
-    if importlib.util.find_spec("flashinfer") is None:
-        _enter_sglang()
-    # The only settings that the MoE kernels read, at SGLang's defaults
-    settings = types.SimpleNamespace(enable_deterministic_inference=False, enable_fused_moe_sum_all_reduce=False)
-    importlib.import_module("sglang.srt.runtime_context")._CONTEXT.set_server_args(settings)
-    found = {name: _from_sglang(*where) for name, where in _SGLANG.items()}
+    try:
+        if importlib.util.find_spec("flashinfer") is None:
+            _enter_sglang()
+        # The only settings that the MoE kernels read, at SGLang's defaults
+        settings = types.SimpleNamespace(enable_deterministic_inference=False, enable_fused_moe_sum_all_reduce=False)
+        importlib.import_module("sglang.srt.runtime_context")._CONTEXT.set_server_args(settings)
+        found = {name: _from_sglang(*where) for name, where in _SGLANG.items()}
+    except ImportError:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "sglang"]:
+            del sys.modules[name]  # so that the next peer says what is missing too
+        raise
     return types.SimpleNamespace(**found, fp8_scaled_mm=sgl_kernel().fp8_scaled_mm)
 
 

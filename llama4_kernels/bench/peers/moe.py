@@ -101,6 +101,7 @@ TILES = (
     (128, 128, 128, 8, 3),
     (128, 256, 128, 8, 3),
 )
+TILE_ROUNDS = 5
 _FASTEST: dict[Workload, tuple[int, ...]] = {}
 
 
@@ -125,7 +126,7 @@ def _sglang_tuned(problem: Problem) -> Case:
             run = with_tiles(tiles)
             try:
                 run()
-                times[tiles] = min(timing.estimate_us(run, device) for _ in range(3))
+                times[tiles] = timing.time_calls([run], device, TILE_ROUNDS)[0].median_us
             except Exception as error:  # tiles may not fit this GPU
                 refused = timing.one_line(error)
         if not times:
@@ -238,7 +239,7 @@ def _torch_grouped(rows: Tensor, weight: Linear, ends: Tensor) -> Tensor:
 
 @functools.cache
 def _compiled_torch_moe() -> Callable[[Tensor, MoEWeights], Tensor]:
-    return torch.compile(_torch_moe, dynamic=False)
+    return load.compiled(_torch_moe)
 
 
 @peer(

@@ -114,7 +114,7 @@ def sdpa(problem: Problem, backend: Any) -> Case:
 def compiled_flex() -> tuple[Callable[..., Any], Callable[..., Any]]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    return torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask, dynamic=False)
+    return load.compiled(flex_attention), load.compiled(create_block_mask)
 
 
 def flex(problem: Problem) -> Case:
