@@ -58,24 +58,24 @@ def local_and_global_layers(config: Llama4TextConfig) -> tuple[list[int], list[i
 def apply_overrides(config: Llama4TextConfig, overrides: dict[str, Any]) -> None:
     """Derive anew which layers have RoPE, chunks and experts where `overrides`, which SGLang has written into `config`
     (--json-model-override-args), hold another rule for them, and not the layers themselves."""
+    layers = {"num_hidden_layers": config.num_hidden_layers}
+    if "moe_layers" not in overrides and "interleave_moe_layer_step" in overrides:
+        step = config.interleave_moe_layer_step
+        if step < 1:
+            raise ValueError(f"interleave_moe_layer_step is {step}, needs at least 1; a model without experts has moe_layers []")
+        config.moe_layers = Llama4TextConfig(**layers, interleave_moe_layer_step=step).moe_layers
     derived = Llama4TextConfig(
-        num_hidden_layers=config.num_hidden_layers,
-        no_rope_layers=overrides.get("no_rope_layers"),
-        no_rope_layer_interval=config.no_rope_layer_interval,
-        interleave_moe_layer_step=config.interleave_moe_layer_step,
+        **layers, no_rope_layers=overrides.get("no_rope_layers"), no_rope_layer_interval=config.no_rope_layer_interval
     )
-    for name, rules in (
-        ("no_rope_layers", {"no_rope_layer_interval"}),
-        ("layer_types", {"no_rope_layer_interval", "no_rope_layers"}),
-        ("moe_layers", {"interleave_moe_layer_step"}),
-    ):
+    for name, rules in (("no_rope_layers", {"no_rope_layer_interval"}), ("layer_types", {"no_rope_layer_interval", "no_rope_layers"})):
         if name not in overrides and rules & overrides.keys():
             setattr(config, name, getattr(derived, name))
 
 
 def check_supported(config: Llama4TextConfig) -> None:
     """ValueError for what a Llama 4 config can say and no Llama 4 checkpoint uses, or no model can compute."""
-    if config.num_experts_per_tok != 1:
+    has_experts = any(layer in config.moe_layers for layer in range(config.num_hidden_layers))
+    if has_experts and config.num_experts_per_tok != 1:
         raise ValueError(f"llama4_kernels serves Llama 4 with num_experts_per_tok 1, config.json has {config.num_experts_per_tok}")
     if config.attention_bias:
         raise ValueError("llama4_kernels serves Llama 4 without attention_bias, config.json sets it")
@@ -95,7 +95,7 @@ def check_supported(config: Llama4TextConfig) -> None:
     for name, is_read in (
         ("num_key_value_heads", True),
         ("floor_scale", config.attn_temperature_tuning),
-        ("num_local_experts", any(layer in config.moe_layers for layer in range(config.num_hidden_layers))),
+        ("num_local_experts", has_experts),
     ):
         if is_read and getattr(config, name) < 1:
             raise ValueError(f"config.json: {name} is {getattr(config, name)}, needs at least 1")

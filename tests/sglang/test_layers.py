@@ -74,7 +74,16 @@ def test_overrides_of_a_text_only_checkpoint():
     assert layers(config) == "lr.lr.lr.m."
 
 
+def test_a_model_without_experts_needs_no_rule_for_them():
+    """As Llama Guard 4's config.json, whose interleave_moe_layer_step no layer can be derived from."""
+    config = Llama4TextConfig(num_hidden_layers=4, moe_layers=[], interleave_moe_layer_step=0, num_local_experts=0, num_experts_per_tok=0)
+    derived(config, overrides={"no_rope_layer_interval": 2})
+    assert layers(config) == "lr..lr..", layers(config)
+
+
 def test_overrides_that_leave_too_little():
+    with pytest.raises(ValueError, match=r"interleave_moe_layer_step is 0, needs at least 1; a model without experts has moe_layers \[\]"):
+        derived(Llama4TextConfig(num_hidden_layers=4), overrides={"interleave_moe_layer_step": 0})
     with pytest.raises(ValueError, match=r"rope_parameters is .*, needs a rope_type"):
         derived(Llama4TextConfig(num_hidden_layers=4), overrides={"rope_scaling": {"factor": 2.0}})
     with pytest.raises(ValueError, match="no_rope_layers has 4 entries for 8 layers"):

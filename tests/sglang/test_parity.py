@@ -81,10 +81,17 @@ def test_text_only_with_a_config_of_its_own(make, oracle, tmp_path):
         check_all(server, oracle(path))
 
 
-@pytest.mark.parametrize("chunk_size", [None, 4096])
-def test_no_chunk_within_the_context_and_no_temperature(chunk_size, make, oracle, tmp_path):
+@pytest.mark.parametrize(
+    ("chunk_size", "experts"),
+    [
+        (None, {"interleave_moe_layer_step": 3}),
+        (4096, {"moe_layers": [], "interleave_moe_layer_step": 0, "num_local_experts": 0, "num_experts_per_tok": 0}),  # Llama Guard 4's
+    ],
+    ids=["no chunk", "dense"],
+)
+def test_no_chunk_within_the_context_and_no_temperature(chunk_size, experts, make, oracle, tmp_path):
     """transformers takes no config without a chunk size: its oracle has one as large as all of the KV cache."""
-    options = {"attn_temperature_tuning": False, "interleave_moe_layer_step": 3}
+    options = {"attn_temperature_tuning": False, **experts}
     with llama4_server(make(attention_chunk_size=chunk_size, **options), log=tmp_path / "log") as server:
         check_all(server, oracle(make(attention_chunk_size=4096, **options)))
 
