@@ -1,9 +1,10 @@
 """What SGLang lacks on a CPU for speculative decoding, CUDA graphs and data-parallel attention, so that its real engine runs them in the tests.
 
 A plugin of SGLang beside the one under test, in every process of a server started with environment(). Of SGLang's own code this takes the
-Triton kernels for verification, which it has for XPU, in Triton's interpreter, and the gathers of data-parallel attention that it has for CPUs
-with kernels of its own. Replaced are: the draft model's attention, for which SGLang has no backend here, by its torch_native backend; the
-drafts, where a test has planted others; pinned memory by any; and the recording of a graph (recorded_graph.py).
+Triton kernels for verification, which it has for XPU, in Triton's interpreter, and the collectives of data-parallel attention that it has
+for CPUs with kernels of its own. Replaced are: the draft model's attention, for which SGLang has no backend here, by its torch_native
+backend; the drafts, where a test has planted others; the copies of a rank's rows in data-parallel attention; pinned memory by any; and the
+recording of a graph (recorded_graph.py).
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def register() -> None:
     spec_tree._is_xpu = cache_locs._is_xpu = True  # kernels in Triton
     rotary_embedding._is_musa = True  # RoPE of the draft model in PyTorch
     parallel_state._is_cpu = True  # data-parallel attention gathers without NCCL
-    dp_attention.memcpy_func = dp_attention.memcpy_cpu
+    dp_attention.memcpy_func = _memcpy
     for target, hook in (
         # As on a GPU: a step is scheduled before the accepted lengths of the last one are known on the host.
         ("sglang.srt.arg_groups.speculative_hook._disable_overlap_schedule_for_cpu", lambda original, args: None),
@@ -66,6 +67,15 @@ def register() -> None:
     ):
         HookRegistry.register(target, hook, HookType.AROUND)
     print(INSTALLED, flush=True)
+
+
+def _memcpy(dst, src, dim, offset, sz, offset_src: bool) -> None:
+    """`sz` rows of src from `offset` on into dst, or of src into dst from `offset` on. SGLang's own for CPUs asks for both numbers on the
+    host, its kernel on GPUs reads them from the device as this does, so that a graph can hold it."""
+    rows = torch.arange(len(dst))
+    source = rows + offset if offset_src else rows - offset
+    is_copied = (rows < sz if offset_src else (source >= 0) & (source < sz)).unsqueeze(1)
+    dst.copy_(torch.where(is_copied, src.index_select(0, source.clamp(0, len(src) - 1)), dst))
 
 
 def _without_pinned_memory(original, *arguments):

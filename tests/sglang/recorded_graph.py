@@ -9,6 +9,7 @@ replay. An op whose result depends on a tensor's values on the host is refused, 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ import msgspec
 import torch
 from sglang.srt.model_executor.runner_backend.base_cuda_graph_backend import BaseCudaGraphBackend
 from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph import breakable_cuda_graph as breakable
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 REPLAYED = "recorded_graph: {mode} of {requests} requests in a graph for {size}"
@@ -138,9 +139,17 @@ def install() -> list[tuple]:
     breakable_cuda_graph_backend.GraphPoolPrecarve.measure = contextlib.nullcontext
     type(current_platform).capabilities = msgspec.structs.replace(current_platform.capabilities, graph_capture=True)
     torch.cpu.is_current_stream_capturing = lambda: False
+    torch.distributed.Work.wait = functools.partialmethod(_wait_unrecorded, torch.distributed.Work.wait)
     ForwardMode.is_cpu_graph = ForwardMode.is_cuda_graph
     eagle_worker_v2._is_cpu = True  # no graphs of the draft model
     return [("sglang.srt.model_executor.model_runner_components.cuda_graph_setup.capture_decode_graph", _capture_decode_graph)]
+
+
+def _wait_unrecorded(work, wait, *args):
+    """gloo reduces and scatters by the sum of a copy, and copies a rank's part out of that when it is waited for. The collective does both
+    again at replay; recorded by itself, this copy would bring back the sum of the capture."""
+    with _disable_current_modes():
+        return wait(work, *args)
 
 
 def _capture_decode_graph(original, *, model_runner):

@@ -6,6 +6,7 @@ import engine_standins
 import pytest
 import torch
 from engine import LENGTHS, NEW_TOKENS, ask, ask_at_once, assert_agrees, differences, llama4_server, prompt
+from recorded_graph import REPLAYED
 
 from llama4_kernels.cli.oracle import Oracle
 
@@ -106,14 +107,20 @@ def test_two_ranks(like, make, oracle, tmp_path):
 
 def test_attention_in_data_parallel(make, oracle, tmp_path):
     """Each of two ranks attends for its own requests, with all of the heads, which need not be shared among the two; both compute the layers
-    between, also where a rank has no request."""
+    between, also where a rank has no request. SGLang sums what they compute by an all-reduce in prefill, and by a reduce-scatter in decode,
+    which is in graphs for up to two requests a rank and without for more."""
     path, environment = make("maverick", num_attention_heads=5, num_key_value_heads=1), engine_standins.environment(tmp_path / "standins")
-    flags = ("--enable-dp-attention", "--dp-size=2")
+    flags = ("--enable-dp-attention", "--dp-size=2", "--attention-backend=triton")  # ours; with torch_native SGLang turns graphs off
+    flags += ("--cuda-graph-backend-decode=full", "--cuda-graph-bs-decode", "1", "2")
     with llama4_server(path, *flags, log=tmp_path / "log", tp=2, environment=environment) as server:
         for length in LENGTHS:
             assert_agrees(ask(server, prompt(length)), oracle(path))
+        for answer in ask_at_once(server, [prompt(length, seed=2) for length in (5, CHUNK, 90)]):
+            assert_agrees(answer, oracle(path))
         check_eight_at_once(server, oracle(path))
-        assert set(re.findall(r"(DP\d) TP\d.*\] Prefill batch", server.log.read_text())) == {"DP0", "DP1"}
+        log = server.log.read_text()
+    assert set(re.findall(r"(DP\d) TP\d.*\] Prefill batch", log)) == {"DP0", "DP1"}
+    assert all(REPLAYED.format(mode="DECODE", requests=requests, size=size) in log for requests, size in ((1, 1), (1, 2), (2, 2)))
 
 
 def test_two_ranks_with_one_kv_head_and_odd_sizes(make, oracle, tmp_path):
