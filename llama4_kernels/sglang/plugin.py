@@ -43,6 +43,7 @@ def register() -> None:
         (f"{_MANAGER}._tokenize_one_request", _tokenize_request, HookType.AROUND),
         (f"{_MANAGER}._validate_one_request", _check_request, HookType.AFTER),
         *((f"{_MANAGER}.{name}", functools.partial(_check_control_request, check), HookType.BEFORE) for name, check in CHECKS.items()),
+        ("sglang.srt.managers.scheduler.Scheduler.init_model_config", _bound_stop_patterns, HookType.AFTER),
         ("sglang.srt.session.session_controller.Session.create_req", _forget_replaced_requests, HookType.BEFORE),
         ("sglang.srt.constrained.base_grammar_backend.GrammarMask.apply", _free_rows_ruled_out, HookType.AFTER),
         (f"{_RESULTS}._apply_prefill_grammar", _blame_min_new_tokens, HookType.AFTER),
@@ -195,9 +196,11 @@ async def _tokenize_request(original, manager, request):
 def _hook_routes(result, manager) -> None:
     """Only of the process that has routes: the others would have to import them."""
     if is_ours(manager.model_config) and "sglang.srt.entrypoints.http_server" in sys.modules:
+        from llama4_kernels.sglang.patterns import bound_tool_calls
         from llama4_kernels.sglang.routes import hook_routes
 
         hook_routes()
+        bound_tool_calls()
 
 
 def _check_request(result, manager, request, input_ids) -> None:
@@ -239,6 +242,13 @@ def _end_tokens(model_config, tokenizer) -> frozenset[int]:
     if tokenizer is not None:
         tokens |= {tokenizer.eos_token_id, *(tokenizer.additional_stop_token_ids or ())}
     return frozenset(tokens - {None})
+
+
+def _bound_stop_patterns(result, scheduler) -> None:
+    if is_ours(scheduler.model_config):
+        from llama4_kernels.sglang.patterns import bound_stop_patterns
+
+        bound_stop_patterns()
 
 
 def _forget_replaced_requests(session, req, *args, **kwargs) -> None:

@@ -16,6 +16,7 @@ from llama4_kernels.cli.server import ServerError
 from llama4_kernels.sglang.config import check_sharding, check_supported, rope_positions
 
 HELLO = [{"role": "user", "content": "hello"}]
+TOOL = {"type": "function", "function": {"name": "A", "parameters": {}}}
 
 # What SGLang would sample from NaN for, and what the answer says of it. Of equal probabilities top_k takes tokens that end no answer.
 SAMPLED_FROM_NAN = (
@@ -111,6 +112,18 @@ def test_bad_requests_are_refused(make, oracle, tmp_path):
         assert server.post("/detokenize", {"tokens": [64, 65]})["text"] == "ab"
         answer = ask(server, prompt(70))
         assert_agrees(answer, oracle(path))
+
+        # The answer is an "a" over and over, of which a search tries all ways to cut it into one or two.
+        slow = {"regex": "a{60}", "max_new_tokens": 60, "stop_regex": "(a|aa)+[^a]"}
+        refused = requests.post(f"{server.url}/generate", json={"input_ids": prompt(4), "sampling_params": slow}, timeout=60)
+        assert refused.status_code == 400 and "a search takes longer than 0.2 s" in refused.text, refused.text
+        stopped = {"regex": "a{60}", "max_new_tokens": 60, "stop_regex": "a{7}"}
+        assert server.post("/generate", {"input_ids": prompt(4), "sampling_params": stopped})["text"] == "aaaaaaa"
+        # So are these, in which no call is found.
+        calls = {"text": "[A(A=" + "\t)A(A=,\t" * 14, "tools": [TOOL], "tool_call_parser": "pythonic"}
+        assert server.post("/parse_function_call", calls)["calls"] == []
+        calls |= {"text": 'Now: [A(A="b", C=[1, 2])]'}
+        assert json.loads(server.post("/parse_function_call", calls)["calls"][0]["parameters"]) == {"A": "b", "C": [1, 2]}
 
         session = server.post("/open_session", {"capacity_of_str_len": 1000})
         greedy = {"sampling_params": {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}}
