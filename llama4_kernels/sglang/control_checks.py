@@ -32,6 +32,15 @@ def _check_resume(manager, request) -> None:
     released.difference_update(tags)
 
 
+def _check_sleep(manager, request) -> None:
+    from sglang.srt.runtime_context import get_device
+
+    # The watchdog, which ends a scheduler that has run nothing for so long, looks twice in that time.
+    seconds, longest = request.forward_sleep_time, get_device().watchdog_timeout / 2
+    if seconds is not None and not seconds <= longest:
+        raise ValueError(f"forward_sleep_time is {seconds}, needs at most {longest:g} seconds, half of --watchdog-timeout")
+
+
 def _refuse_experts(manager, request) -> None:
     raise ValueError("the distribution of experts is not recorded: the model does not keep which experts a token took")
 
@@ -46,6 +55,7 @@ CHECKS: Mapping[str, Callable[..., None]] = {
     "init_weights_update_group": _check_group,
     "release_memory_occupation": _check_release,
     "resume_memory_occupation": _check_resume,
+    "slow_down": _check_sleep,
     "start_expert_distribution_record": _refuse_experts,
     "stop_expert_distribution_record": _refuse_experts,
     "dump_expert_distribution_record": _refuse_experts,

@@ -41,7 +41,9 @@ def register() -> None:
         (f"{_MANAGER}.init_model_config", _hook_routes, HookType.AFTER),
         (f"{_MANAGER}._init_req_state", _read_request, HookType.AROUND),
         (f"{_MANAGER}._tokenize_one_request", _tokenize_request, HookType.AROUND),
+        (f"{_MANAGER}._batch_tokenize_and_process", _tokenize_request, HookType.AROUND),
         (f"{_MANAGER}._validate_one_request", _check_request, HookType.AFTER),
+        (f"{_MANAGER}._create_tokenized_object", _check_types, HookType.AFTER),
         *((f"{_MANAGER}.{name}", functools.partial(_check_control_request, check), HookType.BEFORE) for name, check in CHECKS.items()),
         ("sglang.srt.managers.scheduler.Scheduler.init_model_config", _bound_stop_patterns, HookType.AFTER),
         ("sglang.srt.session.session_controller.Session.create_req", _forget_replaced_requests, HookType.BEFORE),
@@ -184,13 +186,13 @@ def _normalize_request(original, request):
         raise ValueError(f"n is {request.parallel_sample_num}, needs at least 1")
 
 
-async def _tokenize_request(original, manager, request):
+async def _tokenize_request(original, manager, *args):
     if not is_ours(manager.model_config):
-        return await original(manager, request)
+        return await original(manager, *args)
     from llama4_kernels.sglang.request_errors import read_request
 
     with read_request():
-        return await original(manager, request)
+        return await original(manager, *args)
 
 
 def _hook_routes(result, manager) -> None:
@@ -219,6 +221,13 @@ def _check_request(result, manager, request, input_ids) -> None:
         computes_whole_prompts=get_memory().disable_radix_cache and get_schedule().chunked_prefill_size == -1,
         image_tokens=_image_tokens(manager.mm_processor),
     )
+
+
+def _check_types(tokenized, manager, *args, **kwargs) -> None:
+    if is_ours(manager.model_config):
+        from llama4_kernels.sglang.request_checks import check_types
+
+        check_types(tokenized)
 
 
 def _check_control_request(check, manager, request=None, *args, **kwargs) -> None:

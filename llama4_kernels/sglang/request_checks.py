@@ -4,7 +4,12 @@ and the others go on."""
 
 from __future__ import annotations
 
+import functools
 import re
+from typing import Any, get_type_hints
+
+import msgspec
+import numpy as np
 
 from llama4_kernels.sglang.media_checks import ImageTokens, check_media
 
@@ -14,6 +19,9 @@ INT32_MAX = 2**31 - 1
 # Logits stay finite in float32 when they are divided by the smallest temperature, 1e-6: infinite ones make the probabilities NaN.
 LARGEST_LOGIT_BIAS = 1e30
 SMALLEST_REPETITION_PENALTY = 1e-3
+
+# What SGLang makes itself, and what only custom logit processors read.
+UNTYPED = frozenset({"input_ids", "mm_inputs", "time_stats", "custom_params"})
 
 
 def check_request(
@@ -64,6 +72,26 @@ def check_request(
             raise ValueError("token_indices_to_pool is given, needs a server with --disable-radix-cache and --chunked-prefill-size -1")
         _check_positions("token_indices_to_pool", request.token_indices_to_pool, len(input_ids or ()))
     check_media(request, image_tokens)
+
+
+def check_types(request: msgspec.Struct) -> None:
+    """ValueError where a field of `request`, or of its sampling parameters, is of another type than SGLang declares: the scheduler and the
+    detokenizer end at it, and of the routes only /generate looks.
+
+    request: SGLang's TokenizedGenerateReqInput, which a scheduler would get.
+    """
+    for struct in (request, request.sampling_params):
+        for name, kind in _declared_types(type(struct)):
+            value = getattr(struct, name)
+            try:
+                msgspec.convert(value.item() if isinstance(value, np.generic) else value, kind)
+            except msgspec.ValidationError as error:
+                raise ValueError(f"{name.removesuffix('_strs')} is {value!r}, needs another type: {error}") from error
+
+
+@functools.cache
+def _declared_types(struct: type[msgspec.Struct]) -> tuple[tuple[str, Any], ...]:
+    return tuple((name, kind) for name, kind in get_type_hints(struct).items() if name in struct.__struct_fields__ and name not in UNTYPED)
 
 
 def check_tokens(name: str, tokens: list[int] | set[int] | None, vocab_size: int) -> None:

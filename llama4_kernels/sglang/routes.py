@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import AsyncIterator
 
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import TypeAdapter
 from sglang.srt.entrypoints import http_server
+from sglang.srt.entrypoints.api_contract import generate_contract_error
+from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from llama4_kernels.sglang.request_checks import check_tokens
@@ -15,7 +19,12 @@ from llama4_kernels.sglang.request_errors import read_request
 
 logger = logging.getLogger(__name__)
 
-_OPENAI = "sglang.srt.entrypoints.openai"
+_ENTRYPOINTS = "sglang.srt.entrypoints"
+_OPENAI = f"{_ENTRYPOINTS}.openai"
+_OLLAMA = f"{_ENTRYPOINTS}.ollama.serving.OllamaServing"
+
+# Endpoints that read a body of which FastAPI has not looked at the types of all fields.
+_READERS = (http_server.vertex_generate, http_server.remove_external_corpus)
 
 
 @functools.cache
@@ -23,6 +32,11 @@ def hook_routes() -> None:
     """Of a process that serves the model over HTTP, before its app starts."""
     for target, hook, kind in (
         ("fastapi.routing.solve_dependencies", _read_body, HookType.AROUND),
+        ("fastapi.routing.run_endpoint_function", _run_endpoint, HookType.AROUND),
+        (f"{_ENTRYPOINTS}.http_server.generate_request", _check_built_request, HookType.BEFORE),
+        (f"{_OLLAMA}._convert_options_to_sampling_params", _check_options, HookType.BEFORE),
+        (f"{_OLLAMA}._stream_chat_response", _start_stream, HookType.AROUND),
+        (f"{_OLLAMA}._stream_generate_response", _start_stream, HookType.AROUND),
         (f"{_OPENAI}.serving_chat.OpenAIServingChat._process_messages", _process_messages, HookType.AROUND),
         (f"{_OPENAI}.serving_tokenize.OpenAIServingDetokenize._handle_non_streaming_request", _check_detokenized, HookType.BEFORE),
     ):
@@ -40,6 +54,43 @@ async def _read_body(original, **kwargs):
         raise RequestValidationError([{"type": "value_error", "loc": ("body",), "msg": str(error)}]) from error
 
 
+async def _run_endpoint(original, *, dependant, **kwargs):
+    if dependant.call not in _READERS:
+        return await original(dependant=dependant, **kwargs)
+    with read_request():
+        return await original(dependant=dependant, **kwargs)
+
+
+def _check_built_request(built: GenerateReqInput, request):
+    """As /generate is asked for its body, ask /vertex_generate for the request that it builds of one, and calls the endpoint with."""
+    if (error := generate_contract_error(vars(built))) is not None:
+        raise ValueError(error)
+    return (_types_of_requests().validate_python(vars(built)), request), {}
+
+
+@functools.cache
+def _types_of_requests() -> TypeAdapter[GenerateReqInput]:
+    return TypeAdapter(GenerateReqInput)
+
+
+def _check_options(serving, options=None) -> None:
+    if "seed" in (options or {}):
+        raise ValueError("seed is given, needs options without one: it needs --enable-deterministic-inference, which the model refuses")
+
+
+async def _start_stream(original, *args) -> StreamingResponse:
+    """Wait for the first chunk, and with it for an error of the request, before a status is sent, as SGLang does for OpenAI's routes."""
+    response = await original(*args)
+    response.body_iterator = _put_before(await anext(response.body_iterator), response.body_iterator)
+    return response
+
+
+async def _put_before(first: bytes, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for chunk in chunks:
+        yield chunk
+
+
 def _process_messages(original, *args, **kwargs):
     with read_request():
         return original(*args, **kwargs)
@@ -52,6 +103,6 @@ def _check_detokenized(serving, request, *args, **kwargs) -> None:
 
 
 async def _answer_value_error(request, error: ValueError) -> JSONResponse:
-    """Most routes answer it themselves, but not Ollama's and those of the parsers."""
+    """Most routes answer it themselves, but not Ollama's, /vertex_generate and those of the parsers."""
     logger.error("llama4_kernels: a request is answered with status 400 by %s: %s", request.url.path, error, exc_info=error)
     return JSONResponse({"error": {"message": str(error)}}, status_code=400)

@@ -1,5 +1,6 @@
 """Control requests that would end the server; it lives on."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +26,7 @@ def test_control_requests_that_cannot_be_done(make, oracle, tmp_path):
         refused("not sent", "init_weights_send_group_for_remote_instance", master_address="a", ports="1", group_rank=0, world_size=2)
         refused("not sent", "send_weights_to_remote_instance", master_address="a", ports="1")
 
+        refused("needs at most 150 seconds", "slow_down", forward_sleep_time=1e12)
         refused("nothing yet", "resume_memory_occupation")
         refused("nothing yet", "resume_memory_occupation", tags=["unknown"])
         if not torch.cuda.is_available():
@@ -34,6 +36,14 @@ def test_control_requests_that_cannot_be_done(make, oracle, tmp_path):
 
 def test_a_group_with_a_name_is_left_to_sglang():
     CHECKS["init_weights_update_group"](None, SimpleNamespace(group_name="a"))
+
+
+@pytest.mark.parametrize("seconds, taken", [(None, True), (-1.0, True), (30.0, True), (31.0, False), (float("nan"), False)])
+def test_steps_do_not_sleep_until_the_watchdog_ends_them(seconds, taken, monkeypatch):
+    monkeypatch.setattr("sglang.srt.runtime_context.get_device", lambda: SimpleNamespace(watchdog_timeout=60))
+    refusal = pytest.raises(ValueError, match="needs at most 30 seconds, half of --watchdog-timeout")
+    with contextlib.nullcontext() if taken else refusal:
+        CHECKS["slow_down"](None, SimpleNamespace(forward_sleep_time=seconds))
 
 
 @pytest.fixture

@@ -44,6 +44,7 @@ MISREAD = (
         {"return_logprob": [True]}, {"top_logprobs_num": [1]}, {"logprob_start_len": [0]}, {"token_ids_logprob": [[1]]})),
     *(("generate", tokens(0, rid=rid)) for rid in (["a"], [])),
     ("generate", tokens(0, session_params={"unknown": 1})),
+    ("generate", {"text": ["a", "b"], "sampling_params": {"choice": ["a"]}}),
     ("generate", {"input_embeds": []}),
     ("generate", {"input_embeds": [[]]}),
     *(("v1/chat/completions", body) for body in ([], "a", 5)),
@@ -58,6 +59,7 @@ MISREAD = (
     ("detokenize", {"tokens": [[1], [VOCABULARY]]}),
     ("parse_function_call", {"text": "a", "tools": [], "tool_call_parser": "unknown"}),
     ("separate_reasoning", {"text": "a", "reasoning_parser": "unknown"}),
+    ("remove_external_corpus", [1]),
     ("api/chat", {"model": "tiny", "messages": [], "stream": False}),
     ("api/generate", {"model": "tiny", "prompt": "a", "stream": False, "options": {"temperature": -1}}),
     ("api/generate", {"model": "tiny", "prompt": "a", "stream": False, "options": {"num_predict": 4, "temperature": "x"}}),
@@ -65,10 +67,37 @@ MISREAD = (
 )  # fmt: skip
 
 
+def ollama(**options):
+    return "api/generate", {"model": "tiny", "prompt": "a", "stream": False, "options": {"num_predict": 4, **options}}
+
+
+def vertex(**parameters):
+    return "vertex_generate", {"instances": [{"text": "a"}], "parameters": parameters}
+
+
+# What only /generate looks at the types of; elsewhere SGLang's scheduler or detokenizer ends at most of them.
+MISTYPED = (
+    *(ollama(**options) for options in ({"num_predict": 4.0}, {"num_predict": 4.5}, {"top_k": 1e30}, {"stop": [["a"]]})),
+    *(vertex(**parameters) for parameters in (
+        {"rid": [5]}, {"received_time": "x"}, {"custom_labels": [1]}, {"unknown": 1}, {"image_data": "a.png"},
+        *({"sampling_params": params} for params in ({"skip_special_tokens": "x"}, {"is_normalized": True, "temperature": 0})))),
+    ("vertex_generate", {"instances": [{"text": [5]}]}),
+    ("v1/chat/completions", {"model": "tiny", "messages": HELLO, "chat_template_kwargs": {"spaces_between_special_tokens": []}}),
+)  # fmt: skip
+
+# What SGLang finds at fault after it has sent a status.
+STREAMED = (
+    ("api/generate", {"model": "tiny", "prompt": "a", "options": {"num_predict": 4, "temperature": -1}}),
+    ("api/chat", {"model": "tiny", "messages": HELLO, "options": {"num_predict": 4, "temperature": -1}}),
+)
+
+
 def test_bad_requests_are_refused(make, oracle, tmp_path):
     """And good ones answered after them, the turn of a session without tokens of its own among them."""
     path = make("scout")
-    with llama4_server(path, "--disable-radix-cache", log=tmp_path / "log") as server:  # without which SGLang refuses input_embeds
+    # Without the first SGLang refuses input_embeds, without the second it tokenizes the texts of a batch one by one.
+    flags = ("--disable-radix-cache", "--enable-tokenizer-batch-encode")
+    with llama4_server(path, *flags, log=tmp_path / "log") as server:
         for body in (
             {"input_ids": prompt(2000)},
             {"input_ids": [5, VOCABULARY]},
@@ -107,8 +136,10 @@ def test_bad_requests_are_refused(make, oracle, tmp_path):
             ("completions", {"prompt": prompt(4), "min_tokens": 2, "stop_token_ids": [10000]}),
         ):
             assert 400 <= requests.post(f"{server.url}/v1/{route}", json=question | {"model": "tiny"}, timeout=60).status_code < 500
-        for route, body in MISREAD:
+        for route, body in MISREAD + MISTYPED + STREAMED:
             assert requests.post(f"{server.url}/{route}", json=body, timeout=60).status_code == 400, (route, body)
+        seeded = requests.post(f"{server.url}/api/generate", json={"model": "tiny", "prompt": "a", "options": {"seed": 5}}, timeout=60)
+        assert seeded.status_code == 400 and "seed is given" in seeded.text
         assert server.post("/detokenize", {"tokens": [64, 65]})["text"] == "ab"
         answer = ask(server, prompt(70))
         assert_agrees(answer, oracle(path))
@@ -125,8 +156,17 @@ def test_bad_requests_are_refused(make, oracle, tmp_path):
         calls |= {"text": 'Now: [A(A="b", C=[1, 2])]'}
         assert json.loads(server.post("/parse_function_call", calls)["calls"][0]["parameters"]) == {"A": "b", "C": [1, 2]}
 
+        greedy = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+        predicted = {"instances": [{"input_ids": prompt(70)}], "parameters": {"sampling_params": greedy}}
+        assert server.post("/vertex_generate", predicted)["predictions"][0]["output_ids"] == answer.generated[:4]
+        for route, question in (("generate", {"prompt": "a"}), ("chat", {"messages": HELLO})):
+            body = {"model": "tiny", "options": {"num_predict": 4, "temperature": 0}} | question
+            streamed = requests.post(f"{server.url}/api/{route}", json=body, timeout=60)
+            assert streamed.status_code == 200
+            assert [json.loads(line)["done"] for line in streamed.text.splitlines()].count(True) == 1
+
         session = server.post("/open_session", {"capacity_of_str_len": 1000})
-        greedy = {"sampling_params": {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}}
+        greedy = {"sampling_params": greedy}
         first = server.post("/generate", {"input_ids": prompt(70), "session_params": {"id": session}, **greedy})
         turn = {"id": session, "rid": first["meta_info"]["id"]}
         second = server.post("/generate", {"input_ids": [], "session_params": turn, **greedy})

@@ -1,13 +1,17 @@
 """What is refused of a request; test_errors.py and test_vision.py ask servers."""
 
 import math
+from array import array
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 from sglang.srt.multimodal.modality import MultimodalInputFormat
+from sglang.srt.sampling.sampling_params import SamplingParams
 
 from llama4_kernels.sglang.media_checks import ImageTokens
-from llama4_kernels.sglang.request_checks import check_request
+from llama4_kernels.sglang.request_checks import check_request, check_types
 
 MODEL = {
     "vocab_size": 320,
@@ -128,3 +132,42 @@ def test_an_end_of_the_answer_outside_of_the_vocabulary():
 def test_what_is_refused(tokens, fields, message):
     with pytest.raises(ValueError, match=message):
         check(tokens, fields)
+
+
+def tokenized(fields, params):
+    """What a scheduler would get of a request with these fields and sampling parameters."""
+    sampling_params = SamplingParams(**params)
+    sampling_params.normalize(SimpleNamespace(encode=lambda text, **options: [1]))
+    plain = {
+        "rid": "a", "input_text": "a", "input_ids": array("q", [1]), "input_embeds": None, "mm_inputs": None, "token_type_ids": None,
+        "return_logprob": False, "logprob_start_len": -1, "top_logprobs_num": 0, "token_ids_logprob": None, "stream": False,
+    }  # fmt: skip
+    return TokenizedGenerateReqInput(sampling_params=sampling_params, **plain | fields)
+
+
+@pytest.mark.parametrize("fields, params", [
+    ({}, {}),
+    ({"return_hidden_states": "last", "token_ids_logprob": [1, 2], "priority": 1}, {}),
+    ({}, {"temperature": 1, "stop": "a", "stop_regex": ["a+", "b"], "stop_token_ids": [1, None], "max_new_tokens": None}),
+    ({}, {"logit_bias": {"5": 1, "6": -0.5}, "custom_params": {"a": {"b": [[1]]}}}),
+    ({}, {"temperature": np.float32(0.5), "top_p": np.float64(0.5), "max_new_tokens": np.int64(4)}),
+], ids=str)  # fmt: skip
+def test_types_that_are_taken(fields, params):
+    check_types(tokenized(fields, params))
+
+
+@pytest.mark.parametrize("fields, params, message", [
+    ({"rid": 5}, {}, "rid is 5, needs another type: Expected `str"),
+    ({"priority": "1"}, {}, "priority is '1', needs another type"),
+    ({}, {"max_new_tokens": 4.0}, "max_new_tokens is 4.0, needs another type: Expected `int"),
+    ({}, {"max_new_tokens": np.float64(4)}, "needs another type: Expected `int"),
+    ({}, {"top_k": 1e30}, r"top_k is 1e\+30, needs another type: Expected `int`, got `float`"),
+    ({}, {"ignore_eos": 1}, "ignore_eos is 1, needs another type: Expected `bool`, got `int`"),
+    ({}, {"spaces_between_special_tokens": []}, r"spaces_between_special_tokens is \[\], needs another type"),
+    ({}, {"stop": [["a"]]}, r"stop is \[\['a'\]\], needs another type"),
+    ({}, {"logit_bias": {"5": "1"}}, "logit_bias is {'5': '1'}, needs another type"),
+    ({}, {"is_normalized": True, "skip_special_tokens": None}, "skip_special_tokens is None, needs another type"),
+], ids=str)  # fmt: skip
+def test_types_that_are_refused(fields, params, message):
+    with pytest.raises(ValueError, match=message):
+        check_types(tokenized(fields, params))
