@@ -36,7 +36,8 @@ def register() -> None:
         (f"{_RUNNER}.weight_updater.WeightUpdater.update_weights_from_disk", _update_weights_from_disk, HookType.AROUND),
         (f"{_RUNNER}.weight_updater.WeightUpdater.update_weights_from_tensor", _update_weights_from_tensor, HookType.AROUND),
         ("sglang.srt.managers.tp_worker.BaseTpWorker.deserialize_own_rank", _deserialize_own_rank, HookType.AROUND),
-        (f"{_REQUESTS}.GenerateReqInput.normalize_batch_and_arguments", _normalize_request, HookType.AROUND),
+        (f"{_REQUESTS}.GenerateReqInput.normalize_batch_and_arguments", _read_request, HookType.AROUND),
+        (f"{_REQUESTS}.GenerateReqInput._handle_parallel_sampling", _check_samples, HookType.AFTER),
         (f"{_REQUESTS}.EmbeddingReqInput.normalize_batch_and_arguments", _read_request, HookType.AROUND),
         (f"{_MANAGER}.init_model_config", _hook_routes, HookType.AFTER),
         (f"{_MANAGER}._init_req_state", _read_request, HookType.AROUND),
@@ -180,10 +181,11 @@ def _read_request(original, *args, **kwargs):
         return original(*args, **kwargs)
 
 
-def _normalize_request(original, request):
-    _read_request(original, request)
-    if _is_served() and request.parallel_sample_num < 1:
-        raise ValueError(f"n is {request.parallel_sample_num}, needs at least 1")
+def _check_samples(result, request) -> None:
+    if _is_served():
+        from llama4_kernels.sglang.request_checks import check_samples
+
+        check_samples(request.parallel_sample_num, request.batch_size)
 
 
 async def _tokenize_request(original, manager, *args):

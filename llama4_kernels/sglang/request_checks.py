@@ -20,6 +20,8 @@ INT32_MAX = 2**31 - 1
 LARGEST_LOGIT_BIAS = 1e30
 SMALLEST_REPETITION_PENALTY = 1e-3
 
+MAX_SAMPLES = 16384  # of one request, where each prompt is answered more than once: a few bytes could ask for more than memory holds
+
 # What SGLang makes itself, and what only custom logit processors read.
 UNTYPED = frozenset({"input_ids", "mm_inputs", "time_stats", "custom_params"})
 
@@ -92,6 +94,14 @@ def check_types(request: msgspec.Struct) -> None:
 @functools.cache
 def _declared_types(struct: type[msgspec.Struct]) -> tuple[tuple[str, Any], ...]:
     return tuple((name, kind) for name, kind in get_type_hints(struct).items() if name in struct.__struct_fields__ and name not in UNTYPED)
+
+
+def check_samples(n: int, prompts: int) -> None:
+    """ValueError where a request asks for `n` answers to each of so many prompts, and those are none, or too many."""
+    if n < 1:
+        raise ValueError(f"n is {n}, needs at least 1")
+    if n > 1 and n * prompts > MAX_SAMPLES:
+        raise ValueError(f"n is {n} for {prompts} prompts, needs at most {MAX_SAMPLES} answers in all")
 
 
 def check_tokens(name: str, tokens: list[int] | set[int] | None, vocab_size: int) -> None:

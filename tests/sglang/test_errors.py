@@ -38,8 +38,8 @@ def tokens(count, **params):
 
 # What SGLang answers with status 500: fields of another type or length than it takes them to have.
 MISREAD = (
-    *(("generate", tokens(0, sampling_params=params)) for params in ({"n": None}, {"n": 0}, [], [{}, {}], {"choice": ["a"]})),
-    *(("generate", tokens(2, sampling_params=params)) for params in ({"n": 0}, {"n": -1}, [{}])),
+    *(("generate", tokens(0, sampling_params=params)) for params in ({"n": None}, {"n": 0}, {"n": 10**12}, [], [{}, {}], {"choice": ["a"]})),
+    *(("generate", tokens(2, sampling_params=params)) for params in ({"n": 0}, {"n": -1}, {"n": 8193}, [{}])),
     *(("generate", tokens(2, return_logprob=True) | short) for short in (
         {"return_logprob": [True]}, {"top_logprobs_num": [1]}, {"logprob_start_len": [0]}, {"token_ids_logprob": [[1]]})),
     *(("generate", tokens(0, rid=rid)) for rid in (["a"], [])),

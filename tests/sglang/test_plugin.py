@@ -24,21 +24,23 @@ STOCK = SimpleNamespace(model_config=of("auto"))
     (plugin._update_weights_from_tensor, [STOCK, []], {}),
     (plugin._deserialize_own_rank, [SimpleNamespace(model_runner=STOCK), []], {}),
     (plugin._adjust_config_on_cpu, [STOCK.model_config, None, 2], {}),
-    (plugin._normalize_request, ["no request"], {}),
     (plugin._read_request, ["no request"], {}),
 ], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
 def test_what_other_servers_compute_is_left_to_sglang(hook, arguments, options):
     original = Mock()
     result = hook(original, *arguments, **options)
     original.assert_called_once_with(*arguments, **options)
-    assert result is original.return_value or hook is plugin._normalize_request
+    assert result is original.return_value
 
 
 def test_what_other_servers_are_asked_is_left_to_sglang():
     for hook in (plugin._derive_layers, plugin._hook_routes):
         hook(None, STOCK if hook is plugin._hook_routes else STOCK.model_config)
     plugin._check_request(None, STOCK, "no request", [])
+    plugin._check_types("no request", STOCK)
+    plugin._check_samples(None, "no request")
     plugin._check_control_request(Mock(side_effect=ValueError), STOCK)
+    plugin._bound_stop_patterns(None, STOCK)
     plugin._forget_replaced_requests("no session", SimpleNamespace(session_params=None))
     plugin._free_rows_ruled_out(None, "no mask", "no logits")
     plugin._blame_min_new_tokens(None, "no processor")
