@@ -43,7 +43,7 @@ struct alignas(1024) SharedMemory {
     unsigned earlier_runs;  // that were done before this block's
     float scale;            // of scores in logarithms of base 2
     float v_scale;
-    Run runs[ATTENTION_MAX_RUN];
+    Run runs[ATTENTION_MAX_RUN];  // as they are weighed before the first item
     int item_ends[1];         // [requests], and then the loading warps' codes, to the end of the shared memory
 };
 

@@ -15,8 +15,9 @@
 
 namespace llama4_kernels {
 
-constexpr int ATTENTION_MAX_RUN = 32;              // splits that an item of few queries takes at most: each lane weighs one number of them
-constexpr float ATTENTION_ITEM_BYTES = 160 << 10;  // of keys and values that a block could read in what such an item takes beside its own
+constexpr int ATTENTION_MAX_RUN = 32;  // splits that an item of few queries takes at most: each lane weighs one number of them
+// What such an item costs beside its keys and values, in bytes of these that a block could read meanwhile.
+constexpr float ATTENTION_ITEM_BYTES = 160 << 10;
 
 __device__ inline int divide_up(int a, int b) { return (a + b - 1) / b; }
 
@@ -66,12 +67,13 @@ __device__ inline int row_splits(const AttentionArguments& a, const Request& req
 
 // How the keys of few queries are split.
 struct Splits {
-    int count, tiles;  // tiles of each, save for the last
+    int count, tiles;  // tiles of each, a multiple of ATTENTION_PARTS, save for the last
 
     // Both in a number below 0.
-    __device__ int packed() const { return -(tiles * (2 * ATTENTION_MAX_SPLITS) + count); }
-    __device__ static Splits of(int packed) { return {-packed % (2 * ATTENTION_MAX_SPLITS), -packed / (2 * ATTENTION_MAX_SPLITS)}; }
+    __device__ int packed() const { return -int(unsigned(tiles) / ATTENTION_PARTS << 8 | unsigned(count)); }
+    __device__ static Splits of(int packed) { return {-packed & 0xff, int(unsigned(-packed) >> 8) * ATTENTION_PARTS}; }
 };
+static_assert(ATTENTION_MAX_SPLITS <= 0xff);
 
 // Splits of few queries, packed, or items of many, of one KV head.
 __device__ inline int pieces_of(const AttentionArguments& a, int index) {
@@ -88,7 +90,8 @@ __device__ inline int items_of(int pieces, int run) { return pieces < 0 ? divide
 // The batch's items of few queries, of one KV head, where each takes up to so many splits. Each split leaves the same part, whoever
 // computes it; but what an item costs beside its keys is paid less often where items are few, and blocks are left idle.
 struct Run {
-    int items, longest;  // in tiles
+    int items;
+    int longest;  // of them, in tiles
 
     // About as many tiles as the busiest block has, with what items cost: at most as if all items were as long as the longest. Where they
     // differ, blocks end within an item of each other: a time of three quarters of the longest behind the mean led nearest to the best choice in
@@ -109,10 +112,11 @@ __device__ inline void count_all_items(const AttentionArguments& a, int* ends, R
     if (warp == 0) runs[lane] = {0, 0};
     __syncthreads();
     int items = 0, longest = 0;
+    const int reciprocal = (1 << 16) / (lane + 1) + 1;  // exact for so few splits, and quicker than a division for each request
     for (int b = warp; b < a.requests; b += warps) {
         if (ends[b] >= 0) continue;
         const Splits splits = Splits::of(ends[b]);
-        items += divide_up(splits.count, lane + 1);
+        items += (splits.count + lane) * reciprocal >> 16;
         longest = max(longest, min(splits.count, lane + 1) * splits.tiles);
     }
     if (items > 0) {
@@ -178,7 +182,7 @@ __device__ inline Item item_of(const AttentionArguments& a, const int* ends, int
     KeyRange keys(a, request, first_row / group, (first_row + rows - 1) / group);
     const int size = few ? tiles_per_split(a, keys.tiles) : divide_up(keys.tiles, of_rows);
     const int splits = few ? divide_up(keys.tiles, size) : of_rows;
-    const int per_run = few ? divide_up(splits, items) : 1;  // in runs as equal as can be
+    const int per_run = few ? divide_up(splits, items) : 1;  // runs of one length, save for the last
     const int first_split = few ? place * per_run : place % of_rows;
     keys.first_tile += first_split * size;
     keys.tiles = min(per_run * size, keys.tiles - first_split * size);

@@ -267,7 +267,11 @@ def test_replays_in_a_cuda_graph(gpu_backend, lengths, cache_dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("cache_dtype", [None, FP8])
-@pytest.mark.parametrize("lengths", [[(2000, 1)] * 300, [(300, 20), (17000, 40)]], ids=["runs of splits", "split prefix"])
+@pytest.mark.parametrize(
+    "lengths",
+    [[(2000, 1)] * 300, [*[(8192, 1)] * 62, (3000, 1), (5000, 3)], [(300, 20), (17000, 40)]],
+    ids=["runs of splits", "long runs", "split prefix"],
+)
 def test_in_as_many_splits_as_a_gpu_makes(gpu_backend, lengths, cache_dtype):
     """In CUDA several splits of few queries are one item of work, and those of many have their keys split after a long prefix."""
     arguments, options = batch(lengths, chunk_size=None, page_size=64, heads=(5, 1, 128), dtype=torch.bfloat16, cache_dtype=cache_dtype)

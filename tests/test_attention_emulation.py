@@ -61,7 +61,8 @@ PLANTED = {
     "draws that overtake the block's warps": (MAIN, "shared.drawn.wait_empty(taken);", ""),
     "a draw given back before slow lanes have seen it": (WORK, SEEN, GIVE_BACK + SLOW_LANES + SEEN.replace(GIVE_BACK, "")),
 }  # fmt: skip
-CHANGES = PLANTED | {"slow lanes": (WORK, SEEN, SLOW_LANES + SEEN), "v first": (LOAD, LOAD_K + LOAD_V, LOAD_V + LOAD_K)}
+RUN_OF_ALL = "__ffs(__ballot_sync(ALL_LANES, time == __reduce_min_sync(ALL_LANES, time)))"
+CHANGES = PLANTED | {"splits alone": (WORK, RUN_OF_ALL, "1"), "slow lanes": (WORK, SEEN, SLOW_LANES + SEEN), "v first": (LOAD, LOAD_K + LOAD_V, LOAD_V + LOAD_K)}
 
 
 def op_of(kernels, together: int = 3):
@@ -176,14 +177,12 @@ def test_bits_depend_on_the_request_alone(op, cache_dtype):
 
 @pytest.mark.parametrize("cache_dtype", [BF16, FP8])
 def test_bits_do_not_depend_on_how_many_splits_a_run_has(op, cache_dtype):
-    """One alone, several among many requests on three blocks; requests whose splits are no multiple of them, and one that ends in one tile."""
-    arguments, options = batch(
-        [(1500, 1), (1300, 8), (1100, 2), (700, 1), (1290, 3)] * 2, chunk_size=None, page_size=64, cache_dtype=cache_dtype, **SCOUT
-    )
-    together = run(op, arguments, options)
+    """On three blocks long runs of up to 32, in requests whose splits are no multiple of a run and end in one tile; and each split alone."""
+    lengths = [(9000, 1), (3000, 8), (4100, 2), (700, 1), (1290, 3)]
+    arguments, options = batch(lengths, chunk_size=None, page_size=64, heads=(5, 1, 64), dtype=BF16, cache_dtype=cache_dtype)
     assert_attention(op, arguments, options)
-    for request, (start, end) in enumerate(zip(options["query_start_loc"].tolist(), options["query_start_loc"].tolist()[1:])):
-        assert_same_bits(run(op, *alone(arguments, options, request)), together[start:end])
+    each_alone = op_of(planted.kernels(CHANGES, "splits alone"))
+    assert_same_bits(run(op, arguments, options), run(each_alone, arguments, options))
 
 
 @pytest.mark.parametrize(("cache_dtype", "splits"), [(BF16, 2), (FP8, 3)])
