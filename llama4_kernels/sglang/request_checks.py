@@ -22,8 +22,8 @@ SMALLEST_REPETITION_PENALTY = 1e-3
 
 MAX_SAMPLES = 16384  # of one request, where each prompt is answered more than once: a few bytes could ask for more than memory holds
 
-# What SGLang makes itself, and what only custom logit processors read.
-UNTYPED = frozenset({"input_ids", "mm_inputs", "time_stats", "custom_params"})
+# What SGLang makes itself, what only custom logit processors read, and tokens that may be numbers, where Python is asked, beside strings.
+UNTYPED = frozenset({"input_ids", "mm_inputs", "time_stats", "custom_params", "logit_bias"})
 
 
 def check_request(
