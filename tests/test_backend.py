@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 from concurrent.futures import ThreadPoolExecutor
 
@@ -184,6 +185,25 @@ def test_autocast_changes_no_bit():
         got, codes = ops.route_top1(x, router, quantize=True)
         assert torch.is_autocast_enabled("cpu")
     assert codes is not None and got.scores.dtype == torch.float32 and torch.equal(got.scores, want.scores)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_kernels_run_on_the_device_of_their_tensors_whichever_is_current(index, monkeypatch):
+    devices, seen = [0], []
+
+    @contextlib.contextmanager
+    def device(wanted):
+        devices.append(wanted.index)
+        yield
+        devices.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: devices[-1])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(backend, "_choose", lambda op, *_: backend.Choice(op, "triton", ""))
+    monkeypatch.setattr(backend, "_find", lambda *_: lambda: seen.append(devices[-1]))
+    monkeypatch.setattr(backend, "_refusal", lambda *_: None)
+    backend.call("route_top1", torch.device("cuda", index))
+    assert seen == [index] and devices == [0]
 
 
 def test_a_request_decides_which_function_runs(triton_on_cpu, monkeypatch):

@@ -111,6 +111,9 @@ def call(op: str, device: torch.device, *args, **kwargs):
     if torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):
             return call(op, device, *args, **kwargs)
+    if device.type == "cuda" and device.index != torch.cuda.current_device():  # kernels and their counters go to the current one
+        with torch.cuda.device(device):
+            return call(op, device, *args, **kwargs)
     chosen = _choose(op, device, os.environ.get(ENVIRONMENT_VARIABLE, ""), _in_context.get())
     for backend in BACKENDS[BACKENDS.index(chosen.backend) :]:
         if backend != chosen.backend and _why_not_unasked(backend, op, device):

@@ -41,7 +41,7 @@ def rope_qk_norm(
     head_dim: D, even. cos_sin: [max_position, D] float32, D/2 cosines, then D/2 sines.
     k_cache, v_cache: [pages, page_size, num_kv_heads, D] bfloat16, float32 or float8_e4m3fn, contiguous; written in place.
     slots: [T] int64, page · page_size + offset in the page; a token with slot −1 is not written. Required with the caches.
-        A slot that is named more than once ends up with the k and v of one of those tokens.
+        Each element of a slot that is named more than once ends up as one of those tokens has it.
     slot_map: [slots] int32 or int64, only with the caches: a token is written to slot_map[slot] instead, or not at all where that is −1.
     k_scale, v_scale: float32 [] or [1], only with fp8 caches: codes = e4m3(k / k_scale), saturated to ±448; None is 1.
     Returns q [T, num_heads, D] in qkv's dtype; without caches (q, k, v), k and v [T, num_kv_heads, D]. Each rounded once.

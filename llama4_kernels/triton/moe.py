@@ -289,7 +289,8 @@ def _down_kernel(
     H_R: tl.constexpr, W_R: tl.constexpr, K_R: tl.constexpr, EVEN_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_N output channels of BLOCK_T sorted rows, whoever their experts are: it reads the shared weights once, then
-    those of every expert that has a row here, with the rows of other experts set to zero, all into one sum."""
+    those of every expert that has a row here, with the rows of other experts set to zero, all into one sum. So a weight that is NaN or infinite
+    reaches these rows too."""
     first = tl.program_id(1) * BLOCK_T
     position = first + tl.arange(0, BLOCK_T)
     row = tl.where(position < tokens, position, 0)

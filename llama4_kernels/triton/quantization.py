@@ -77,7 +77,15 @@ def warps_for(width: int) -> int:
 def e4m3(x, scale):
     """Codes of x / scale, rounded to nearest even and saturated; NaN stays NaN, a scale of 0 gives 0."""
     scaled = tl.where(scale == 0.0, 0.0, tl.div_rn(x, scale))
-    return tl.clamp(scaled, -E4M3_MAX, E4M3_MAX, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
+    return in_float16_bits(tl.clamp(scaled, -E4M3_MAX, E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)).to(tl.float8e4nv)
+
+
+@triton.jit
+def in_float16_bits(x):
+    """float32 x in the ten bits of mantissa that float16 has, the last of which is set where x has others below ("round to odd"). What is
+    rounded again from there is rounded as from x. Triton converts to e4m3 by way of float16, rounded towards zero, for compute capability 8.9."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits & -0x2000) | tl.where((bits & 0x1FFF) != 0, 0x2000, 0)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

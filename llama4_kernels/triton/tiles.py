@@ -109,11 +109,12 @@ def product(w, x):
 
 @triton.jit
 def accumulate(total, w, x):
-    """total [N, T] + w [N, K] · x [T, K]ᵀ. Hopper's fp8 tensor cores keep few bits of a long sum: at most 128 products go into one."""
+    """total [N, T] + w [N, K] · x [T, K]ᵀ. fp8 tensor cores keep few bits of a long sum, so `total` is none of theirs: at most 128 products
+    go into one."""
     if w.dtype != x.dtype:
         return tl.dot(w.to(tl.float32), tl.trans(x.to(tl.float32)), total, input_precision="ieee")
     elif w.dtype == tl.float8e4nv:
-        return tl.dot(w, tl.trans(x), total, max_num_imprecise_acc=128)
+        return total + tl.dot(w, tl.trans(x), max_num_imprecise_acc=128)
     else:
         return tl.dot(w, tl.trans(x), total, input_precision="ieee")
 

@@ -1,7 +1,11 @@
 """Quantisation kernels: bit for bit the reference."""
 
+import math
+
 import pytest
 import torch
+import triton
+import triton.language as tl
 from cases import few_examples, generator, same_bits
 from guards import Guarded
 from hypothesis import given
@@ -42,6 +46,26 @@ def test_static(device, factors):
     expected = reference.quantize_static(x if by is None else by[:, None] * x, torch.tensor(0.02))
     assert expected.codes.float().abs().max() == 448, "nothing saturates here"
     assert same_bits(got.codes, expected.codes)
+
+
+@triton.jit
+def _in_float16_bits(x, out, COUNT: tl.constexpr):
+    tl.store(out + tl.arange(0, COUNT), kernels.in_float16_bits(tl.load(x + tl.arange(0, COUNT))))
+
+
+def test_codes_by_way_of_float16_are_those_of_float32(device):
+    """About the middles between two codes, where one of two roundings would go wrong."""
+    codes = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middles = (codes[1:] + codes[:-1]) / 2
+    near = torch.cat([middles * (1 + k * 2.0**-23) for k in (-4097, -1, 0, 1, 4097)] + [torch.tensor([0.0, math.nan, math.inf, 448.0])])
+    x = torch.nn.functional.pad(torch.cat([near, -near]), (0, 2048 - 2 * len(near)))
+    got = torch.empty_like(x, device=device)
+    _in_float16_bits[(1,)](x.to(device), got, COUNT=len(x))
+    by_float16 = got.cpu().half()
+    assert torch.equal(by_float16.float().nan_to_num(), got.cpu().nan_to_num())
+    finite = x.isfinite()
+    assert torch.equal(by_float16[finite].float().to(torch.float8_e4m3fn).float(), x[finite].to(torch.float8_e4m3fn).float())
+    assert by_float16.isnan().equal(x.isnan()) and by_float16.isinf().equal(x.isinf())
 
 
 def test_no_tokens_and_no_columns(device):
