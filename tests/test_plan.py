@@ -136,6 +136,13 @@ def test_the_static_part_is_never_larger_than_sglangs_own():
             )
 
 
+def test_the_static_part_is_smaller_where_all_rows_of_the_request_table_are_asked_for():
+    found = answer(gpu="h200", context=2_500_000, max_running_requests=2048)
+    assert found.fit.problem is None and "for the request table" in found.default_problem
+    assert 0 <= found.fit.memory.spare - MARGIN < 0.002 * found.case.gpu.free  # the fraction has three digits
+    assert found.fit.flags.mem_fraction_static < answer(gpu="h200").fit.flags.mem_fraction_static
+
+
 def test_more_of_anything_needs_more_memory():
     def needs(**options):
         return sum(answer(context=500_000, requests=1, **options).fit.memory.static.values())
