@@ -40,7 +40,7 @@ def register() -> None:
         (f"{_REQUESTS}.GenerateReqInput._handle_parallel_sampling", _check_samples, HookType.AFTER),
         (f"{_REQUESTS}.EmbeddingReqInput.normalize_batch_and_arguments", _read_request, HookType.AROUND),
         (f"{_MANAGER}.init_model_config", _hook_routes, HookType.AFTER),
-        (f"{_MANAGER}._init_req_state", _read_request, HookType.AROUND),
+        (f"{_MANAGER}._init_req_state", _init_request_state, HookType.AROUND),
         (f"{_MANAGER}._tokenize_one_request", _tokenize_request, HookType.AROUND),
         (f"{_MANAGER}._batch_tokenize_and_process", _tokenize_request, HookType.AROUND),
         (f"{_MANAGER}._validate_one_request", _check_request, HookType.AFTER),
@@ -186,6 +186,14 @@ def _check_samples(result, request) -> None:
         from llama4_kernels.sglang.request_checks import check_samples
 
         check_samples(request.parallel_sample_num, request.batch_size)
+
+
+def _init_request_state(original, manager, request, http_request=None):
+    if is_ours(manager.model_config):
+        from llama4_kernels.sglang.request_checks import check_rids
+
+        check_rids(request.rid, http_request)
+    return _read_request(original, manager, request, http_request)
 
 
 async def _tokenize_request(original, manager, *args):

@@ -10,7 +10,9 @@ from typing import Any, get_type_hints
 
 import msgspec
 import numpy as np
+from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 
+from llama4_kernels.sglang.grammar_checks import check_grammars
 from llama4_kernels.sglang.media_checks import ImageTokens, check_media
 
 # What SGLang holds integers of sampling parameters in.
@@ -24,6 +26,8 @@ MAX_SAMPLES = 16384  # of one request, where each prompt is answered more than o
 
 # What SGLang makes itself, what only custom logit processors read, and tokens that may be numbers, where Python is asked, beside strings.
 UNTYPED = frozenset({"input_ids", "mm_inputs", "time_stats", "custom_params", "logit_bias"})
+
+HEALTH_ROUTES = ("/health", "/health_generate")
 
 
 def check_request(
@@ -74,6 +78,18 @@ def check_request(
             raise ValueError("token_indices_to_pool is given, needs a server with --disable-radix-cache and --chunked-prefill-size -1")
         _check_positions("token_indices_to_pool", request.token_indices_to_pool, len(input_ids or ()))
     check_media(request, image_tokens)
+
+
+def check_rids(rids: str | list[str], http_request) -> None:
+    """ValueError for a rid such as SGLang's checks of its own health have: it drops them while the server is busy.
+
+    http_request: FastAPI's, None where there is none.
+    """
+    if http_request is not None and http_request.url.path in HEALTH_ROUTES:
+        return
+    for rid in rids if isinstance(rids, list) else [rids]:
+        if isinstance(rid, str) and rid.startswith(HEALTH_CHECK_RID_PREFIX):
+            raise ValueError(f"rid is {rid}, needs one that does not start with {HEALTH_CHECK_RID_PREFIX}")
 
 
 def check_types(request: msgspec.Struct) -> None:
@@ -135,6 +151,7 @@ def _check_sampling_params(params: dict, vocab_size: int, end_tokens: frozenset[
     if isinstance(penalty, int | float) and penalty < SMALLEST_REPETITION_PENALTY:
         raise ValueError(f"repetition_penalty is {penalty}, needs at least {SMALLEST_REPETITION_PENALTY:g}")
     _check_patterns(params.get("stop_regex"))
+    check_grammars(params)
 
 
 def _continues_a_session(request) -> bool:
@@ -156,5 +173,5 @@ def _check_patterns(patterns: str | list[str] | None) -> None:
     for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, RecursionError) as error:
             raise ValueError(f"stop_regex is {pattern!r}, needs a regular expression: {error}") from error

@@ -42,7 +42,8 @@ def hook_routes() -> None:
     ):
         HookRegistry.register(target, hook, kind)
     HookRegistry.apply_hooks()
-    http_server.app.add_exception_handler(ValueError, _answer_value_error)
+    for error in (ValueError, RecursionError):
+        http_server.app.add_exception_handler(error, _answer_error)
 
 
 async def _read_body(original, **kwargs):
@@ -102,7 +103,7 @@ def _check_detokenized(serving, request, *args, **kwargs) -> None:
         check_tokens("tokens", tokens, serving.tokenizer_manager.model_config.vocab_size)
 
 
-async def _answer_value_error(request, error: ValueError) -> JSONResponse:
-    """Most routes answer it themselves, but not Ollama's, /vertex_generate and those of the parsers."""
+async def _answer_error(request, error: Exception) -> JSONResponse:
+    """A ValueError, which most routes answer themselves, but not Ollama's, /vertex_generate and those of the parsers, or a RecursionError."""
     logger.error("llama4_kernels: a request is answered with status 400 by %s: %s", request.url.path, error, exc_info=error)
     return JSONResponse({"error": {"message": str(error)}}, status_code=400)

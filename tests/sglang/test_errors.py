@@ -30,6 +30,10 @@ SAMPLED_FROM_NAN = (
     ({"temperature": 0, "min_new_tokens": 4, "regex": "a"}, "min_new_tokens is 4, needs a grammar"),
 )
 
+# What xgrammar's stack does not last for.
+GROUPS = {"type": "string", "pattern": "(" * 30000 + "a" + ")" * 30000}
+REFERENCES = {f"a{i}": {"type": "object", "properties": {"a": {"$ref": f"#/$defs/a{i + 1}"}}} for i in range(10000)} | {"a10000": {}}
+
 
 def tokens(count, **params):
     """`count` prompts of four tokens, or one that is in no list."""
@@ -45,6 +49,7 @@ MISREAD = (
     *(("generate", tokens(0, rid=rid)) for rid in (["a"], [])),
     ("generate", tokens(0, session_params={"unknown": 1})),
     ("generate", {"text": ["a", "b"], "sampling_params": {"choice": ["a"]}}),
+    ("generate", tokens(0, sampling_params={"custom_params": json.loads('{"a": ' * 500 + "1" + "}" * 500)})),
     ("generate", {"input_embeds": []}),
     ("generate", {"input_embeds": [[]]}),
     *(("v1/chat/completions", body) for body in ([], "a", 5)),
@@ -123,6 +128,14 @@ def test_bad_requests_are_refused(make, oracle, tmp_path):
             *({"text": "a", f"{medium}_data": ["a"]} for medium in ("image", "video", "audio")),
             {"input_ids": prompt(4), "return_hidden_states": []},
             {"input_ids": prompt(4), "return_hidden_states": [False]},
+            {"input_ids": prompt(4), "rid": "HEALTH_CHECK_"},
+            *({"input_ids": prompt(4), "sampling_params": grammar} for grammar in (
+                {"json_schema": json.dumps(GROUPS)},
+                {"json_schema": json.dumps({"$ref": "#/$defs/a0", "$defs": REFERENCES})},
+                {"json_schema": '{"items": ' * 300 + "{}" + "}" * 300},
+                {"structural_tag": json.dumps({"type": "structural_tag", "format": {"type": "json_schema", "json_schema": GROUPS}})},
+                {"stop_regex": "(" * 500 + "a" + ")" * 500},
+            )),
             {},
         ):
             assert 400 <= requests.post(f"{server.url}/generate", json=body, timeout=60).status_code < 500
@@ -134,6 +147,8 @@ def test_bad_requests_are_refused(make, oracle, tmp_path):
             ("chat/completions", {"messages": [{"role": "user", "content": "a" * 3000}]}),
             ("chat/completions", {"messages": HELLO, "regex": "a", "min_tokens": 10, "max_tokens": 20, "top_k": 2}),
             ("completions", {"prompt": prompt(4), "min_tokens": 2, "stop_token_ids": [10000]}),
+            ("chat/completions", {"messages": HELLO, "response_format": {
+                "type": "json_schema", "json_schema": {"name": "a", "schema": GROUPS}}}),
         ):
             assert 400 <= requests.post(f"{server.url}/v1/{route}", json=question | {"model": "tiny"}, timeout=60).status_code < 500
         for route, body in MISREAD + MISTYPED + STREAMED:
@@ -173,6 +188,7 @@ def test_bad_requests_are_refused(make, oracle, tmp_path):
         assert first["output_ids"] + second["output_ids"] == answer.generated[:8]
         anew = server.post("/generate", {"input_ids": prompt(70), "session_params": {"id": session, "replace": True}, **greedy})
         assert anew["output_ids"] == first["output_ids"]
+        assert requests.get(f"{server.url}/health_generate", timeout=60).status_code == 200
 
 
 def start_error(path, tmp_path, *flags, dtype="float32") -> str:

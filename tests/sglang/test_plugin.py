@@ -25,6 +25,7 @@ STOCK = SimpleNamespace(model_config=of("auto"))
     (plugin._deserialize_own_rank, [SimpleNamespace(model_runner=STOCK), []], {}),
     (plugin._adjust_config_on_cpu, [STOCK.model_config, None, 2], {}),
     (plugin._read_request, ["no request"], {}),
+    (plugin._init_request_state, [STOCK, "no request", None], {}),
 ], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
 def test_what_other_servers_compute_is_left_to_sglang(hook, arguments, options):
     original = Mock()

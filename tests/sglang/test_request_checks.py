@@ -1,5 +1,6 @@
 """What is refused of a request; test_errors.py and test_vision.py ask servers."""
 
+import json
 import math
 from array import array
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from sglang.srt.multimodal.modality import MultimodalInputFormat
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from llama4_kernels.sglang.media_checks import ImageTokens
-from llama4_kernels.sglang.request_checks import check_request, check_types
+from llama4_kernels.sglang.request_checks import check_request, check_rids, check_types
 
 MODEL = {
     "vocab_size": 320,
@@ -56,8 +57,12 @@ def check(tokens, fields, model=MODEL):
     ([1], {"sampling_params": {"min_new_tokens": 2, "stop_token_ids": list(range(1, 320))}}),
     ([1], {"sampling_params": {"min_new_tokens": 0, "stop_token_ids": list(range(320))}}),
     *(([1], {"return_hidden_states": mode}) for mode in (True, "last")),
+    ([1], {"sampling_params": {"json_schema": '{"items": ' * 255 + "{}" + "}" * 255}}),
+    ([1], {"sampling_params": {"json_schema": json.dumps({"enum": ["(" * 4096] * 2})}}),
+    ([1], {"sampling_params": {"json_schema": json.dumps([{"$ref": f"#/{i % 4095}"} for i in range(5000)])}}),
+    ([1], {"sampling_params": {"json_schema": "$$ANY$$", "structural_tag": None, "regex": "(" * 5000}}),  # which SGLang reads, or refuses
     ([1], {"sampling_params": {"top_k": None, "min_new_tokens": "5"}}),  # read, or refused, by SGLang
-], ids=str)  # fmt: skip
+], ids=lambda value: str(value)[:100])  # fmt: skip
 def test_what_is_taken(tokens, fields):
     check(tokens, fields)
 
@@ -116,6 +121,15 @@ def test_an_end_of_the_answer_outside_of_the_vocabulary():
     ([1], {"sampling_params": {"repetition_penalty": 1e-42}}, "repetition_penalty is 1e-42, needs at least 0.001"),
     ([1], {"sampling_params": {"min_new_tokens": 1, "stop_token_ids": list(range(320))}}, "min_new_tokens is 1, needs a token that is not"),
     ([1], {"sampling_params": {"min_new_tokens": 1, "stop_token_ids": {*range(320)} - {262}}}, "min_new_tokens is 1, needs a token that"),
+    ([1], {"sampling_params": {"stop_regex": "(" * 500 + ")" * 500}}, "stop_regex is .*, needs a regular expression"),
+    *(([1], {"sampling_params": {name: text}}, f"{name} {message}") for name in ("json_schema", "structural_tag") for text, message in (
+        ('{"items": ' * 256 + "{}" + "}" * 256, "is nested too deeply, needs at most 256 arrays and objects within each other"),
+        ("[" * 2000 + "]" * 2000, "is nested too deeply"),
+        (json.dumps({"pattern": "(" * 4097}), "has 4097 opening parentheses in one pattern, needs at most 4096"),
+        (json.dumps({"(" * 4097: {}}).replace("(", "\\u0028"), "has 4097 opening parentheses"),
+        ('{"pattern": "%s", "pattern": "a"}' % ("(" * 4097), "has 4097 opening parentheses"),
+        (json.dumps([{"$ref": f"#/{i}"} for i in range(4096)]), "has 2 levels and refers to 4096 places, needs at most 8192 of both"),
+    )),
     ([1], {"lora_id": "a"}, "lora_id is given"),
     *(([1], {"return_hidden_states": mode}, 'return_hidden_states is .*, needs true, false or "last"') for mode in ([], [False], "first", None)),
     *(([1], {name: True}, f"{name} is set, needs an answer without") for name in ("return_routed_experts", "return_indexer_topk")),
@@ -128,10 +142,20 @@ def test_an_end_of_the_answer_outside_of_the_vocabulary():
     ([5, 264], {"input_ids": [264, 5], "image_data": ["a.png"]}, r"the prompt has <\|patch\|> beside image_data"),
     ([264], {"input_ids": [264], "image_data": [{"format": "processor_output"}, "a.png"]}, r"the prompt has <\|patch\|> beside"),
     ([264], {"input_ids": [264], "image_data": [{"format": "precomputed_embedding"}]}, "has the format precomputed_embedding, needs images"),
-], ids=str)  # fmt: skip
+], ids=lambda value: str(value)[:100])  # fmt: skip
 def test_what_is_refused(tokens, fields, message):
     with pytest.raises(ValueError, match=message):
         check(tokens, fields)
+
+
+def test_rids_of_health_checks_are_sglangs():
+    at = {route: SimpleNamespace(url=SimpleNamespace(path=route)) for route in ("/generate", "/health", "/health_generate")}
+    check_rids(["a", "a HEALTH_CHECK"], at["/generate"])
+    check_rids("HEALTH_CHECK_1", at["/health"])
+    check_rids("HEALTH_CHECK_1", at["/health_generate"])
+    for rids, request in (("HEALTH_CHECK_1", at["/generate"]), (["a", "HEALTH_CHECK"], at["/generate"]), ("HEALTH_CHECK_1", None)):
+        with pytest.raises(ValueError, match="needs one that does not start with HEALTH_CHECK"):
+            check_rids(rids, request)
 
 
 def tokenized(fields, params):
