@@ -16,6 +16,7 @@ MODEL_IMPL = "llama4_kernels"
 
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _REQUESTS = "sglang.srt.managers.io_struct"
+_DETOKENIZER = "sglang.srt.managers.detokenizer_manager.DetokenizerManager"
 _RESULTS = "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
 _RUNNER = "sglang.srt.model_executor.model_runner_components"
 
@@ -47,6 +48,7 @@ def register() -> None:
         (f"{_MANAGER}._create_tokenized_object", _check_types, HookType.AFTER),
         *((f"{_MANAGER}.{name}", functools.partial(_check_control_request, check), HookType.BEFORE) for name, check in CHECKS.items()),
         ("sglang.srt.managers.scheduler.Scheduler.init_model_config", _bound_stop_patterns, HookType.AFTER),
+        (f"{_DETOKENIZER}._decode_batch_token_id_output", _tell_workers_apart, HookType.AROUND),
         ("sglang.srt.session.session_controller.Session.create_req", _forget_replaced_requests, HookType.BEFORE),
         ("sglang.srt.constrained.base_grammar_backend.GrammarMask.apply", _free_rows_ruled_out, HookType.AFTER),
         (f"{_RESULTS}._apply_prefill_grammar", _blame_min_new_tokens, HookType.AFTER),
@@ -271,11 +273,36 @@ def _bound_stop_patterns(result, scheduler) -> None:
 
 
 def _forget_replaced_requests(session, req, *args, **kwargs) -> None:
-    """Where a request replaces all of a session, clear it from its roots on: SGLang clears what it iterates over, which ends the server."""
+    """Clear what a request replaces of a session: SGLang clears what it iterates over, by rids that later turns may have taken over, and
+    each turn within the one before, all of which ends the server."""
     turn = req.session_params
-    if _is_served() and turn.replace and turn.rid is None and not session.streaming:
-        for root in [node for node in session.req_nodes.values() if node.parent is None]:
-            root.clear(session.req_nodes)
+    if not _is_served() or not turn.replace or session.streaming:
+        return
+    nodes = session.req_nodes
+    if turn.rid is None:
+        replaced = list(nodes.values())
+    elif turn.rid in nodes:
+        replaced, nodes[turn.rid].children = nodes[turn.rid].children, []
+        for node in replaced:  # which grows meanwhile
+            replaced += node.children
+    else:
+        return
+    for node in replaced:
+        node.abort()
+        if nodes.get(node.req.rid) is node:
+            del nodes[node.req.rid]
+
+
+def _tell_workers_apart(original, detokenizer, batch):
+    """Requests of two HTTP processes may have one rid, by which SGLang keeps their texts: it is made unique by the process's address."""
+    if not batch.http_worker_ipcs or not _is_served():
+        return original(detokenizer, batch)
+    rids = batch.rids
+    batch.rids = [f"{rid} {ipc}" for rid, ipc in zip(rids, batch.http_worker_ipcs, strict=True)]
+    try:
+        return original(detokenizer, batch)
+    finally:
+        batch.rids = rids
 
 
 def _free_rows_ruled_out(result, mask, logits) -> None:

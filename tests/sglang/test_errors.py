@@ -186,7 +186,11 @@ def test_bad_requests_are_refused(make, oracle, tmp_path):
         turn = {"id": session, "rid": first["meta_info"]["id"]}
         second = server.post("/generate", {"input_ids": [], "session_params": turn, **greedy})
         assert first["output_ids"] + second["output_ids"] == answer.generated[:8]
-        anew = server.post("/generate", {"input_ids": prompt(70), "session_params": {"id": session, "replace": True}, **greedy})
+        for again in (turn["rid"], "a", "a"):
+            server.post("/generate", {"input_ids": [5], "rid": again, "session_params": turn, **greedy})
+        for replaced in ("a", None):
+            turn = {"id": session, "rid": replaced, "replace": True}
+            anew = server.post("/generate", {"input_ids": prompt(70), "session_params": turn, **greedy})
         assert anew["output_ids"] == first["output_ids"]
         assert requests.get(f"{server.url}/health_generate", timeout=60).status_code == 200
 

@@ -1,5 +1,6 @@
 """That the plugin is in each process of a server."""
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import preloaded
@@ -37,6 +38,14 @@ def test_http_processes_with_plugins(make, oracle, tmp_path):
             ):
                 assert requests.post(f"{server.url}/{route}", json=body, timeout=60).status_code == 400, (route, body)
         assert_agrees(ask(server, prompt(70)), oracle(path))
+
+        body = {"input_ids": prompt(70), "rid": "a", "sampling_params": {"temperature": 0, "max_new_tokens": 16, "ignore_eos": True}}
+        text = server.post("/generate", body)["text"]
+        with ThreadPoolExecutor(16) as clients:  # of one rid, which each process takes once at a time
+            for _ in range(4):
+                answers = list(clients.map(lambda _: requests.post(f"{server.url}/generate", json=body, timeout=60), range(16)))
+                assert {answer.status_code for answer in answers} <= {200, 400}
+                assert {answer.json()["text"] for answer in answers if answer.ok} == {text}
 
 
 def test_one_http_process_has_sglangs_app(app_path):

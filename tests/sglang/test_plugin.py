@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.session.session_controller import Session, SessionReqNode
 
 from llama4_kernels.sglang import plugin, updates
@@ -26,6 +27,7 @@ STOCK = SimpleNamespace(model_config=of("auto"))
     (plugin._adjust_config_on_cpu, [STOCK.model_config, None, 2], {}),
     (plugin._read_request, ["no request"], {}),
     (plugin._init_request_state, [STOCK, "no request", None], {}),
+    (plugin._tell_workers_apart, ["no detokenizer", SimpleNamespace(http_worker_ipcs=["a"])], {}),
 ], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
 def test_what_other_servers_compute_is_left_to_sglang(hook, arguments, options):
     original = Mock()
@@ -63,16 +65,44 @@ def test_what_ends_an_answer():
 
 
 @pytest.mark.parametrize("turn, streaming, left", [
-    ({"replace": True}, False, []),
-    ({"replace": True, "rid": "a"}, False, ["a", "b", "c"]),
-    ({}, False, ["a", "b", "c"]),
-    ({"replace": True}, True, ["a", "b", "c"]),
+    ({"replace": True}, False, ""),
+    ({"replace": True, "rid": "a"}, False, "ac"),
+    ({"replace": True, "rid": "c"}, False, "abc"),
+    ({"replace": True, "rid": "unknown"}, False, "abc"),
+    ({}, False, "abc"),
+    ({"replace": True}, True, "abc"),
 ], ids=str)  # fmt: skip
-def test_a_session_is_cleared_where_a_request_replaces_all_of_it(turn, streaming, left, monkeypatch):
-    monkeypatch.setattr(plugin, "_is_served", lambda: True)
+def test_what_a_request_replaces_of_a_session_is_cleared(turn, streaming, left, monkeypatch):
+    session = session_of(("a", None), ("b", "a"), ("c", None), streaming=streaming)
+    replace(session, turn, monkeypatch)
+    assert list(session.req_nodes) == list(left)
+
+
+def test_turns_that_took_over_a_rid_are_cleared(monkeypatch):
+    for turn, left in (({"rid": "a"}, ["a"]), ({}, [])):
+        session = session_of(("a", None), ("b", "a"), ("b", "a"), ("c", "b"), ("c", "c"))
+        replace(session, {"replace": True} | turn, monkeypatch)
+        assert list(session.req_nodes) == left and not any(node.children for node in session.req_nodes.values())
+
+
+def test_many_turns_are_cleared_and_the_one_that_runs_aborted(monkeypatch):
+    """More of them than Python calls go within each other."""
+    for turn, left in (({"rid": "0"}, ["0"]), ({}, [])):
+        session = session_of(*((str(i), str(i - 1) if i else None) for i in range(2000)))
+        last = session.req_nodes["1999"].req
+        last.finished_reason = None
+        replace(session, {"replace": True} | turn, monkeypatch)
+        assert list(session.req_nodes) == left and isinstance(last.to_finish, FINISH_ABORT)
+
+
+def session_of(*turns, streaming=False):
+    """Of turns (rid, rid of the one before) that have ended."""
     session = Session(1000, streaming=streaming)
-    for rid, parent in (("a", None), ("b", "a"), ("c", None)):
+    for rid, parent in turns:
         session.req_nodes[rid] = SessionReqNode(SimpleNamespace(rid=rid, finished_reason="stop"), session.req_nodes.get(parent))
-    request = SimpleNamespace(session_params=SimpleNamespace(**{"replace": False, "rid": None} | turn))
-    plugin._forget_replaced_requests(session, request)
-    assert list(session.req_nodes) == left
+    return session
+
+
+def replace(session, turn, monkeypatch):
+    monkeypatch.setattr(plugin, "_is_served", lambda: True)
+    plugin._forget_replaced_requests(session, SimpleNamespace(session_params=SimpleNamespace(**{"replace": False, "rid": None} | turn)))
