@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 
 def _check_group(manager, request) -> None:
@@ -32,6 +35,50 @@ def _check_resume(manager, request) -> None:
     released.difference_update(tags)
 
 
+def _check_continue(manager, request) -> None:
+    if manager.rid_to_state:
+        check_memory(manager)
+
+
+def check_memory(manager) -> None:
+    """ValueError while memory is released that generation needs."""
+    from sglang.srt.runtime_context import get_exec
+
+    if (released := _released(manager)) and get_exec().features.enable_memory_saver:  # without which nothing is released
+        raise ValueError(f"the memory of {', '.join(sorted(released))} is released, needs /resume_memory_occupation first")
+
+
+def _check_profile(manager, request) -> None:
+    """A profile ends the scheduler where it cannot be started or written."""
+    from sglang.srt.runtime_context import get_device
+
+    if request is None:
+        return
+    on_cpu = get_device().device == "cpu"
+    activities, known = request.activities, ("CPU", "GPU") if on_cpu else ("CPU", "GPU", "MEM", "CUDA_PROFILER")
+    if activities is not None and (not activities or set(activities) - set(known) or (on_cpu and "CPU" not in activities)):
+        raise ValueError(f"activities is {activities}, needs {'CPU, with or without GPU' if on_cpu else f'some of {known}'}")
+    if request.profile_by_stage and (request.num_steps or 0) < 1:
+        raise ValueError(f"num_steps is {request.num_steps}, needs at least 1 with profile_by_stage")
+    _check_trace(request)
+
+
+def _check_trace(request) -> None:
+    """That there can be a file of the name that SGLang gives a trace."""
+    folder = request.output_dir or os.getenv("SGLANG_TORCH_PROFILER_DIR", "/tmp")
+    name = "-".join(filter(None, (request.profile_prefix, request.profile_id or "0")))
+    try:
+        folder = Path(folder).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=name, suffix="-TP-00-DP-00-EXTEND.trace.json.gz"):
+            pass
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"output_dir is {request.output_dir!r}, profile_prefix {request.profile_prefix!r} and profile_id {request.profile_id!r}, "
+            f"needs a folder and the name of a file that can be written: {error}"
+        ) from error
+
+
 def _check_sleep(manager, request) -> None:
     from sglang.srt.runtime_context import get_device
 
@@ -55,6 +102,8 @@ CHECKS: Mapping[str, Callable[..., None]] = {
     "init_weights_update_group": _check_group,
     "release_memory_occupation": _check_release,
     "resume_memory_occupation": _check_resume,
+    "continue_generation": _check_continue,
+    "start_profile": _check_profile,
     "slow_down": _check_sleep,
     "start_expert_distribution_record": _refuse_experts,
     "stop_expert_distribution_record": _refuse_experts,

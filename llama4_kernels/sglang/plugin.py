@@ -10,7 +10,7 @@ import sys
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from llama4_kernels.sglang.control_checks import CHECKS
+from llama4_kernels.sglang.control_checks import CHECKS, check_memory
 
 MODEL_IMPL = "llama4_kernels"
 
@@ -18,6 +18,7 @@ _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _REQUESTS = "sglang.srt.managers.io_struct"
 _DETOKENIZER = "sglang.srt.managers.detokenizer_manager.DetokenizerManager"
 _RESULTS = "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
+_PROFILER = "sglang.srt.managers.scheduler_components.profiler_manager.SchedulerProfilerManager"
 _RUNNER = "sglang.srt.model_executor.model_runner_components"
 
 _registered = False
@@ -49,6 +50,7 @@ def register() -> None:
         *((f"{_MANAGER}.{name}", functools.partial(_check_control_request, check), HookType.BEFORE) for name, check in CHECKS.items()),
         ("sglang.srt.managers.scheduler.Scheduler.init_model_config", _bound_stop_patterns, HookType.AFTER),
         (f"{_DETOKENIZER}._decode_batch_token_id_output", _tell_workers_apart, HookType.AROUND),
+        (f"{_PROFILER}._start_profile", _start_profile_once, HookType.AROUND),
         ("sglang.srt.session.session_controller.Session.create_req", _forget_replaced_requests, HookType.BEFORE),
         ("sglang.srt.constrained.base_grammar_backend.GrammarMask.apply", _free_rows_ruled_out, HookType.AFTER),
         (f"{_RESULTS}._apply_prefill_grammar", _blame_min_new_tokens, HookType.AFTER),
@@ -233,6 +235,7 @@ def _check_request(result, manager, request, input_ids) -> None:
         computes_whole_prompts=get_memory().disable_radix_cache and get_schedule().chunked_prefill_size == -1,
         image_tokens=_image_tokens(manager.mm_processor),
     )
+    check_memory(manager)
 
 
 def _check_types(tokenized, manager, *args, **kwargs) -> None:
@@ -303,6 +306,15 @@ def _tell_workers_apart(original, detokenizer, batch):
         return original(detokenizer, batch)
     finally:
         batch.rids = rids
+
+
+def _start_profile_once(original, profiler, *args, **kwargs):
+    """SGLang would start a second profile over the first."""
+    if _is_served() and getattr(profiler, "profile_in_progress", False):
+        from sglang.srt.managers.io_struct import ProfileReqOutput
+
+        return ProfileReqOutput(success=False, message="Profiling is already in progress. Call /stop_profile first.")
+    return original(profiler, *args, **kwargs)
 
 
 def _free_rows_ruled_out(result, mask, logits) -> None:

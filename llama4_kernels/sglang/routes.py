@@ -38,6 +38,7 @@ def hook_routes() -> None:
         (f"{_OLLAMA}._stream_chat_response", _start_stream, HookType.AROUND),
         (f"{_OLLAMA}._stream_generate_response", _start_stream, HookType.AROUND),
         (f"{_OPENAI}.serving_chat.OpenAIServingChat._process_messages", _process_messages, HookType.AROUND),
+        ("sglang.srt.managers.tokenizer_manager.TokenizerManager._execute_profile", _profile, HookType.AROUND),
         (f"{_OPENAI}.serving_tokenize.OpenAIServingDetokenize._handle_non_streaming_request", _check_detokenized, HookType.BEFORE),
     ):
         HookRegistry.register(target, hook, kind)
@@ -95,6 +96,14 @@ async def _put_before(first: bytes, chunks: AsyncIterator[bytes]) -> AsyncIterat
 def _process_messages(original, *args, **kwargs):
     with read_request():
         return original(*args, **kwargs)
+
+
+async def _profile(original, manager, request):
+    """A profile that is not started or stopped, because another runs or none does."""
+    try:
+        return await original(manager, request)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
 
 
 def _check_detokenized(serving, request, *args, **kwargs) -> None:

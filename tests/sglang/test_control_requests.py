@@ -8,7 +8,7 @@ import requests
 import torch
 from engine import ask, assert_agrees, llama4_server, prompt
 
-from llama4_kernels.sglang.control_checks import CHECKS
+from llama4_kernels.sglang.control_checks import CHECKS, check_memory
 
 
 def test_control_requests_that_cannot_be_done(make, oracle, tmp_path):
@@ -31,6 +31,18 @@ def test_control_requests_that_cannot_be_done(make, oracle, tmp_path):
         refused("nothing yet", "resume_memory_occupation", tags=["unknown"])
         if not torch.cuda.is_available():
             refused("not released on the CPU", "release_memory_occupation")
+
+        (tmp_path / "a file").touch()
+        for message, profile in (
+            ("num_steps is None, needs at least 1", {"profile_by_stage": True}),
+            ("activities is ['RPD'], needs", {"activities": ["RPD"]}),
+            ("activities is [], needs", {"activities": []}),
+            *(("needs a folder and the name of a file", profile) for profile in (
+                {"output_dir": "/proc/a"}, {"output_dir": f"{tmp_path}/a file"}, {"output_dir": "~nobody at all"}, {"output_dir": "\0"},
+                {"profile_id": "a/b"}, {"profile_prefix": "a/b"}, {"profile_id": "a" * 250})),
+        ):  # fmt: skip
+            refused(message, "start_profile", **{"output_dir": str(tmp_path), **profile})
+        refused("not in progress", "stop_profile")
         assert_agrees(ask(server, prompt(70)), oracle(path))
 
 
@@ -58,6 +70,7 @@ def ask_memory(monkeypatch):
         serving.tokenizer_worker_num = workers
         manager.__dict__.update(fields)
         CHECKS[f"{name}_memory_occupation"](manager, SimpleNamespace(tags=tags))
+        return manager
 
     return check
 
@@ -81,6 +94,22 @@ def test_memory_is_not_released_under_requests(ask_memory):
     with pytest.raises(ValueError, match="nothing yet"):
         ask_memory("resume")
     ask_memory("release", is_pause=True)
+
+
+def test_nothing_is_computed_while_memory_is_released(ask_memory, monkeypatch):
+    features = SimpleNamespace(enable_memory_saver=True)
+    monkeypatch.setattr("sglang.srt.runtime_context.get_exec", lambda: SimpleNamespace(features=features))
+    manager = ask_memory("release", ["weights", "kv_cache"], is_pause=True)
+    CHECKS["continue_generation"](manager, None)
+    manager.rid_to_state["a"] = object()
+    for ask in (check_memory, lambda manager: CHECKS["continue_generation"](manager, None)):
+        with pytest.raises(ValueError, match="the memory of kv_cache, weights is released, needs /resume_memory_occupation first"):
+            ask(manager)
+    features.enable_memory_saver = False  # nothing is released then
+    check_memory(manager)
+    features.enable_memory_saver = True
+    ask_memory("resume", ["weights", "kv_cache"])
+    check_memory(manager)
 
 
 def test_memory_is_not_released_by_one_of_several_processes(ask_memory):

@@ -28,6 +28,7 @@ STOCK = SimpleNamespace(model_config=of("auto"))
     (plugin._read_request, ["no request"], {}),
     (plugin._init_request_state, [STOCK, "no request", None], {}),
     (plugin._tell_workers_apart, ["no detokenizer", SimpleNamespace(http_worker_ipcs=["a"])], {}),
+    (plugin._start_profile_once, [SimpleNamespace(profile_in_progress=True)], {}),
 ], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
 def test_what_other_servers_compute_is_left_to_sglang(hook, arguments, options):
     original = Mock()
@@ -106,3 +107,11 @@ def session_of(*turns, streaming=False):
 def replace(session, turn, monkeypatch):
     monkeypatch.setattr(plugin, "_is_served", lambda: True)
     plugin._forget_replaced_requests(session, SimpleNamespace(session_params=SimpleNamespace(**{"replace": False, "rid": None} | turn)))
+
+
+def test_a_profile_is_started_once(monkeypatch):
+    monkeypatch.setattr(plugin, "_is_served", lambda: True)
+    original = Mock()
+    refused = plugin._start_profile_once(original, SimpleNamespace(profile_in_progress=True))
+    assert not refused.success and "already in progress" in refused.message and not original.called
+    assert plugin._start_profile_once(original, SimpleNamespace(profile_in_progress=False)) is original.return_value
