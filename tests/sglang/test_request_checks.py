@@ -1,4 +1,4 @@
-"""What is refused of a request; test_errors.py and test_vision.py ask servers."""
+"""What is refused of a request; test_bad_requests.py and test_vision.py ask servers."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Rows of logits that nothing can be sampled from; test_errors.py asks a server."""
+"""Rows of logits that nothing can be sampled from; test_bad_requests.py asks a server."""
 
 import math
 
