@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+ACTIVITIES = {"CPU", "GPU", "MEM", "CUDA_PROFILER"}  # that a profile on a GPU may have
+
 
 def _check_group(manager, request) -> None:
     if not request.group_name:
@@ -42,9 +44,11 @@ def _check_continue(manager, request) -> None:
 
 def check_memory(manager) -> None:
     """ValueError while memory is released that generation needs."""
+    from sglang.srt.environ import envs
     from sglang.srt.runtime_context import get_exec
 
-    if (released := _released(manager)) and get_exec().features.enable_memory_saver:  # without which nothing is released
+    released = _released(manager) - (set() if envs.SGLANG_MEMORY_SAVER_CUDA_GRAPH.get() else {"cuda_graph"})  # which else is not
+    if released and get_exec().features.enable_memory_saver:  # without which nothing is released
         raise ValueError(f"the memory of {', '.join(sorted(released))} is released, needs /resume_memory_occupation first")
 
 
@@ -54,10 +58,10 @@ def _check_profile(manager, request) -> None:
 
     if request is None:
         return
-    on_cpu = get_device().device == "cpu"
-    activities, known = request.activities, ("CPU", "GPU") if on_cpu else ("CPU", "GPU", "MEM", "CUDA_PROFILER")
-    if activities is not None and (not activities or set(activities) - set(known) or (on_cpu and "CPU" not in activities)):
-        raise ValueError(f"activities is {activities}, needs {'CPU, with or without GPU' if on_cpu else f'some of {known}'}")
+    # SGLang leaves out names that it does not know. RPD is AMD's.
+    known, others = ({"CPU"}, {"RPD", "MEM", "CUDA_PROFILER"}) if get_device().device == "cpu" else (ACTIVITIES, {"RPD"})
+    if request.activities is not None and (not known & set(request.activities) or others & set(request.activities)):
+        raise ValueError(f"activities is {request.activities}, needs some of {sorted(known)}, and none of {sorted(others)}")
     if request.profile_by_stage and (request.num_steps or 0) < 1:
         raise ValueError(f"num_steps is {request.num_steps}, needs at least 1 with profile_by_stage")
     _check_trace(request)

@@ -6,6 +6,7 @@ process all answers. The package regex, which transformers needs, is quicker in 
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from types import SimpleNamespace
@@ -17,10 +18,20 @@ SECONDS = 0.2  # of one search
 logger = logging.getLogger(__name__)
 
 
+# What may hold a brace that begins no number of repetitions, and that brace.
+_BRACE = re.compile(r"\\N\{[^}]*\}|\\.|\{(?!(?:\d+(?:,\d*)?|,\d*)\})", re.DOTALL)
+
+
+@functools.lru_cache(maxsize=1024)
+def _with_plain_braces(pattern: str) -> str:
+    """The pattern as Python's own engine reads it: regex takes {e} and the like for "with errors"."""
+    return _BRACE.sub(lambda found: r"\{" if found[0] == "{" else found[0], pattern)
+
+
 def search(pattern: str, text: str) -> regex.Match | None:
     """re.error where that takes too long, for which SGLang ends the request alone, with status 400."""
     try:
-        return regex.search(pattern, text, timeout=SECONDS)
+        return regex.search(_with_plain_braces(pattern), text, timeout=SECONDS)
     except TimeoutError:
         raise re.error(f"a search takes longer than {SECONDS} s") from None
     except regex.error as error:

@@ -6,6 +6,7 @@ Every hook asks for `--model-impl llama4_kernels` before it does anything, so th
 from __future__ import annotations
 
 import functools
+import re
 import sys
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -49,6 +50,7 @@ def register() -> None:
         (f"{_MANAGER}._create_tokenized_object", _check_types, HookType.AFTER),
         *((f"{_MANAGER}.{name}", functools.partial(_check_control_request, check), HookType.BEFORE) for name, check in CHECKS.items()),
         ("sglang.srt.managers.scheduler.Scheduler.init_model_config", _bound_stop_patterns, HookType.AFTER),
+        ("sglang.srt.managers.schedule_batch.Req._locate_str_stop_finished_len", _end_at_stop, HookType.AROUND),
         (f"{_DETOKENIZER}._decode_batch_token_id_output", _tell_workers_apart, HookType.AROUND),
         (f"{_PROFILER}._start_profile", _start_profile_once, HookType.AROUND),
         ("sglang.srt.session.session_controller.Session.create_req", _forget_replaced_requests, HookType.BEFORE),
@@ -273,6 +275,14 @@ def _bound_stop_patterns(result, scheduler) -> None:
         from llama4_kernels.sglang.patterns import bound_stop_patterns
 
         bound_stop_patterns()
+
+
+def _end_at_stop(original, request, *args, full_window_matched=True, **kwargs):
+    """Where the tokens before the last one of a step cannot be searched in time, the answer ends with it, if it ends."""
+    try:
+        return original(request, *args, full_window_matched=full_window_matched, **kwargs)
+    except re.error:
+        return len(request.output_ids) if full_window_matched else None
 
 
 def _forget_replaced_requests(session, req, *args, **kwargs) -> None:

@@ -4,12 +4,15 @@ and the others go on."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
+from collections.abc import Iterator
 from typing import Any, get_type_hints
 
 import msgspec
 import numpy as np
+import torch
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 
 from llama4_kernels.sglang.grammar_checks import check_grammars
@@ -22,7 +25,8 @@ INT32_MAX = 2**31 - 1
 LARGEST_LOGIT_BIAS = 1e30
 SMALLEST_REPETITION_PENALTY = 1e-3
 
-MAX_SAMPLES = 16384  # of one request, where each prompt is answered more than once: a few bytes could ask for more than memory holds
+# Answers to one prompt, and of one request where there is more than one to each: a few bytes could ask for more than memory holds.
+MAX_SAMPLES, MAX_ANSWERS = 1 << 14, 1 << 20
 
 # What SGLang makes itself, what only custom logit processors read, and tokens that may be numbers, where Python is asked, beside strings.
 UNTYPED = frozenset({"input_ids", "mm_inputs", "time_stats", "custom_params", "logit_bias"})
@@ -85,7 +89,7 @@ def check_rids(rids: str | list[str], http_request) -> None:
 
     http_request: FastAPI's, None where there is none.
     """
-    if http_request is not None and http_request.url.path in HEALTH_ROUTES:
+    if http_request is not None and http_request.url.path.removeprefix(http_request.scope.get("root_path", "")) in HEALTH_ROUTES:
         return
     for rid in rids if isinstance(rids, list) else [rids]:
         if isinstance(rid, str) and rid.startswith(HEALTH_CHECK_RID_PREFIX):
@@ -94,7 +98,7 @@ def check_rids(rids: str | list[str], http_request) -> None:
 
 def check_types(request: msgspec.Struct) -> None:
     """ValueError where a field of `request`, or of its sampling parameters, is of another type than SGLang declares: the scheduler and the
-    detokenizer end at it, and of the routes only /generate looks.
+    detokenizer end at it, and of the routes only /generate looks. Numbers that stand for the type become it, as Python may give them.
 
     request: SGLang's TokenizedGenerateReqInput, which a scheduler would get.
     """
@@ -102,9 +106,39 @@ def check_types(request: msgspec.Struct) -> None:
         for name, kind in _declared_types(type(struct)):
             value = getattr(struct, name)
             try:
-                msgspec.convert(value.item() if isinstance(value, np.generic) else value, kind)
+                declared = _declared(value, kind)
             except msgspec.ValidationError as error:
                 raise ValueError(f"{name.removesuffix('_strs')} is {value!r}, needs another type: {error}") from error
+            if declared is not value:
+                setattr(struct, name, declared)
+
+
+def _declared(value: object, kind: object) -> object:
+    """`value`, or the number of type `kind` that it stands for: 2 for 2.0, True for 1, and what is in an array or tensor of no dimensions.
+    msgspec.ValidationError where it is neither."""
+    if isinstance(value, list) and any(isinstance(item, np.generic) for item in value):
+        value = [_scalar(item) for item in value]
+    value = _scalar(value)
+    try:
+        msgspec.convert(value, kind)
+        return value
+    except msgspec.ValidationError:
+        for other in _same_number(value):
+            with contextlib.suppress(msgspec.ValidationError):
+                msgspec.convert(other, kind)
+                return other
+        raise
+
+
+def _scalar(value: object) -> object:
+    return value.item() if isinstance(value, np.generic) or (isinstance(value, torch.Tensor) and value.dim() == 0) else value
+
+
+def _same_number(value: object) -> Iterator[object]:
+    if type(value) is float and value.is_integer() and abs(value) <= INT32_MAX:
+        yield int(value)
+    if type(value) is int and value in (0, 1):
+        yield bool(value)
 
 
 @functools.cache
@@ -116,8 +150,8 @@ def check_samples(n: int, prompts: int) -> None:
     """ValueError where a request asks for `n` answers to each of so many prompts, and those are none, or too many."""
     if n < 1:
         raise ValueError(f"n is {n}, needs at least 1")
-    if n > 1 and n * prompts > MAX_SAMPLES:
-        raise ValueError(f"n is {n} for {prompts} prompts, needs at most {MAX_SAMPLES} answers in all")
+    if n > MAX_SAMPLES or (n > 1 and n * prompts > MAX_ANSWERS):
+        raise ValueError(f"n is {n} for {prompts} prompts, needs at most {MAX_SAMPLES}, and {MAX_ANSWERS} answers in all")
 
 
 def check_tokens(name: str, tokens: list[int] | set[int] | None, vocab_size: int) -> None:

@@ -77,7 +77,7 @@ def _types_of_requests() -> TypeAdapter[GenerateReqInput]:
 
 def _check_options(serving, options=None) -> None:
     if "seed" in (options or {}):
-        raise ValueError("seed is given, needs options without one: it needs --enable-deterministic-inference, which the model refuses")
+        raise ValueError("seed is given, needs options without one: SGLang has no such sampling parameter")
 
 
 async def _start_stream(original, *args) -> StreamingResponse:

@@ -35,7 +35,7 @@ def tokens(count, **params):
 # What SGLang answers with status 500: fields of another type or length than it takes them to have.
 MISREAD = (
     *(("generate", tokens(0, sampling_params=params)) for params in ({"n": None}, {"n": 0}, {"n": 10**12}, [], [{}, {}], {"choice": ["a"]})),
-    *(("generate", tokens(2, sampling_params=params)) for params in ({"n": 0}, {"n": -1}, {"n": 8193}, [{}])),
+    *(("generate", tokens(2, sampling_params=params)) for params in ({"n": 0}, {"n": -1}, {"n": 16385}, [{}])),
     *(("generate", tokens(2, return_logprob=True) | short) for short in (
         {"return_logprob": [True]}, {"top_logprobs_num": [1]}, {"logprob_start_len": [0]}, {"token_ids_logprob": [[1]]})),
     *(("generate", tokens(0, rid=rid)) for rid in (["a"], [])),
@@ -74,7 +74,7 @@ def vertex(**parameters):
 
 # What only /generate looks at the types of; elsewhere SGLang's scheduler or detokenizer ends at most of them.
 MISTYPED = (
-    *(ollama(**options) for options in ({"num_predict": 4.0}, {"num_predict": 4.5}, {"top_k": 1e30}, {"stop": [["a"]]})),
+    *(ollama(**options) for options in ({"num_predict": 4.5}, {"num_predict": 1e15}, {"top_k": 1e30}, {"stop": [["a"]]})),
     *(vertex(**parameters) for parameters in (
         {"rid": [5]}, {"received_time": "x"}, {"custom_labels": [1]}, {"unknown": 1}, {"image_data": "a.png"},
         *({"sampling_params": params} for params in ({"skip_special_tokens": "x"}, {"is_normalized": True, "temperature": 0})))),
@@ -186,7 +186,7 @@ def check_other_routes(server, answer):
     predicted = {"instances": [{"input_ids": prompt(70)}], "parameters": {"sampling_params": GREEDY}}
     assert server.post("/vertex_generate", predicted)["predictions"][0]["output_ids"] == answer.generated[:4]
     for route, question in (("generate", {"prompt": "a"}), ("chat", {"messages": HELLO})):
-        body = {"model": "tiny", "options": {"num_predict": 4, "temperature": 0}} | question
+        body = {"model": "tiny", "options": {"num_predict": 4.0, "temperature": 0}} | question
         streamed = requests.post(f"{server.url}/api/{route}", json=body, timeout=60)
         assert streamed.status_code == 200
         assert [json.loads(line)["done"] for line in streamed.text.splitlines()].count(True) == 1

@@ -7,6 +7,7 @@ import pytest
 import requests
 import torch
 from engine import ask, assert_agrees, llama4_server, prompt
+from sglang.srt.environ import envs
 
 from llama4_kernels.sglang.control_checks import CHECKS, check_memory
 
@@ -37,6 +38,8 @@ def test_control_requests_that_cannot_be_done(make, oracle, tmp_path):
             ("num_steps is None, needs at least 1", {"profile_by_stage": True}),
             ("activities is ['RPD'], needs", {"activities": ["RPD"]}),
             ("activities is [], needs", {"activities": []}),
+            ("activities is ['CUDA'], needs", {"activities": ["CUDA"]}),
+            ("activities is ['CPU', 'MEM'], needs", {"activities": ["CPU", "MEM"]}),
             *(("needs a folder and the name of a file", profile) for profile in (
                 {"output_dir": "/proc/a"}, {"output_dir": f"{tmp_path}/a file"}, {"output_dir": "~nobody at all"}, {"output_dir": "\0"},
                 {"profile_id": "a/b"}, {"profile_prefix": "a/b"}, {"profile_id": "a" * 250})),
@@ -110,6 +113,10 @@ def test_nothing_is_computed_while_memory_is_released(ask_memory, monkeypatch):
     features.enable_memory_saver = True
     ask_memory("resume", ["weights", "kv_cache"])
     check_memory(manager)
+    ask_memory("release", ["cuda_graph"], is_pause=True)
+    check_memory(manager)  # of graphs nothing is released,
+    with envs.SGLANG_MEMORY_SAVER_CUDA_GRAPH.override(True), pytest.raises(ValueError, match="the memory of cuda_graph is released"):
+        check_memory(manager)  # unless they are asked to be in such memory
 
 
 def test_memory_is_not_released_by_one_of_several_processes(ask_memory):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 from sglang.srt.multimodal.modality import MultimodalInputFormat
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -30,6 +31,12 @@ PLAIN = {
 
 def check(tokens, fields, model=MODEL):
     check_request(SimpleNamespace(**PLAIN | fields), tokens, **model)
+
+
+def referring(count):
+    """A schema of so many levels three deep, each of which refers to the next."""
+    definitions = {f"a~/{i}": {"properties": {"a": {"$ref": f"#/$defs/a~0~1{i + 1}"}}} for i in range(count)}
+    return {"$ref": "#/$defs/a~0~10", "$defs": definitions}
 
 
 @pytest.mark.parametrize("tokens, fields", [
@@ -59,7 +66,9 @@ def check(tokens, fields, model=MODEL):
     *(([1], {"return_hidden_states": mode}) for mode in (True, "last")),
     ([1], {"sampling_params": {"json_schema": '{"items": ' * 255 + "{}" + "}" * 255}}),
     ([1], {"sampling_params": {"json_schema": json.dumps({"enum": ["(" * 4096] * 2})}}),
-    ([1], {"sampling_params": {"json_schema": json.dumps([{"$ref": f"#/{i % 4095}"} for i in range(5000)])}}),
+    ([1], {"sampling_params": {"json_schema": json.dumps({"description": "f(x) " * 5000})}}),
+    ([1], {"sampling_params": {"json_schema": json.dumps(referring(2700) | {"$id": "#/1", "not": {"$ref": "#/$defs/a/b/c"}})}}),
+    ([1], {"sampling_params": {"json_schema": json.dumps([{"$ref": f"#/{i}"} for i in range(5000)])}}),
     ([1], {"sampling_params": {"json_schema": "$$ANY$$", "structural_tag": None, "regex": "(" * 5000}}),  # which SGLang reads, or refuses
     ([1], {"sampling_params": {"top_k": None, "min_new_tokens": "5"}}),  # read, or refused, by SGLang
 ], ids=lambda value: str(value)[:100])  # fmt: skip
@@ -128,7 +137,7 @@ def test_an_end_of_the_answer_outside_of_the_vocabulary():
         (json.dumps({"pattern": "(" * 4097}), "has 4097 opening parentheses in one pattern, needs at most 4096"),
         (json.dumps({"(" * 4097: {}}).replace("(", "\\u0028"), "has 4097 opening parentheses"),
         ('{"pattern": "%s", "pattern": "a"}' % ("(" * 4097), "has 4097 opening parentheses"),
-        (json.dumps([{"$ref": f"#/{i}"} for i in range(4096)]), "has 2 levels and refers to 4096 places, needs at most 8192 of both"),
+        (json.dumps(referring(2800)), "has 8405 levels, with those that it refers to, needs at most 8192"),
     )),
     ([1], {"lora_id": "a"}, "lora_id is given"),
     *(([1], {"return_hidden_states": mode}, 'return_hidden_states is .*, needs true, false or "last"') for mode in ([], [False], "first", None)),
@@ -149,11 +158,13 @@ def test_what_is_refused(tokens, fields, message):
 
 
 def test_rids_of_health_checks_are_sglangs():
-    at = {route: SimpleNamespace(url=SimpleNamespace(path=route)) for route in ("/generate", "/health", "/health_generate")}
-    check_rids(["a", "a HEALTH_CHECK"], at["/generate"])
-    check_rids("HEALTH_CHECK_1", at["/health"])
-    check_rids("HEALTH_CHECK_1", at["/health_generate"])
-    for rids, request in (("HEALTH_CHECK_1", at["/generate"]), (["a", "HEALTH_CHECK"], at["/generate"]), ("HEALTH_CHECK_1", None)):
+    def at(path, root=""):
+        return SimpleNamespace(url=SimpleNamespace(path=root + path), scope={"root_path": root})
+
+    check_rids(["a", "a HEALTH_CHECK"], at("/generate"))
+    check_rids("HEALTH_CHECK_1", at("/health"))
+    check_rids("HEALTH_CHECK_1", at("/health_generate", root="/proxy"))
+    for rids, request in (("HEALTH_CHECK_1", at("/generate")), (["a", "HEALTH_CHECK"], at("/generate")), ("HEALTH_CHECK_1", None)):
         with pytest.raises(ValueError, match="needs one that does not start with HEALTH_CHECK"):
             check_rids(rids, request)
 
@@ -180,13 +191,25 @@ def test_types_that_are_taken(fields, params):
     check_types(tokenized(fields, params))
 
 
+@pytest.mark.parametrize("name, given, taken", [
+    ("max_new_tokens", 4.0, 4), ("max_new_tokens", np.float64(4), 4), ("top_k", 50.0, 50), ("ignore_eos", 1, True), ("no_stop_trim", 0, False),
+    ("temperature", torch.tensor(0.5), 0.5), ("stop_token_ids", [np.int64(5)], {5}),
+], ids=str)  # fmt: skip
+def test_numbers_that_stand_for_another_type_become_it(name, given, taken):
+    request = tokenized({}, {name: given})
+    check_types(request)
+    found = getattr(request.sampling_params, name)
+    assert found == taken and type(found) is type(taken)
+
+
 @pytest.mark.parametrize("fields, params, message", [
     ({"rid": 5}, {}, "rid is 5, needs another type: Expected `str"),
     ({"priority": "1"}, {}, "priority is '1', needs another type"),
-    ({}, {"max_new_tokens": 4.0}, "max_new_tokens is 4.0, needs another type: Expected `int"),
-    ({}, {"max_new_tokens": np.float64(4)}, "needs another type: Expected `int"),
+    ({}, {"max_new_tokens": 4.5}, "max_new_tokens is 4.5, needs another type: Expected `int"),
+    ({}, {"max_new_tokens": np.float64(1e15)}, "needs another type: Expected `int"),
     ({}, {"top_k": 1e30}, r"top_k is 1e\+30, needs another type: Expected `int`, got `float`"),
-    ({}, {"ignore_eos": 1}, "ignore_eos is 1, needs another type: Expected `bool`, got `int`"),
+    ({}, {"ignore_eos": 2}, "ignore_eos is 2, needs another type: Expected `bool`, got `int`"),
+    ({}, {"temperature": True}, "temperature is True, needs another type: Expected `float`, got `bool`"),
     ({}, {"spaces_between_special_tokens": []}, r"spaces_between_special_tokens is \[\], needs another type"),
     ({}, {"stop": [["a"]]}, r"stop is \[\['a'\]\], needs another type"),
     ({}, {"is_normalized": True, "skip_special_tokens": None}, "skip_special_tokens is None, needs another type"),
