@@ -8,7 +8,7 @@ import contextlib
 import functools
 import re
 from collections.abc import Iterator
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 import msgspec
 import numpy as np
@@ -103,14 +103,22 @@ def check_types(request: msgspec.Struct) -> None:
     request: SGLang's TokenizedGenerateReqInput, which a scheduler would get.
     """
     for struct in (request, request.sampling_params):
-        for name, kind in _declared_types(type(struct)):
-            value = getattr(struct, name)
-            try:
-                declared = _declared(value, kind)
-            except msgspec.ValidationError as error:
-                raise ValueError(f"{name.removesuffix('_strs')} is {value!r}, needs another type: {error}") from error
-            if declared is not value:
-                setattr(struct, name, declared)
+        declared = _declaration(type(struct))
+        try:  # all at once, which is quicker
+            msgspec.convert([getattr(struct, name) for name in declared.__struct_fields__], declared)
+        except msgspec.ValidationError:
+            _check_each(struct, declared)
+
+
+def _check_each(struct: msgspec.Struct, declared: type[msgspec.Struct]) -> None:
+    for name, kind in get_type_hints(declared).items():
+        value = getattr(struct, name)
+        try:
+            taken = _declared(value, kind)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"{name.removesuffix('_strs')} is {value!r}, needs another type: {error}") from error
+        if taken is not value:
+            setattr(struct, name, taken)
 
 
 def _declared(value: object, kind: object) -> object:
@@ -142,8 +150,10 @@ def _same_number(value: object) -> Iterator[object]:
 
 
 @functools.cache
-def _declared_types(struct: type[msgspec.Struct]) -> tuple[tuple[str, Any], ...]:
-    return tuple((name, kind) for name, kind in get_type_hints(struct).items() if name in struct.__struct_fields__ and name not in UNTYPED)
+def _declaration(struct: type[msgspec.Struct]) -> type[msgspec.Struct]:
+    """Of the fields that are checked, in the form of a list."""
+    fields = [(name, kind) for name, kind in get_type_hints(struct).items() if name in struct.__struct_fields__ and name not in UNTYPED]
+    return msgspec.defstruct(struct.__name__, fields, array_like=True)
 
 
 def check_samples(n: int, prompts: int) -> None:
