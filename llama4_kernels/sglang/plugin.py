@@ -42,6 +42,7 @@ def register() -> None:
         (f"{_REQUESTS}.GenerateReqInput.normalize_batch_and_arguments", _read_request, HookType.AROUND),
         (f"{_REQUESTS}.GenerateReqInput._handle_parallel_sampling", _check_samples, HookType.AFTER),
         (f"{_REQUESTS}.EmbeddingReqInput.normalize_batch_and_arguments", _read_request, HookType.AROUND),
+        ("sglang.srt.utils.request_logger.RequestLogger.log_received_request", _read_request, HookType.AROUND),
         (f"{_MANAGER}.init_model_config", _hook_routes, HookType.AFTER),
         (f"{_MANAGER}._init_req_state", _init_request_state, HookType.AROUND),
         (f"{_MANAGER}._tokenize_one_request", _tokenize_request, HookType.AROUND),

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 import torch
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
+from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor, _cache_from_str
 
 from llama4_kernels.sglang.grammar_checks import check_grammars
 from llama4_kernels.sglang.media_checks import ImageTokens, check_media
@@ -81,6 +82,8 @@ def check_request(
         if not computes_whole_prompts:
             raise ValueError("token_indices_to_pool is given, needs a server with --disable-radix-cache and --chunked-prefill-size -1")
         _check_positions("token_indices_to_pool", request.token_indices_to_pool, len(input_ids or ()))
+    if request.custom_logit_processor:
+        _check_logit_processor(request.custom_logit_processor)
     check_media(request, image_tokens)
 
 
@@ -211,6 +214,16 @@ def _check_type(name: str, value: object, kind: type) -> None:
 def _check_positions(name: str, positions: list[int], length: int) -> None:
     if not positions or min(positions) < 0 or max(positions) >= length:
         raise ValueError(f"{name} is {positions}, needs positions of the prompt, from 0 to {length - 1}")
+
+
+def _check_logit_processor(text: str) -> None:
+    """Of a server with --enable-custom-logit-processor, which trusts those who ask with what is read here."""
+    try:
+        processor = _cache_from_str(text)
+    except Exception as error:
+        raise ValueError(f"custom_logit_processor cannot be read, needs what a CustomLogitProcessor's to_str() gives: {error!r}") from error
+    if not isinstance(processor, type) or not issubclass(processor, CustomLogitProcessor):
+        raise ValueError(f"custom_logit_processor is {processor!r}, needs a CustomLogitProcessor")
 
 
 def _check_patterns(patterns: str | list[str] | None) -> None:

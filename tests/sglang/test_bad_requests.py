@@ -1,6 +1,7 @@
 """What should not be asked is refused, and the server lives on."""
 
 import json
+import pickle
 
 import requests
 from engine import ask, assert_agrees, llama4_server, prompt
@@ -115,6 +116,8 @@ REFUSED = (
     {"input_ids": prompt(4), "return_hidden_states": []},
     {"input_ids": prompt(4), "return_hidden_states": [False]},
     {"input_ids": prompt(4), "rid": "HEALTH_CHECK_"},
+    *({"input_ids": prompt(4), "custom_logit_processor": processor} for processor in (
+        "x", "[]", '{"callable": "00"}', json.dumps({"callable": pickle.dumps(5).hex()}))),
     *({"input_ids": prompt(4), "sampling_params": grammar} for grammar in (
         {"json_schema": json.dumps(GROUPS)},
         {"json_schema": json.dumps({"$ref": "#/$defs/a0", "$defs": REFERENCES})},
@@ -138,8 +141,8 @@ GREEDY = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
 def test_bad_requests_are_refused(make, oracle, tmp_path):
     """And good ones answered after them."""
     path = make("scout")
-    # Without the first SGLang refuses input_embeds, without the second it tokenizes the texts of a batch one by one.
-    flags = ("--disable-radix-cache", "--enable-tokenizer-batch-encode")
+    # Without the first SGLang refuses input_embeds, without the second it tokenizes the texts of a batch one by one; the third reads prompts too.
+    flags = ("--disable-radix-cache", "--enable-tokenizer-batch-encode", "--log-requests", "--enable-custom-logit-processor")
     with llama4_server(path, *flags, log=tmp_path / "log") as server:
         check_refusals(server)
         check_searches(server)

@@ -24,7 +24,7 @@ MODEL = {
 PLAIN = {
     "text": None, "input_ids": None, "input_embeds": None, "image_data": None, "sampling_params": {}, "return_logprob": False,
     "logprob_start_len": -1, "top_logprobs_num": 0, "positional_embed_overrides": None, "session_params": None,
-    "token_indices_to_pool": None, "lora_id": None, "video_data": None, "audio_data": None,
+    "token_indices_to_pool": None, "custom_logit_processor": None, "lora_id": None, "video_data": None, "audio_data": None,
     "return_routed_experts": False, "return_indexer_topk": False, "return_hidden_states": False,
 }  # fmt: skip
 
