@@ -150,7 +150,7 @@ else
             skip "$tool" "no compute-sanitizer on PATH or in /usr/local/cuda/bin"
             continue
         fi
-        # Of Triton's kernels their authors' own checks are enough; CUDA graphs need the cache of torch's memory.
+        # Not Triton's kernels, whose barriers the compiler places; and no CUDA graphs, which need the cache of torch's memory.
         for file in $(grep -l "pytest.mark.small" tests/test_*.py); do
             name=$tool-$(basename "$file" .py)
             step_seconds=$file_seconds step "$name" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 \
