@@ -39,17 +39,7 @@ def register() -> None:
         (f"{_RUNNER}.weight_updater.WeightUpdater.update_weights_from_disk", _update_weights_from_disk, HookType.AROUND),
         (f"{_RUNNER}.weight_updater.WeightUpdater.update_weights_from_tensor", _update_weights_from_tensor, HookType.AROUND),
         ("sglang.srt.managers.tp_worker.BaseTpWorker.deserialize_own_rank", _deserialize_own_rank, HookType.AROUND),
-        (f"{_REQUESTS}.GenerateReqInput.normalize_batch_and_arguments", _read_request, HookType.AROUND),
-        (f"{_REQUESTS}.GenerateReqInput._handle_parallel_sampling", _check_samples, HookType.AFTER),
-        (f"{_REQUESTS}.EmbeddingReqInput.normalize_batch_and_arguments", _read_request, HookType.AROUND),
-        ("sglang.srt.utils.request_logger.RequestLogger.log_received_request", _read_request, HookType.AROUND),
-        (f"{_MANAGER}.init_model_config", _hook_routes, HookType.AFTER),
-        (f"{_MANAGER}._init_req_state", _init_request_state, HookType.AROUND),
-        (f"{_MANAGER}._tokenize_one_request", _tokenize_request, HookType.AROUND),
-        (f"{_MANAGER}._batch_tokenize_and_process", _tokenize_request, HookType.AROUND),
-        (f"{_MANAGER}._validate_one_request", _check_request, HookType.AFTER),
-        (f"{_MANAGER}._create_tokenized_object", _check_types, HookType.AFTER),
-        *((f"{_MANAGER}.{name}", functools.partial(_check_control_request, check), HookType.BEFORE) for name, check in CHECKS.items()),
+        (f"{_MANAGER}.init_model_config", _hook_requests, HookType.AFTER),
         ("sglang.srt.managers.scheduler.Scheduler.init_model_config", _bound_stop_patterns, HookType.AFTER),
         ("sglang.srt.managers.schedule_batch.Req._locate_str_stop_finished_len", _end_at_stop, HookType.AROUND),
         (f"{_DETOKENIZER}._decode_batch_token_id_output", _tell_workers_apart, HookType.AROUND),
@@ -212,14 +202,36 @@ async def _tokenize_request(original, manager, *args):
         return await original(manager, *args)
 
 
-def _hook_routes(result, manager) -> None:
-    """Only of the process that has routes: the others would have to import them."""
-    if is_ours(manager.model_config) and "sglang.srt.entrypoints.http_server" in sys.modules:
+def _hook_requests(result, manager) -> None:
+    """Only of the process that takes requests: each hook takes SGLang's registry some 30 ms. Of them only one has routes, which the others would
+    have to import."""
+    if not is_ours(manager.model_config):
+        return
+    _register_request_hooks()
+    if "sglang.srt.entrypoints.http_server" in sys.modules:
         from llama4_kernels.sglang.patterns import bound_tool_calls
         from llama4_kernels.sglang.routes import hook_routes
 
         hook_routes()
         bound_tool_calls()
+
+
+@functools.cache
+def _register_request_hooks() -> None:
+    for target, hook, kind in (
+        ("sglang.srt.utils.request_logger.RequestLogger.log_received_request", _read_request, HookType.AROUND),
+        (f"{_REQUESTS}.GenerateReqInput.normalize_batch_and_arguments", _read_request, HookType.AROUND),
+        (f"{_REQUESTS}.GenerateReqInput._handle_parallel_sampling", _check_samples, HookType.AFTER),
+        (f"{_REQUESTS}.EmbeddingReqInput.normalize_batch_and_arguments", _read_request, HookType.AROUND),
+        (f"{_MANAGER}._init_req_state", _init_request_state, HookType.AROUND),
+        (f"{_MANAGER}._tokenize_one_request", _tokenize_request, HookType.AROUND),
+        (f"{_MANAGER}._batch_tokenize_and_process", _tokenize_request, HookType.AROUND),
+        (f"{_MANAGER}._validate_one_request", _check_request, HookType.AFTER),
+        (f"{_MANAGER}._create_tokenized_object", _check_types, HookType.AFTER),
+        *((f"{_MANAGER}.{name}", functools.partial(_check_control_request, check), HookType.BEFORE) for name, check in CHECKS.items()),
+    ):
+        HookRegistry.register(target, hook, kind)
+    HookRegistry.apply_hooks()
 
 
 def _check_request(result, manager, request, input_ids) -> None:

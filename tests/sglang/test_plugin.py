@@ -38,8 +38,8 @@ def test_what_other_servers_compute_is_left_to_sglang(hook, arguments, options):
 
 
 def test_what_other_servers_are_asked_is_left_to_sglang():
-    for hook in (plugin._derive_layers, plugin._hook_routes):
-        hook(None, STOCK if hook is plugin._hook_routes else STOCK.model_config)
+    for hook in (plugin._derive_layers, plugin._hook_requests):
+        hook(None, STOCK if hook is plugin._hook_requests else STOCK.model_config)
     plugin._check_request(None, STOCK, "no request", [])
     plugin._check_types("no request", STOCK)
     plugin._check_samples(None, "no request")
