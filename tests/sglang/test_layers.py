@@ -75,7 +75,7 @@ def test_overrides_of_a_text_only_checkpoint():
 
 
 def test_a_model_without_experts_needs_no_rule_for_them():
-    """As Llama Guard 4's config.json, whose interleave_moe_layer_step no layer can be derived from."""
+    """An interleave_moe_layer_step of 0, from which no layer can be derived, is left as it is."""
     config = Llama4TextConfig(num_hidden_layers=4, moe_layers=[], interleave_moe_layer_step=0, num_local_experts=0, num_experts_per_tok=0)
     derived(config, overrides={"no_rope_layer_interval": 2})
     assert layers(config) == "lr..lr..", layers(config)

@@ -86,7 +86,7 @@ def test_text_only_with_a_config_of_its_own(make, oracle, tmp_path):
     ("chunk_size", "experts"),
     [
         (None, {"interleave_moe_layer_step": 3}),
-        (4096, {"moe_layers": [], "interleave_moe_layer_step": 0, "num_local_experts": 0, "num_experts_per_tok": 0}),  # Llama Guard 4's
+        (4096, {"moe_layers": [], "interleave_moe_layer_step": 0, "num_local_experts": 0, "num_experts_per_tok": 0}),
     ],
     ids=["no chunk", "dense"],
 )
