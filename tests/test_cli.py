@@ -479,9 +479,11 @@ def test_doctor_is_content_where_sglang_picks_the_plugin_up():
     [
         ("import sys; sys.modules['llama4_kernels.sglang.plugin'] = None", "ModuleNotFoundError"),
         ("import sglang.srt.plugins as p; p.load_plugins = lambda: None", "register() was not called"),
-        ("from sglang.srt.plugins.hook_registry import HookRegistry as r; r.register = lambda *arguments, **more: None", "is not hooked"),
+        ("from sglang.srt.plugins.hook_registry import HookRegistry as r; r.register = lambda *arguments, **more: None", "could not hook sglang."),
+        ("from sglang.srt.managers.scheduler import Scheduler as s; del s.init_model_config", "could not hook sglang.srt.managers.scheduler"),
+        ("from sglang.srt.managers.tokenizer_manager import TokenizerManager as t; del t._init_req_state", "TokenizerManager._init_req_state"),
     ],
-    ids=["plugin does not import", "plugins are not loaded", "hooks are lost"],
+    ids=["plugin does not import", "plugins are not loaded", "hooks are lost", "a target is gone", "a target of requests is gone"],
 )
 def test_doctor_notices_a_plugin_that_sglang_drops(monkeypatch, sabotage, cause):
     monkeypatch.setattr(doctor, "PROBE", sabotage + doctor.PROBE)

@@ -27,21 +27,22 @@ if TYPE_CHECKING:
 
 ENTRY_POINT_GROUP = "sglang.srt.plugins"
 ENTRY_POINT = "llama4_kernels"
-HOOKED = "sglang.srt.model_loader.utils.get_model_architecture"
 
-# Runs as SGLang's own processes do: load_plugins() first, then whoever looks the model class up gets the hooked function.
-PROBE = f"""
+# Runs as SGLang's own processes do: load_plugins() first, which logs a hook that it cannot apply and goes on.
+PROBE = """
 import json
 from sglang.srt.plugins import load_plugins
-from sglang.srt.plugins.hook_registry import HookRegistry
 load_plugins()
-sources = [source.plugin_name for _, _, source in HookRegistry._hooks.get("{HOOKED}", []) if source]
+missing = []
 try:
-    from llama4_kernels.sglang.plugin import is_registered
-    registered = is_registered()
+    from llama4_kernels.sglang import plugin
+    registered = plugin.is_registered()
+    if registered:
+        plugin.register_request_hooks()
+        missing = plugin.missing_hooks()
 except Exception as error:
-    registered = f"{{type(error).__name__}}: {{error}}"
-print("PROBE " + json.dumps(dict(registered=registered, hooked="{ENTRY_POINT}" in sources, patched="{HOOKED}" in HookRegistry._patched)))
+    registered = f"{type(error).__name__}: {error}"
+print("PROBE " + json.dumps(dict(registered=registered, missing=missing)))
 """
 
 
@@ -176,8 +177,8 @@ def _picked_up() -> Row:
     if state["registered"] is not True:
         cause = state["registered"] or _last_line(probe.stderr) or "register() was not called"
         return Row(what, "FAIL", f"SGLang did not run the plugin: {cause}", advice)
-    if not (state["hooked"] and state["patched"]):
-        return Row(what, "FAIL", f"{HOOKED} is not hooked by the plugin", f'pip install "sglang{_tested_sglang()}"')
+    if state["missing"]:
+        return Row(what, "FAIL", f"SGLang could not hook {', '.join(state['missing'])}", f'pip install "sglang{_tested_sglang()}"')
     return Row(what, "OK", "SGLang loads the plugin; add --model-impl llama4_kernels to the launch command")
 
 

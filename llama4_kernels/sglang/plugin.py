@@ -22,65 +22,60 @@ _RESULTS = "sglang.srt.managers.scheduler_components.batch_result_processor.Sche
 _PROFILER = "sglang.srt.managers.scheduler_components.profiler_manager.SchedulerProfilerManager"
 _RUNNER = "sglang.srt.model_executor.model_runner_components"
 
-_registered = False
+_registered: list[str] = []  # targets of hooks
 
 
 def register() -> None:
     """Register the hooks; SGLang applies them when all plugins have registered."""
-    global _registered
-    if _registered:
-        return
-    for target, hook, kind in (
-        ("sglang.srt.server_args.ServerArgs.check_server_args", _prepare_launch, HookType.BEFORE),
-        ("sglang.srt.configs.model_config.ModelConfig._derive_hybrid_model", _derive_layers, HookType.AFTER),
-        ("sglang.srt.model_loader.utils.get_model_architecture", _get_model_architecture, HookType.AROUND),
-        ("sglang.srt.model_loader.weight_utils.get_quant_config", _get_quant_config, HookType.AROUND),
-        (f"{_RUNNER}.attention_backend_setup._build_resolved_backend", _build_attention_backend, HookType.AROUND),
-        (f"{_RUNNER}.weight_updater.WeightUpdater.update_weights_from_disk", _update_weights_from_disk, HookType.AROUND),
-        (f"{_RUNNER}.weight_updater.WeightUpdater.update_weights_from_tensor", _update_weights_from_tensor, HookType.AROUND),
-        ("sglang.srt.managers.tp_worker.BaseTpWorker.deserialize_own_rank", _deserialize_own_rank, HookType.AROUND),
-        (f"{_MANAGER}.init_model_config", _hook_requests, HookType.AFTER),
-        ("sglang.srt.managers.scheduler.Scheduler.init_model_config", _bound_stop_patterns, HookType.AFTER),
-        ("sglang.srt.managers.schedule_batch.Req._locate_str_stop_finished_len", _end_at_stop, HookType.AROUND),
-        (f"{_DETOKENIZER}._decode_batch_token_id_output", _tell_workers_apart, HookType.AROUND),
-        (f"{_PROFILER}._start_profile", _start_profile_once, HookType.AROUND),
-        ("sglang.srt.session.session_controller.Session.create_req", _forget_replaced_requests, HookType.BEFORE),
-        ("sglang.srt.constrained.base_grammar_backend.GrammarMask.apply", _free_rows_ruled_out, HookType.AFTER),
-        (f"{_RESULTS}._apply_prefill_grammar", _blame_min_new_tokens, HookType.AFTER),
-        (f"{_RESULTS}._accept_grammar_tokens", _blame_min_new_tokens, HookType.AFTER),
-        ("sglang.srt.model_executor.model_runner.adjust_config_with_unaligned_cpu_tp", _adjust_config_on_cpu, HookType.AROUND),
-    ):
-        HookRegistry.register(target, hook, kind)
-    _registered = True
+    if not _registered:
+        _register(HOOKS)
 
 
 def is_registered() -> bool:
     """Whether SGLang has called register() in this process."""
-    return _registered
+    return bool(_registered)
 
 
-def is_ours(model_config) -> bool:
+def missing_hooks() -> list[str]:
+    """Targets of registered hooks that SGLang has not applied, which it logs as an error and then goes on."""
+    return [target for target in _registered if target not in HookRegistry._patched]
+
+
+def check_hooks() -> None:
+    """RuntimeError unless SGLang has applied all registered hooks: without one of them the server may compute something else."""
+    if missing := missing_hooks():
+        needs = "install the release of SGLang that `llama4-kernels doctor` names, or leave the flag out"
+        raise RuntimeError(f"--model-impl {MODEL_IMPL} hooks {', '.join(missing)}, which SGLang could not apply: {needs}")
+
+
+def _register(hooks) -> None:
+    for target, hook, kind in hooks:
+        HookRegistry.register(target, hook, kind)
+        _registered.append(target)
+
+
+def is_our_model(model_config) -> bool:
     """Whether the server was started with --model-impl llama4_kernels. The draft model of speculative decoding is SGLang's own."""
-    return _is_asked_for(model_config) and not model_config.is_draft_model
+    return _has_flag(model_config) and not model_config.is_draft_model
 
 
-def _is_asked_for(model_config) -> bool:
+def _has_flag(model_config) -> bool:
     """Whether `model_config` is of a server started with --model-impl llama4_kernels: of its model or of the draft."""
     return str(model_config.model_impl).lower() == MODEL_IMPL
 
 
-def _is_served() -> bool:
+def _server_has_flag() -> bool:
     """Whether this process is of a server started with --model-impl llama4_kernels: for hooks that are given no model_config."""
     from sglang.srt.runtime_context import get_context, get_model
 
-    return get_context().is_config_namespace_published("model") and _is_asked_for(get_model())
+    return get_context().is_config_namespace_published("model") and _has_flag(get_model())
 
 
 def _prepare_launch(server_args) -> None:
     from sglang.srt.arg_groups.overrides import resolving_view
 
     arguments = resolving_view(server_args)
-    if _is_asked_for(arguments):
+    if _has_flag(arguments):
         from llama4_kernels.sglang.launch import prepare_launch
 
         prepare_launch(arguments)
@@ -90,7 +85,7 @@ def _derive_layers(result, model_config) -> None:
     """Refuse a model that is not Llama 4, and tell SGLang which layers keep one chunk of KV cache only: by the config's layer types,
     where SGLang assumes every fourth layer to be global and text-only checkpoints to have no local layers. Where no context is longer than a
     chunk there is nothing to free: a pool for local layers would only be a limit of its own."""
-    if not is_ours(model_config):
+    if not is_our_model(model_config):
         return
     from llama4_kernels.sglang.config import ARCHITECTURES, apply_overrides, check_supported, local_and_global_layers
 
@@ -112,8 +107,9 @@ def _derive_layers(result, model_config) -> None:
 
 
 def _get_model_architecture(original, model_config):
-    if not is_ours(model_config):
+    if not is_our_model(model_config):
         return original(model_config)
+    check_hooks()
     from sglang.srt.configs.model_config import ModelImpl
 
     from llama4_kernels.sglang import model
@@ -126,7 +122,7 @@ def _get_model_architecture(original, model_config):
 
 def _get_quant_config(original, model_config, *args, **kwargs):
     quant_config = original(model_config, *args, **kwargs)
-    if quant_config is not None and is_ours(model_config):
+    if quant_config is not None and is_our_model(model_config):
         from llama4_kernels.sglang.weights import adapt_quant_config
 
         adapt_quant_config(quant_config)
@@ -134,7 +130,7 @@ def _get_quant_config(original, model_config, *args, **kwargs):
 
 
 def _build_attention_backend(original, *, model_runner, **kwargs):
-    if not is_ours(model_runner.model_config):
+    if not is_our_model(model_runner.model_config):
         return original(model_runner=model_runner, **kwargs)
     from llama4_kernels.sglang.attention import Llama4AttentionBackend
 
@@ -143,16 +139,16 @@ def _build_attention_backend(original, *, model_runner, **kwargs):
 
 
 def _update_weights_from_disk(original, updater, *args, **kwargs):
-    if not _is_asked_for(updater.model_config):
+    if not _has_flag(updater.model_config):
         return original(updater, *args, **kwargs)
     from llama4_kernels.sglang.updates import update_draft_from_disk, update_from_disk
 
-    update = update_from_disk if is_ours(updater.model_config) else update_draft_from_disk
+    update = update_from_disk if is_our_model(updater.model_config) else update_draft_from_disk
     return update(original, updater, *args, **kwargs)
 
 
 def _update_weights_from_tensor(original, updater, *args, **kwargs):
-    if not _is_asked_for(updater.model_config):
+    if not _has_flag(updater.model_config):
         return original(updater, *args, **kwargs)
     from llama4_kernels.sglang.updates import update_from_tensors
 
@@ -161,7 +157,7 @@ def _update_weights_from_tensor(original, updater, *args, **kwargs):
 
 def _deserialize_own_rank(original, worker, serialized_named_tensors):
     """Have update_weights_from_tensor, which can answer, be given the error in place of the tensors."""
-    if not _is_asked_for(worker.model_runner.model_config):
+    if not _has_flag(worker.model_runner.model_config):
         return original(worker, serialized_named_tensors)
     try:
         return original(worker, serialized_named_tensors)
@@ -170,7 +166,7 @@ def _deserialize_own_rank(original, worker, serialized_named_tensors):
 
 
 def _read_request(original, *args, **kwargs):
-    if not _is_served():
+    if not _server_has_flag():
         return original(*args, **kwargs)
     from llama4_kernels.sglang.request_errors import read_request
 
@@ -179,14 +175,14 @@ def _read_request(original, *args, **kwargs):
 
 
 def _check_samples(result, request) -> None:
-    if _is_served():
+    if _server_has_flag():
         from llama4_kernels.sglang.request_checks import check_samples
 
         check_samples(request.parallel_sample_num, request.batch_size)
 
 
 def _init_request_state(original, manager, request, http_request=None):
-    if is_ours(manager.model_config):
+    if is_our_model(manager.model_config):
         from llama4_kernels.sglang.request_checks import check_rids
 
         check_rids(request.rid, http_request)
@@ -194,7 +190,7 @@ def _init_request_state(original, manager, request, http_request=None):
 
 
 async def _tokenize_request(original, manager, *args):
-    if not is_ours(manager.model_config):
+    if not is_our_model(manager.model_config):
         return await original(manager, *args)
     from llama4_kernels.sglang.request_errors import read_request
 
@@ -205,9 +201,10 @@ async def _tokenize_request(original, manager, *args):
 def _hook_requests(result, manager) -> None:
     """Only of the process that takes requests: each hook takes SGLang's registry some 30 ms. Of them only one has routes, which the others would
     have to import."""
-    if not is_ours(manager.model_config):
+    if not is_our_model(manager.model_config):
         return
-    _register_request_hooks()
+    register_request_hooks()
+    check_hooks()
     if "sglang.srt.entrypoints.http_server" in sys.modules:
         from llama4_kernels.sglang.patterns import bound_tool_calls
         from llama4_kernels.sglang.routes import hook_routes
@@ -217,26 +214,15 @@ def _hook_requests(result, manager) -> None:
 
 
 @functools.cache
-def _register_request_hooks() -> None:
-    for target, hook, kind in (
-        ("sglang.srt.utils.request_logger.RequestLogger.log_received_request", _read_request, HookType.AROUND),
-        (f"{_REQUESTS}.GenerateReqInput.normalize_batch_and_arguments", _read_request, HookType.AROUND),
-        (f"{_REQUESTS}.GenerateReqInput._handle_parallel_sampling", _check_samples, HookType.AFTER),
-        (f"{_REQUESTS}.EmbeddingReqInput.normalize_batch_and_arguments", _read_request, HookType.AROUND),
-        (f"{_MANAGER}._init_req_state", _init_request_state, HookType.AROUND),
-        (f"{_MANAGER}._tokenize_one_request", _tokenize_request, HookType.AROUND),
-        (f"{_MANAGER}._batch_tokenize_and_process", _tokenize_request, HookType.AROUND),
-        (f"{_MANAGER}._validate_one_request", _check_request, HookType.AFTER),
-        (f"{_MANAGER}._create_tokenized_object", _check_types, HookType.AFTER),
-        *((f"{_MANAGER}.{name}", functools.partial(_check_control_request, check), HookType.BEFORE) for name, check in CHECKS.items()),
-    ):
-        HookRegistry.register(target, hook, kind)
+def register_request_hooks() -> None:
+    """Register and apply the hooks of the process that takes requests."""
+    _register(REQUEST_HOOKS)
     HookRegistry.apply_hooks()
 
 
 def _check_request(result, manager, request, input_ids) -> None:
     config = manager.model_config
-    if not is_ours(config):
+    if not is_our_model(config):
         return
     from sglang.srt.runtime_context import get_memory, get_schedule
 
@@ -254,14 +240,14 @@ def _check_request(result, manager, request, input_ids) -> None:
 
 
 def _check_types(tokenized, manager, *args, **kwargs) -> None:
-    if is_ours(manager.model_config):
+    if is_our_model(manager.model_config):
         from llama4_kernels.sglang.request_checks import check_types
 
         check_types(tokenized)
 
 
 def _check_control_request(check, manager, request=None, *args, **kwargs) -> None:
-    if is_ours(manager.model_config):
+    if is_our_model(manager.model_config):
         check(manager, request)
 
 
@@ -284,7 +270,7 @@ def _end_tokens(model_config, tokenizer) -> frozenset[int]:
 
 
 def _bound_stop_patterns(result, scheduler) -> None:
-    if is_ours(scheduler.model_config):
+    if is_our_model(scheduler.model_config):
         from llama4_kernels.sglang.patterns import bound_stop_patterns
 
         bound_stop_patterns()
@@ -302,7 +288,7 @@ def _forget_replaced_requests(session, req, *args, **kwargs) -> None:
     """Clear what a request replaces of a session: SGLang clears what it iterates over, by rids that later turns may have taken over, and
     each turn within the one before, all of which ends the server."""
     turn = req.session_params
-    if not _is_served() or not turn.replace or session.streaming:
+    if not _server_has_flag() or not turn.replace or session.streaming:
         return
     nodes = session.req_nodes
     if turn.rid is None:
@@ -321,7 +307,7 @@ def _forget_replaced_requests(session, req, *args, **kwargs) -> None:
 
 def _tell_workers_apart(original, detokenizer, batch):
     """Requests of two HTTP processes may have one rid, by which SGLang keeps their texts: it is made unique by the process's address."""
-    if not batch.http_worker_ipcs or not _is_served():
+    if not batch.http_worker_ipcs or not _server_has_flag():
         return original(detokenizer, batch)
     rids = batch.rids
     batch.rids = [f"{rid} {ipc}" for rid, ipc in zip(rids, batch.http_worker_ipcs, strict=True)]
@@ -333,7 +319,7 @@ def _tell_workers_apart(original, detokenizer, batch):
 
 def _start_profile_once(original, profiler, *args, **kwargs):
     """SGLang would start a second profile over the first."""
-    if _is_served() and getattr(profiler, "profile_in_progress", False):
+    if _server_has_flag() and getattr(profiler, "profile_in_progress", False):
         from sglang.srt.managers.io_struct import ProfileReqOutput
 
         return ProfileReqOutput(success=False, message="Profiling is already in progress. Call /stop_profile first.")
@@ -341,14 +327,14 @@ def _start_profile_once(original, profiler, *args, **kwargs):
 
 
 def _free_rows_ruled_out(result, mask, logits) -> None:
-    if _is_served():
+    if _server_has_flag():
         from llama4_kernels.sglang.sampling import free_rows_ruled_out
 
         free_rows_ruled_out(logits)
 
 
 def _blame_min_new_tokens(result, processor, req=None, *args, **kwargs) -> None:
-    if _is_served():
+    if _server_has_flag():
         from llama4_kernels.sglang.sampling import blame_min_new_tokens
 
         blame_min_new_tokens(req)
@@ -357,9 +343,43 @@ def _blame_min_new_tokens(result, processor, req=None, *args, **kwargs) -> None:
 def _adjust_config_on_cpu(original, model_config, load_config, tp_size):
     """Leave the config as it is, where SGLang pads heads and intermediate sizes for its own CPU kernels: the ops ask for no alignment, and
     KV heads are replicated over ranks as on a GPU. SGLang's loader reads the head counts under the names of the padding."""
-    if not is_ours(model_config):
+    if not is_our_model(model_config):
         return original(model_config, load_config, tp_size)
     for config in (model_config.hf_config, model_config.hf_text_config):
         config.original_num_attention_heads = model_config.num_attention_heads
         config.original_total_num_kv_heads = model_config.get_total_num_kv_heads()
     return model_config
+
+
+HOOKS = (
+    ("sglang.srt.server_args.ServerArgs.check_server_args", _prepare_launch, HookType.BEFORE),
+    ("sglang.srt.configs.model_config.ModelConfig._derive_hybrid_model", _derive_layers, HookType.AFTER),
+    ("sglang.srt.model_loader.utils.get_model_architecture", _get_model_architecture, HookType.AROUND),
+    ("sglang.srt.model_loader.weight_utils.get_quant_config", _get_quant_config, HookType.AROUND),
+    (f"{_RUNNER}.attention_backend_setup._build_resolved_backend", _build_attention_backend, HookType.AROUND),
+    (f"{_RUNNER}.weight_updater.WeightUpdater.update_weights_from_disk", _update_weights_from_disk, HookType.AROUND),
+    (f"{_RUNNER}.weight_updater.WeightUpdater.update_weights_from_tensor", _update_weights_from_tensor, HookType.AROUND),
+    ("sglang.srt.managers.tp_worker.BaseTpWorker.deserialize_own_rank", _deserialize_own_rank, HookType.AROUND),
+    (f"{_MANAGER}.init_model_config", _hook_requests, HookType.AFTER),
+    ("sglang.srt.managers.scheduler.Scheduler.init_model_config", _bound_stop_patterns, HookType.AFTER),
+    ("sglang.srt.managers.schedule_batch.Req._locate_str_stop_finished_len", _end_at_stop, HookType.AROUND),
+    (f"{_DETOKENIZER}._decode_batch_token_id_output", _tell_workers_apart, HookType.AROUND),
+    (f"{_PROFILER}._start_profile", _start_profile_once, HookType.AROUND),
+    ("sglang.srt.session.session_controller.Session.create_req", _forget_replaced_requests, HookType.BEFORE),
+    ("sglang.srt.constrained.base_grammar_backend.GrammarMask.apply", _free_rows_ruled_out, HookType.AFTER),
+    (f"{_RESULTS}._apply_prefill_grammar", _blame_min_new_tokens, HookType.AFTER),
+    (f"{_RESULTS}._accept_grammar_tokens", _blame_min_new_tokens, HookType.AFTER),
+    ("sglang.srt.model_executor.model_runner.adjust_config_with_unaligned_cpu_tp", _adjust_config_on_cpu, HookType.AROUND),
+)
+REQUEST_HOOKS = (
+    ("sglang.srt.utils.request_logger.RequestLogger.log_received_request", _read_request, HookType.AROUND),
+    (f"{_REQUESTS}.GenerateReqInput.normalize_batch_and_arguments", _read_request, HookType.AROUND),
+    (f"{_REQUESTS}.GenerateReqInput._handle_parallel_sampling", _check_samples, HookType.AFTER),
+    (f"{_REQUESTS}.EmbeddingReqInput.normalize_batch_and_arguments", _read_request, HookType.AROUND),
+    (f"{_MANAGER}._init_req_state", _init_request_state, HookType.AROUND),
+    (f"{_MANAGER}._tokenize_one_request", _tokenize_request, HookType.AROUND),
+    (f"{_MANAGER}._batch_tokenize_and_process", _tokenize_request, HookType.AROUND),
+    (f"{_MANAGER}._validate_one_request", _check_request, HookType.AFTER),
+    (f"{_MANAGER}._create_tokenized_object", _check_types, HookType.AFTER),
+    *((f"{_MANAGER}.{name}", functools.partial(_check_control_request, check), HookType.BEFORE) for name, check in CHECKS.items()),
+)

@@ -105,13 +105,20 @@ def session_of(*turns, streaming=False):
 
 
 def replace(session, turn, monkeypatch):
-    monkeypatch.setattr(plugin, "_is_served", lambda: True)
+    monkeypatch.setattr(plugin, "_server_has_flag", lambda: True)
     plugin._forget_replaced_requests(session, SimpleNamespace(session_params=SimpleNamespace(**{"replace": False, "rid": None} | turn)))
 
 
 def test_a_profile_is_started_once(monkeypatch):
-    monkeypatch.setattr(plugin, "_is_served", lambda: True)
+    monkeypatch.setattr(plugin, "_server_has_flag", lambda: True)
     original = Mock()
     refused = plugin._start_profile_once(original, SimpleNamespace(profile_in_progress=True))
     assert not refused.success and "already in progress" in refused.message and not original.called
     assert plugin._start_profile_once(original, SimpleNamespace(profile_in_progress=False)) is original.return_value
+
+
+def test_a_model_is_not_built_with_a_part_of_the_hooks(monkeypatch):
+    """SGLang logs a hook that it cannot apply, and goes on."""
+    monkeypatch.setattr(plugin, "_registered", ["sglang.gone.Class.method"])
+    with pytest.raises(RuntimeError, match="--model-impl llama4_kernels hooks sglang.gone.Class.method, which SGLang could not apply"):
+        plugin._get_model_architecture(Mock(), of(plugin.MODEL_IMPL))
