@@ -160,14 +160,15 @@ def report(
     ] = None,
     out: Annotated[Optional[Path], typer.Option(file_okay=False, help="Folder to write the site into.")] = None,
     readme: Annotated[
-        Optional[Path], typer.Option(exists=True, dir_okay=False, help="README whose performance table is rewritten.")
+        Optional[list[Path]],
+        typer.Option(exists=True, dir_okay=False, help="Page whose performance table is rewritten: README.md, docs/performance.md."),
     ] = None,
     export: Annotated[
         Optional[list[str]],
         typer.Option(help="format=path: pytest (pytest-benchmark), oss (PyTorch OSS benchmark), action (github-action-benchmark)."),
     ] = None,
 ) -> None:
-    """Make a static site of results, rewrite the README's performance table, or write results in the formats of other tools.
+    """Make a static site of results, rewrite performance tables in Markdown pages, or write results in the formats of other tools.
 
     What cannot be read is named, and the rest is shown.
     """
@@ -176,7 +177,7 @@ def report(
     with needed("report", "bench"):
         from llama4_kernels.cli import report
 
-        raise typer.Exit(report.run(results or [], out=out, readme_path=readme, exports=export or ()))
+        raise typer.Exit(report.run(results or [], out=out, pages=readme or (), exports=export or ()))
 
 
 @app.command()
@@ -220,7 +221,7 @@ def plan(
     chunked_prefill_size: Annotated[Optional[int], typer.Option(min=1, help="SGLang's flag; its default if not given.")] = None,
     page_size: Annotated[int, typer.Option(min=1, help="SGLang's flag.")] = 1,
     max_running_requests: Annotated[Optional[int], typer.Option(min=1, help="SGLang's flag; chosen if not given.")] = None,
-    cuda_graph_max_bs: Annotated[Optional[int], typer.Option(min=1, help="SGLang's flag for decode; its default if not given.")] = None,
+    cuda_graph_max_bs: Annotated[Optional[int], typer.Option(min=1, help="For SGLang's --cuda-graph-max-bs-decode; its default if not given.")] = None,
     vision: Annotated[bool, typer.Option("--vision", help="With the vision tower: --enable-multimodal.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     plot: Annotated[

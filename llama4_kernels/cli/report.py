@@ -1,4 +1,4 @@
-"""`llama4-kernels report`: what is made of results: a site, the README's table, and the formats of other tools."""
+"""`llama4-kernels report`: what is made of results: a site, the tables of Markdown pages, and the formats of other tools."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llama4_kernels.bench import formats, readme, record, site
 from llama4_kernels.bench.record import Benchmark
 
 
-def run(results: Sequence[Path], *, out: Path | None = None, readme_path: Path | None = None, exports: Sequence[str] = ()) -> int:
+def run(results: Sequence[Path], *, out: Path | None = None, pages: Sequence[Path] = (), exports: Sequence[str] = ()) -> int:
     """The command: 0, or 1 where no result could be read or something could not be written; what could not be read is said.
 
     results: files, or folders of them; where none is given, the folder of each device in bench/results. exports: "format=path" each.
@@ -27,13 +27,13 @@ def run(results: Sequence[Path], *, out: Path | None = None, readme_path: Path |
     print(
         f"report: {len(benchmarks)} benchmarks and {len(contents.records) - len(benchmarks)} calibrations of {', '.join(devices) or 'no device'}"
     )
-    if readme_path is not None and not contents.records:
+    if pages and not contents.records:
         print(f"report: no result was read from {', '.join(map(str, paths))}, nothing is written", file=sys.stderr)
         return 1
     try:
-        if readme_path is not None:
-            changed = readme.update(readme_path, contents.records)
-            print(f"report: {readme_path} {'rewritten' if changed else 'is up to date'}")
+        for page in pages:
+            changed = readme.update(page, contents.records)
+            print(f"report: {page} {'rewritten' if changed else 'is up to date'}")
         for export in exports:
             form, _, path = export.partition("=")
             if not path:

@@ -1,4 +1,4 @@
-"""The README's performance table is what the committed results say, and nothing else."""
+"""The performance tables of pages are what the committed results say, and nothing else."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import synthetic
 from typer.testing import CliRunner
 
-from llama4_kernels.bench import readme, record
+from llama4_kernels.bench import readme, record, workloads
 from llama4_kernels.cli.main import app
 
 ROOT = Path(__file__).parents[2]
@@ -17,11 +17,16 @@ COMMITTED = sorted(path for path in (ROOT / "bench" / "results").glob("*") if pa
 EMPTY = f"# Title\n{readme.START}\n{readme.END}\nAfter.\n"
 
 
-def test_the_readme_agrees_with_the_committed_results():
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+def test_a_page_agrees_with_the_committed_results(page):
     contents = record.read(*COMMITTED)
     assert contents.problems == ()
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / page).read_text()
     assert readme.replaced(text, contents.records) == text, f"run {readme.COMMAND}"
+
+
+def test_headlines_are_workloads():
+    assert [workloads.parse(name).name for name in readme.HEADLINES] == list(readme.HEADLINES)
 
 
 def test_without_a_result_from_a_gpu_it_says_so():
@@ -40,14 +45,26 @@ def test_a_row_gives_the_fastest_right_results_and_keeps_the_shapes_that_lose():
         synthetic.benchmark("fused_moe/fp8/scout/tp8/t1", us=50.0, noise=0),
         synthetic.benchmark("fused_moe/fp8/scout/tp8/t1", "sglang", peer=True, us=40.0, noise=0),
         synthetic.benchmark("fused_moe/fp8/scout/tp8/t8", status="failed", reason="broke", timing=None),
+        synthetic.benchmark("fused_moe/fp8/scout/tp8/t8", "cuda", us=1.0, status="wrong", reason="error"),
+        synthetic.benchmark("fused_moe/fp8/scout/tp8/t8", "fbgemm", peer=True, us=200.0, noise=0),
+        synthetic.benchmark("fused_moe/fp8/scout/tp8/t16", "fbgemm", peer=True, us=200.0, noise=0),
     ]
     table = readme.table(records)
-    assert "NVIDIA H200, commit aaaaaaa" in table
+    assert table.startswith("NVIDIA H200;")
     rows = {line.split("`")[1]: line for line in table.splitlines() if line.startswith("| `")}
-    assert "| cuda | 80 |" in rows["fused_moe/fp8/scout/tp8/t64"] and "| sglang | 2.00 |" in rows["fused_moe/fp8/scout/tp8/t64"]
+    assert "| aaaaaaa | cuda | 80 |" in rows["fused_moe/fp8/scout/tp8/t64"] and "| sglang | 2.00 |" in rows["fused_moe/fp8/scout/tp8/t64"]
     assert "| sglang | 0.80 |" in rows["fused_moe/fp8/scout/tp8/t1"]
-    assert "none gives a right result" in rows["fused_moe/fp8/scout/tp8/t8"]
-    assert list(rows) == [f"fused_moe/fp8/scout/tp8/t{tokens}" for tokens in (1, 8, 64)]
+    assert "| aaaaaaa | triton: failed, cuda: wrong result | – |" in rows["fused_moe/fp8/scout/tp8/t8"]
+    assert "| – | not measured | – |" in rows["fused_moe/fp8/scout/tp8/t16"]
+    assert list(rows) == [f"fused_moe/fp8/scout/tp8/t{tokens}" for tokens in (1, 8, 16, 64)]
+
+
+def test_the_readme_has_the_headlines_and_the_other_page_all():
+    headline, other = "fused_moe/fp8/scout/tp8/t64", "fused_moe/fp8/scout/tp8/t32"
+    records = [synthetic.benchmark(headline), synthetic.benchmark(other)]
+    for marker, listed in ((readme.START, [headline]), (readme.START_ALL, [other, headline])):
+        text = readme.replaced(f"{marker}\n{readme.END}\n", records)
+        assert [line.split("`")[1] for line in text.splitlines() if line.startswith("| `")] == listed
 
 
 def test_a_ratio_is_of_two_results_of_one_run():
