@@ -221,7 +221,9 @@ def plan(
     chunked_prefill_size: Annotated[Optional[int], typer.Option(min=1, help="SGLang's flag; its default if not given.")] = None,
     page_size: Annotated[int, typer.Option(min=1, help="SGLang's flag.")] = 1,
     max_running_requests: Annotated[Optional[int], typer.Option(min=1, help="SGLang's flag; chosen if not given.")] = None,
-    cuda_graph_max_bs: Annotated[Optional[int], typer.Option(min=1, help="For SGLang's --cuda-graph-max-bs-decode; its default if not given.")] = None,
+    cuda_graph_max_bs: Annotated[
+        Optional[int], typer.Option(min=1, help="SGLang's --cuda-graph-max-bs-decode; its default if not given.")
+    ] = None,
     vision: Annotated[bool, typer.Option("--vision", help="With the vision tower: --enable-multimodal.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     plot: Annotated[
