@@ -69,7 +69,7 @@ def test_the_guides_launch_lines_as_they_stand(gpu, context, starts):
 
 
 def test_the_serving_guide_says_what_the_planner_says():
-    text = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+    text = "".join((Path(__file__).parents[1] / "docs" / page).read_text() for page in ("serving.md", "memory.md"))
     one_pool = [answer(gpu=gpu, **WHEN_WRITTEN).largest_context / 1e6 for gpu in ("h100", "h200")]
     two_pools = [answer(gpu=gpu).largest_context for gpu in ("h100", "h200")]
     assert f"answer {one_pool[0]:.2f}M and {one_pool[1]:.2f}M" in text
