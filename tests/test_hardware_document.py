@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tabulate")
@@ -86,6 +87,13 @@ def test_the_committed_document_is_made_of_the_committed_records(tmp_path):
     assert page.PAGE.read_text() == made, f"run {page.COMMAND}"
     plots = {path.name for path in (page.PAGE.parent / page.PLOTS).glob("*")}
     assert plots == {path.name for path in (tmp_path / page.PLOTS).glob("*")}
+
+
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("--no-such-option", 2)])
+def test_the_command_writes_nothing_for_arguments_that_it_does_not_know(argument, code, tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "PAGE", tmp_path / "hardware.md")
+    assert CliRunner().invoke(page.app, [argument]).exit_code == code
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_a_record_it_says_that_nothing_was_measured(tmp_path):

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import typer
 from tabulate import tabulate
 
 from bench.calibration.document import findings, plots, results
@@ -25,6 +26,7 @@ PAGE = ROOT / "docs" / "hardware.md"
 PLOTS = "hardware"  # folder beside the page
 WIDTH = 140
 COMMAND = "python -m bench.calibration.document"
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 MODELS = tuple(itertools.product(("scout", "maverick"), (8, 1)))  # model, ranks
 TOKEN_OPS = ("fused_moe", "moe_gate_up", "moe_down", "grouped_gemm", "route_top1")
 DECODES = ((1, 1024), (1, 8192), (1, 131072), (64, 8192), (64, 131072), (256, 8192))  # batch, context
@@ -209,6 +211,8 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return tabulate([[str(cell) for cell in row] for row in rows], headers=header, tablefmt="github", disable_numparse=True)
 
 
+@app.command()
 def main() -> None:
+    """Write docs/hardware.md and its plots from the records in bench/results."""
     PAGE.write_text(page(results.read(RESULTS), PAGE.parent))
     print(f"wrote {PAGE.relative_to(ROOT)}")
