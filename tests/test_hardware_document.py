@@ -168,6 +168,13 @@ def test_what_failed_stands_in_the_table_of_its_question(tmp_path):
     assert "- cluster 16: failed: CUDA refused the launch" in page.page([*CEILINGS, failed], tmp_path)
 
 
+def test_a_failure_that_was_understood_since_is_explained(tmp_path):
+    (question, run), words = next(iter(page.EXPLAINED.items()))
+    failed = dataclasses.replace(calibration(question, {}, run=run), status="failed", reason="an illegal instruction")
+    assert words in " ".join(page.page([*CEILINGS, failed], tmp_path).split())
+    assert words not in " ".join(page.page([*CEILINGS, dataclasses.replace(failed, run="c")], tmp_path).split())
+
+
 def gpu(*records: Calibration) -> results.Gpu:
     return results.gpus([*CEILINGS, *records])[0]
 
