@@ -33,10 +33,10 @@ DECODES = ((1, 1024), (1, 8192), (1, 131072), (64, 8192), (64, 131072), (256, 81
 PREFILLS = (8192, 32768, 131072)
 
 INTRODUCTION = (
-    f"Written by `{COMMAND}` from the records in `bench/results`: do not edit it. `python -m bench.calibration --list` names the questions, "
-    "`--dry-run` prints every case with its bytes and flops, and `--out DIR` measures on a Hopper GPU. Each question runs in its own "
-    "process with a time limit; all questions about the chip take less than 8 minutes. `--peers DIR`, a folder of other projects' packages, "
-    "also measures those, in less than 10 minutes more."
+    f"Written by `{COMMAND}` from the records in `bench/results`: do not edit it. `python -m bench.calibration --list` names the "
+    "questions, `--dry-run` prints every case with its bytes and flops, and `--out DIR` measures on a Hopper GPU. Each question runs in "
+    "its own process with a time limit; all questions about the chip take less than 8 minutes. `--peers DIR`, a folder of other projects' "
+    "packages, also measures those, in less than 10 minutes more."
 )
 NOTHING_MEASURED = (
     "**No record of a GPU is committed: nothing on this page was measured.** The floors below rest on the datasheet of an H200, which no "
@@ -135,8 +135,8 @@ def _peers(peers: Sequence[Benchmark], used: Ceilings) -> list[str]:
         return ["### Peers", "No peer was measured on this GPU."]
     parts = [
         "### Peers",
-        "Time in µs and, in parentheses, floor / time, by CUDA-graph replay with a cold L2, of results that passed the check. **What a peer "
-        "needs prepared is not in its time**: the notes below each table name it.",
+        "Time in µs and, in parentheses, floor / time, by CUDA-graph replay with a cold L2, of results that passed the check. **What a "
+        "peer needs prepared is not in its time**: the notes below each table name it.",
     ]
     for op in sorted({each.op for each in peers}):
         of_op = [each for each in peers if each.op == op]
@@ -189,7 +189,8 @@ def _spread(gpu: Gpu) -> list[str]:
         rows.append((question, len(spreads), f"{median:.1%}", f"{worst:.1%}", in_line(parameters)))
     return [
         "### Spread between two runs",
-        "The difference between the figures of the latest two runs, as a share of their mean. A smaller difference between kernels is noise.",
+        "The difference between the figures of the latest two runs, as a share of their mean. A smaller difference between kernels is "
+        "noise.",
         _table(("question", "cases", "median", "largest", "at"), rows),
     ]
 
