@@ -156,7 +156,7 @@ def test_the_latest_run_counts_and_the_one_before_gives_the_spread(tmp_path):
     text = page.page([second, first, *CEILINGS[3:]], tmp_path)
     assert rows(text, "Ceilings in use")[0][1] == "4100 GB/s"
     assert rows(text, "Spread between two runs") == [["bandwidth/copy", "1", "5.0%", "5.0%", "mib 4096, l2 cold"]]
-    assert "There is only one run." in page.page(CEILINGS, tmp_path)
+    assert "No measurement has a second run to compare with." in page.page(CEILINGS, tmp_path)
     times = {"2026-01-01T00:00:00Z": 100.0, "2026-01-02T00:00:00Z": 110.0}
     twice = [benchmark("fused_moe/fp8/scout/tp8/t8", "sglang", us, date=date) for date, us in times.items()]
     spread = rows(page.page([*CEILINGS, *twice], tmp_path), "Spread between two runs")

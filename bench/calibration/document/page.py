@@ -181,7 +181,7 @@ def _natural(workload: str) -> list[tuple[int, str]]:
 
 def _spread(gpu: Gpu) -> list[str]:
     if not gpu.spread:
-        return ["### Spread between two runs", "There is only one run."]
+        return ["### Spread between two runs", "No measurement has a second run to compare with."]
     rows = []
     for question, spreads in gpu.spread.items():
         parameters, worst = max(spreads, key=lambda each: each[1])
