@@ -146,16 +146,27 @@ def test_what_an_item_costs_in_tiles_is_what_the_kernel_says():
     assert ITEM_TILES == {fp8: bytes_of_item / (2 * 128 * 128 * (1 if fp8 else 2)) for fp8 in (False, True)}
 
 
-@pytest.mark.parametrize("heads", [(5, 1), (40, 8)], ids=str)
+def balance(items: Callable[..., list[int]], name: str, heads: tuple[int, int], chunk_size: int) -> tuple[float, float]:
+    """Of a batch the busiest block by stride, and where blocks draw."""
+    tiles = items(BATCHES[name], heads, chunk_size)
+    before, after = busiest(by_stride(tiles)), busiest(drawn(tiles))
+    assert after <= before + 0.005
+    return before, after
+
+
 @pytest.mark.parametrize("name", BATCHES)
-def test_the_document_says_what_comes_out(items, name, heads):
-    row = f"| {name} | {heads[0]} : {heads[1]} |"
+def test_the_document_says_what_comes_out(items, name):
+    row = f"| {name} |"
     for chunk_size in (CHUNK, NO_CHUNK):
-        tiles = items(BATCHES[name], heads, chunk_size)
-        before, after = busiest(by_stride(tiles)), busiest(drawn(tiles))
-        assert after <= before + 0.005
+        before, after = balance(items, name, (5, 1), chunk_size)
         row += f" {before:.2f} → {after:.2f} |"
     assert row in DOCUMENT.read_text().splitlines()
+
+
+def test_the_document_says_what_comes_out_for_all_heads(items):
+    found = [balance(items, name, (40, 8), chunk_size) for name in BATCHES for chunk_size in (CHUNK, NO_CHUNK)]
+    before, after = (max(ratios) for ratios in zip(*found, strict=True))
+    assert f"With 40 query heads and 8 KV heads it is at most {before:.2f} → {after:.2f} in these batches." in DOCUMENT.read_text()
 
 
 def test_a_block_of_short_items_draws_more_of_them():

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tabulate")
@@ -88,6 +89,13 @@ def test_the_committed_document_is_made_of_the_committed_records(tmp_path):
     assert plots == {path.name for path in (tmp_path / page.PLOTS).glob("*")}
 
 
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("--no-such-option", 2)])
+def test_the_command_writes_nothing_for_arguments_that_it_does_not_know(argument, code, tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "PAGE", tmp_path / "hardware.md")
+    assert CliRunner().invoke(page.app, [argument]).exit_code == code
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_a_record_it_says_that_nothing_was_measured(tmp_path):
     text = page.page([dataclasses.replace(record, machine=CPU) for record in CEILINGS], tmp_path)
     assert "**No record of a GPU is committed: nothing on this page was measured.**" in " ".join(text.split())
@@ -148,7 +156,7 @@ def test_the_latest_run_counts_and_the_one_before_gives_the_spread(tmp_path):
     text = page.page([second, first, *CEILINGS[3:]], tmp_path)
     assert rows(text, "Ceilings in use")[0][1] == "4100 GB/s"
     assert rows(text, "Spread between two runs") == [["bandwidth/copy", "1", "5.0%", "5.0%", "mib 4096, l2 cold"]]
-    assert "There is only one run." in page.page(CEILINGS, tmp_path)
+    assert "No measurement has a second run to compare with." in page.page(CEILINGS, tmp_path)
     times = {"2026-01-01T00:00:00Z": 100.0, "2026-01-02T00:00:00Z": 110.0}
     twice = [benchmark("fused_moe/fp8/scout/tp8/t8", "sglang", us, date=date) for date, us in times.items()]
     spread = rows(page.page([*CEILINGS, *twice], tmp_path), "Spread between two runs")
@@ -158,6 +166,13 @@ def test_the_latest_run_counts_and_the_one_before_gives_the_spread(tmp_path):
 def test_what_failed_stands_in_the_table_of_its_question(tmp_path):
     failed = dataclasses.replace(calibration("cluster/read", {"cluster": 16}), status="failed", reason="CUDA refused the launch")
     assert "- cluster 16: failed: CUDA refused the launch" in page.page([*CEILINGS, failed], tmp_path)
+
+
+def test_a_failure_that_was_understood_since_is_explained(tmp_path):
+    (question, run), words = next(iter(page.EXPLAINED.items()))
+    failed = dataclasses.replace(calibration(question, {}, run=run), status="failed", reason="an illegal instruction")
+    assert words in " ".join(page.page([*CEILINGS, failed], tmp_path).split())
+    assert words not in " ".join(page.page([*CEILINGS, dataclasses.replace(failed, run="c")], tmp_path).split())
 
 
 def gpu(*records: Calibration) -> results.Gpu:

@@ -276,7 +276,7 @@ def test_without_a_bug_nothing_is_noticed():
 
 def test_the_balance_that_the_documentation_shows():
     document = (Path(__file__).parents[1] / "docs" / "moe.md").read_text()
-    assert "\n".join(moe_balance.table()) in document, "PYTHONPATH=tests python tests/moe_balance.py prints the table"
+    assert "\n".join(moe_balance.table()) in document, "PYTHONPATH=tests python tests/moe_balance.py prints its rows"
 
 
 def test_the_kernels_share_as_the_balance_assumes(module):

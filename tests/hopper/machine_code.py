@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import hashlib
 import json
 import re
 import subprocess
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,8 +72,14 @@ def instructions_of(cubin: Path) -> dict[str, list[str]]:
     return {static.readable(name): re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(.*?) *;", body) for name, body in sections}
 
 
-if __name__ == "__main__":
-    for name in sys.argv[1:] or STEMS:
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Compile CUDA kernels with nvcc and rewrite their baseline_<stem>.json.")
+    parser.add_argument("stems", nargs="*", choices=STEMS, metavar="stem", help=f"one of {', '.join(STEMS)}; all of them if not given")
+    for name in parser.parse_args(arguments).stems or STEMS:
         measured = {"nvcc": nvcc_version("nvcc"), "kernels": dict(sorted(compile_stem("nvcc", name).kernels.items()))}
         baseline(name).write_text(json.dumps(measured, indent=1) + "\n")
         print(f"{len(measured['kernels'])} kernels written to {baseline(name)}")
+
+
+if __name__ == "__main__":
+    main()

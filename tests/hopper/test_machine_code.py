@@ -36,6 +36,14 @@ def compiled(stem):
     return machine_code.compile_stem(NVCC, stem)
 
 
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("no_such_stem", 2)])
+def test_what_is_no_stem_is_not_compiled(argument, code, monkeypatch):
+    monkeypatch.setattr(machine_code, "compile_stem", lambda *_: pytest.fail("compiled"))
+    with pytest.raises(SystemExit) as ended:
+        machine_code.main([argument])
+    assert ended.value.code == code
+
+
 def test_ptxas_has_nothing_to_say(compiled):
     assert compiled.notices == []
 

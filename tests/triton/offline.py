@@ -5,9 +5,11 @@ python tests/triton/offline.py [list ...]     rewrites baseline_<list>.json, by 
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import triton
@@ -36,8 +38,14 @@ def measure(architecture: str, shipped_list: str) -> dict[str, dict[str, int]]:
     return measure_kernels(recorded(module(shipped_list).calls(architecture), architecture), architecture)
 
 
-if __name__ == "__main__":
-    for name in sys.argv[1:] or LISTS:
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Compile Triton's kernels without a GPU and rewrite their baseline_<list>.json.")
+    parser.add_argument("lists", nargs="*", choices=LISTS, metavar="list", help=f"one of {', '.join(LISTS)}; all of them if not given")
+    for name in parser.parse_args(arguments).lists or LISTS:
         measured = {"triton": triton.__version__} | {architecture: measure(architecture, name) for architecture in ARCHITECTURES}
         baseline(name).write_text(json.dumps(measured, indent=1) + "\n")
         print(f"{sum(len(measured[a]) for a in ARCHITECTURES)} kernels written to {baseline(name)}")
+
+
+if __name__ == "__main__":
+    main()

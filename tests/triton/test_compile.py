@@ -42,6 +42,14 @@ def kernels(architecture, shipped_list, tmp_path_factory):
     return json.loads(file.read_text())
 
 
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("no_such_list", 2)])
+def test_what_is_no_list_is_not_compiled(argument, code, monkeypatch):
+    monkeypatch.setattr(offline, "measure", lambda *_: pytest.fail("compiled"))
+    with pytest.raises(SystemExit) as ended:
+        offline.main([argument])
+    assert ended.value.code == code
+
+
 def test_no_kernel_spills(shipped_list, kernels):
     allowed = 0 if json.loads(offline.baseline(shipped_list).read_text())["triton"] == triton.__version__ else SPILL_BYTES
     assert {name: kernel["spill_bytes"] for name, kernel in kernels.items() if kernel["spill_bytes"] > allowed} == {}

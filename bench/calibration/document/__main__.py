@@ -1,3 +1,3 @@
-from bench.calibration.document.page import main
+from bench.calibration.document.page import COMMAND, app
 
-main()
+app(prog_name=COMMAND)

@@ -67,8 +67,8 @@ def few_experts(gpu: Gpu) -> str | None:
         return None
     few, all_experts = _best(points)[1], _best(many)[1]
     return (
-        f"One token reads two experts, and such a short stream reaches {few:.0f} GB/s ({few / all_experts:.0%} of a long one): its start "
-        "and its end are what a kernel for decode can still win."
+        f"One token reads two experts, and such a short stream reaches {few:.0f} GB/s ({few / all_experts:.0%} of a long one): a decode "
+        "kernel can still gain at its start and its end."
     )
 
 
@@ -79,7 +79,7 @@ def l2_size(gpu: Gpu) -> str | None:
     best = _best(points)[1]
     held = max(parameters["mib"] for parameters, value in points if value >= NEARLY * best)
     return (
-        f"L2 is read at up to {best:.0f} GB/s, and at {NEARLY:.0%} of that or more up to {held} MiB, where each pass reads what another "
+        f"L2 is read at up to {best:.0f} GB/s, and at {NEARLY:.0%} of that or more for up to {held} MiB, if each pass reads what another "
         "SM read before."
     )
 
@@ -96,8 +96,8 @@ def l2_prefetch(gpu: Gpu) -> str | None:
     if plain is None or first is None:
         return None
     return (
-        f"Of 16 MiB that were prefetched into L2, {NEARLY:.0%} are still there after up to {plain} of other weights, and after up to "
-        f"{first} of weights marked to be evicted first."
+        f"Of 16 MiB prefetched into L2, {NEARLY:.0%} are still there after up to {plain} of other weights, and after up to {first} of "
+        "weights marked to be evicted first."
     )
 
 
@@ -116,7 +116,7 @@ def dependent_launch(gpu: Gpu) -> str | None:
         return None
     return (
         f"A dependent launch saves {times[PLAIN] - times[DEPENDENT]:.2f} µs of a kernel's {times[PLAIN]:.2f} µs, half of which is a "
-        f"prologue that needs nothing of the kernel before; triggered early it saves {times[PLAIN] - times[EARLY]:.2f} µs."
+        f"prologue that needs nothing from the kernel before; triggered early it saves {times[PLAIN] - times[EARLY]:.2f} µs."
     )
 
 
@@ -127,7 +127,7 @@ def cluster(gpu: Gpu) -> str | None:
         return None
     shares = ", ".join(f"{parameters['cluster']} → {value / own:.0%}" for parameters, value in others)
     return (
-        f"An SM reads {own:.0f} bytes of its own shared memory per cycle, and of its cluster's, by blocks of the cluster: {shares} of that."
+        f"An SM reads {own:.0f} bytes per cycle from its own shared memory. From its cluster's, by blocks of the cluster: {shares} of that."
     )
 
 
@@ -160,8 +160,8 @@ def accumulation(gpu: Gpu) -> str | None:
     if never is None or often is None or bf16 is None or bits is None:
         return None
     return (
-        f"A sum of e4m3 products keeps {bits:.0f} bits below its leading one. Over K = 5120 that is a relative error of {never:.1e}; "
-        f"promoting every 128 leaves {often:.1e}; bf16 products of the same values {bf16:.1e}."
+        f"A sum of e4m3 products keeps {bits:.0f} bits below its leading one. Over K = 5120 the relative error is {never:.1e} without "
+        f"promotion and {often:.1e} with promotion every 128; bf16 products of the same values have {bf16:.1e}."
     )
 
 
@@ -170,11 +170,11 @@ def conversion(gpu: Gpu) -> str | None:
     clamped = gpu.points("fp8/conversion", "unlike_torch_clamped")
     if not points or not clamped:
         return None
-    unlike = [f"{value:.0f} floats {parameters['floats']}" for parameters, value in points if value]
-    still = [f"{value:.0f} floats {parameters['floats']}" for parameters, value in clamped if value]
+    unlike = [f"{value:.0f} floats ({parameters['floats']})" for parameters, value in points if value]
+    still = [f"{value:.0f} floats ({parameters['floats']})" for parameters, value in clamped if value]
     return (
-        f"The hardware's saturating conversion to e4m3 differs from torch's for {' and '.join(unlike) or 'no float32'}, "
-        f"and from torch's after a clamp to ±448 for {' and '.join(still) or 'no float32'}."
+        f"The hardware's saturating conversion to e4m3 differs from torch's for {' and '.join(unlike) or 'no float32'}; "
+        f"if torch clamps to ±448 first, for {' and '.join(still) or 'no float32'}."
     )
 
 
