@@ -61,7 +61,7 @@ def measure() -> dict[str, dict[str, dict[str, float]]]:
 
 
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    lines = ["| h holds | scaling | error | worst token's |", "|---|---|---|---|"]
+    lines = ["| h has | scaling | error | worst token's |", "|---|---|---|---|"]
     for data, forms in results.items():
         lines += [f"| {data} | {form} | {errors['whole']:.2e} | {errors['worst_token']:.2e} |" for form, errors in forms.items()]
     return "\n".join(lines)

@@ -131,8 +131,16 @@ class Llama4Attention(nn.Module):
     def forward(self, positions: Tensor, hidden_states: Tensor, forward_batch: ForwardBatch) -> Tensor:
         """[T, H] of hidden_states [T, H] at positions [T] int64, before the all-reduce over the ranks that share heads; writes K and V."""
         qkv, _ = self.qkv_proj(hidden_states)
+        q = self._rotate_and_store(qkv, positions, forward_batch.out_cache_loc)
+        attended = self.attn(q.flatten(1), None, None, forward_batch, save_kv_cache=False, chunk_size=self.layer.chunk_size)
+        output, _ = self.o_proj(attended)
+        return output
+
+    @torch.compiler.disable(reason="K and V are halves of one allocation: compiled, a write to both copies the whole cache of the layer")
+    def _rotate_and_store(self, qkv: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
+        """q [T, query heads, head_dim] of qkv; writes K and V into the layer's cache."""
         cache = layer_cache(get_token_to_kv_pool(), self.attn)
-        q = ops.rope_qk_norm(
+        return ops.rope_qk_norm(
             qkv,
             positions,
             num_heads=self.attn.tp_q_head_num,
@@ -143,14 +151,11 @@ class Llama4Attention(nn.Module):
             temperature=self.layer.temperature,
             k_cache=cache.k,
             v_cache=cache.v,
-            slots=forward_batch.out_cache_loc,
+            slots=slots,
             slot_map=cache.slot_map,
             k_scale=cache.k_scale,
             v_scale=cache.v_scale,
         )
-        attended = self.attn(q.flatten(1), None, None, forward_batch, save_kv_cache=False, chunk_size=self.layer.chunk_size)
-        output, _ = self.o_proj(attended)
-        return output
 
 
 class Llama4DecoderLayer(llama4.Llama4DecoderLayer):

@@ -122,24 +122,55 @@ class Attention(SimpleNamespace):
         return self.backend.forward_extend(q, k, v, self, forward_batch, **options)
 
 
-def test_an_fp8_cache_is_written_and_read_by_its_scales(monkeypatch):
-    """Where the codes are exact, a layer computes what it does over a cache without."""
-    tokens, pools, outputs = 5, [], []
-    scales = {"k_scale": torch.tensor(0.5), "v_scale": torch.tensor(4.0)}
-    hidden = torch.randint(-8, 9, (tokens, (HEADS + 2 * KV_HEADS) * HEAD_DIM)).float()
-    for dtype in (torch.float32, torch.float8_e4m3fn):
-        run, forward_batch = runner(dtype=dtype), batch(ForwardMode.EXTEND, [tokens], [tokens])
-        forward_batch.out_cache_loc = run.req_to_token_pool.req_to_token[2, :tokens].long()
-        pool = run.token_to_kv_pool
-        monkeypatch.setattr(model, "get_token_to_kv_pool", lambda: pool)
-        layer = SimpleNamespace(
+class Layer(SimpleNamespace):
+    """A Llama4Attention that attends to everything, with neither projections nor RoPE."""
+
+    forward = model.Llama4Attention.forward
+    _rotate_and_store = model.Llama4Attention._rotate_and_store
+
+    def __init__(self, run: SimpleNamespace, **scales):
+        super().__init__(
             layer=LayerConfig(chunk_size=None, use_rope=False, qk_norm_eps=None, temperature=None, is_moe=True), cos_sin_cache=None,
             qkv_proj=lambda x: (x, None), attn=Attention(**vars(LAYER) | scales, backend=Llama4AttentionBackend(run)), o_proj=lambda x: (x, None),
         )  # fmt: skip
-        outputs.append(model.Llama4Attention.forward(layer, torch.arange(tokens), hidden, forward_batch))
-        pools.append([buffer(0)[forward_batch.out_cache_loc].float() for buffer in (pool.get_key_buffer, pool.get_value_buffer)])
+
+
+def prefill(run: SimpleNamespace, tokens: int, monkeypatch) -> SimpleNamespace:
+    """The batch of one prompt, once its pool is SGLang's."""
+    forward_batch = batch(ForwardMode.EXTEND, [tokens], [tokens])
+    forward_batch.out_cache_loc = run.req_to_token_pool.req_to_token[2, :tokens].long()
+    monkeypatch.setattr(model, "get_token_to_kv_pool", lambda: run.token_to_kv_pool)
+    return forward_batch
+
+
+def test_an_fp8_cache_is_written_and_read_by_its_scales(monkeypatch):
+    """Where the codes are exact, a layer computes what it does over a cache without."""
+    tokens, pools, outputs = 5, [], []
+    hidden = torch.randint(-8, 9, (tokens, (HEADS + 2 * KV_HEADS) * HEAD_DIM)).float()
+    for dtype in (torch.float32, torch.float8_e4m3fn):
+        run = runner(dtype=dtype)
+        forward_batch, layer = prefill(run, tokens, monkeypatch), Layer(run, k_scale=torch.tensor(0.5), v_scale=torch.tensor(4.0))
+        outputs.append(layer.forward(torch.arange(tokens), hidden, forward_batch))
+        buffers = (run.token_to_kv_pool.get_key_buffer, run.token_to_kv_pool.get_value_buffer)
+        pools.append([buffer(0)[forward_batch.out_cache_loc].float() for buffer in buffers])
     assert torch.equal(pools[0][0], pools[1][0] * 0.5) and torch.equal(pools[0][1], pools[1][1] * 4.0)
     torch.testing.assert_close(*outputs)
+
+
+def test_a_compiled_layer_writes_the_cache_outside_of_its_graphs(monkeypatch):
+    """In a graph, a write to two halves of one allocation copies all of it: a layer's whole cache at each step."""
+    run, tokens, graphs = runner(), 5, []
+    forward_batch, layer = prefill(run, tokens, monkeypatch), Layer(run)
+    positions, hidden = torch.arange(tokens), torch.randn(tokens, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
+
+    def collect(graph, examples):
+        graphs.append(graph)
+        return graph
+
+    got = torch.compile(lambda hidden: layer.forward(positions, hidden * 2, forward_batch), backend=collect)(hidden)
+    torch.testing.assert_close(got, layer.forward(positions, hidden * 2, forward_batch))
+    called = {str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"}
+    assert called and not any("rope_qk_norm" in name for name in called)
 
 
 @pytest.mark.gpu
