@@ -39,6 +39,7 @@ try:
     registered = plugin.is_registered()
     if registered:
         plugin.register_request_hooks()
+        plugin.register_image_hooks()
         missing = plugin.missing_hooks()
 except Exception as error:
     registered = f"{type(error).__name__}: {error}"

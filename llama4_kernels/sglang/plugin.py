@@ -21,6 +21,8 @@ _DETOKENIZER = "sglang.srt.managers.detokenizer_manager.DetokenizerManager"
 _RESULTS = "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
 _PROFILER = "sglang.srt.managers.scheduler_components.profiler_manager.SchedulerProfilerManager"
 _RUNNER = "sglang.srt.model_executor.model_runner_components"
+_SESSIONS = "sglang.srt.session.session_controller"
+_PROCESSORS = "sglang.srt.multimodal.processors"
 
 _registered: list[str] = []  # targets of hooks
 
@@ -204,6 +206,11 @@ def _hook_requests(result, manager) -> None:
     if not is_our_model(manager.model_config):
         return
     register_request_hooks()
+    if manager.model_config.is_multimodal:
+        from llama4_kernels.sglang.images import bound_pixels
+
+        register_image_hooks()
+        bound_pixels()
     check_hooks()
     if "sglang.srt.entrypoints.http_server" in sys.modules:
         from llama4_kernels.sglang.patterns import bound_tool_calls
@@ -217,6 +224,13 @@ def _hook_requests(result, manager) -> None:
 def register_request_hooks() -> None:
     """Register and apply the hooks of the process that takes requests."""
     _register(REQUEST_HOOKS)
+    HookRegistry.apply_hooks()
+
+
+@functools.cache
+def register_image_hooks() -> None:
+    """Register and apply the hooks of the process that takes requests with images."""
+    _register(IMAGE_HOOKS)
     HookRegistry.apply_hooks()
 
 
@@ -249,6 +263,37 @@ def _check_types(tokenized, manager, *args, **kwargs) -> None:
 def _check_control_request(check, manager, request=None, *args, **kwargs) -> None:
     if is_our_model(manager.model_config):
         check(manager, request)
+
+
+def _nest_images(request, *args, **kwargs) -> None:
+    if _server_has_flag():
+        from llama4_kernels.sglang.images import nest
+
+        nest(request)
+
+
+def _check_image_file(image_file) -> None:
+    if _server_has_flag():
+        from llama4_kernels.sglang.images import check_file
+
+        check_file(image_file)
+
+
+def _load_image(original, *args, **kwargs):
+    if not _server_has_flag():
+        return original(*args, **kwargs)
+    from llama4_kernels.sglang.images import read_image
+
+    with read_image():
+        return original(*args, **kwargs)
+
+
+async def _process_images(original, processor, image_data, input_text, *args, **kwargs):
+    if not _server_has_flag() or not isinstance(input_text, list):
+        return await original(processor, image_data, input_text, *args, **kwargs)
+    from llama4_kernels.sglang.images import process_tokens
+
+    return await process_tokens(original, processor, image_data, input_text, *args, **kwargs)
 
 
 def _image_tokens(mm_processor):
@@ -285,24 +330,25 @@ def _end_at_stop(original, request, *args, full_window_matched=True, **kwargs):
 
 
 def _forget_replaced_requests(session, req, *args, **kwargs) -> None:
-    """Clear what a request replaces of a session: SGLang clears what it iterates over, by rids that later turns may have taken over, and
-    each turn within the one before, all of which ends the server."""
-    turn = req.session_params
-    if not _server_has_flag() or not turn.replace or session.streaming:
-        return
-    nodes = session.req_nodes
-    if turn.rid is None:
-        replaced = list(nodes.values())
-    elif turn.rid in nodes:
-        replaced, nodes[turn.rid].children = nodes[turn.rid].children, []
-        for node in replaced:  # which grows meanwhile
-            replaced += node.children
-    else:
-        return
-    for node in replaced:
-        node.abort()
-        if nodes.get(node.req.rid) is node:
-            del nodes[node.req.rid]
+    if _server_has_flag():
+        from llama4_kernels.sglang.sessions import forget_replaced_requests
+
+        forget_replaced_requests(session, req.session_params)
+
+
+def _refuse_lost_images(result, session, req, tokenizer, vocab_size, *args, **kwargs) -> None:
+    node = None if session.streaming else session.req_nodes.get(result.rid)
+    if node is not None and node.req is result and _server_has_flag():
+        from llama4_kernels.sglang.sessions import refuse_lost_images
+
+        refuse_lost_images(session, result, len(req.input_ids), vocab_size)
+
+
+def _let_requests_end(controller, session_id) -> None:
+    if _server_has_flag():
+        from llama4_kernels.sglang.sessions import let_requests_end
+
+        let_requests_end(controller.sessions[session_id])
 
 
 def _tell_workers_apart(original, detokenizer, batch):
@@ -365,7 +411,9 @@ HOOKS = (
     ("sglang.srt.managers.schedule_batch.Req._locate_str_stop_finished_len", _end_at_stop, HookType.AROUND),
     (f"{_DETOKENIZER}._decode_batch_token_id_output", _tell_workers_apart, HookType.AROUND),
     (f"{_PROFILER}._start_profile", _start_profile_once, HookType.AROUND),
-    ("sglang.srt.session.session_controller.Session.create_req", _forget_replaced_requests, HookType.BEFORE),
+    (f"{_SESSIONS}.Session.create_req", _forget_replaced_requests, HookType.BEFORE),
+    (f"{_SESSIONS}.Session.create_req", _refuse_lost_images, HookType.AFTER),
+    (f"{_SESSIONS}.SessionController._close", _let_requests_end, HookType.BEFORE),
     ("sglang.srt.constrained.base_grammar_backend.GrammarMask.apply", _free_rows_ruled_out, HookType.AFTER),
     (f"{_RESULTS}._apply_prefill_grammar", _blame_min_new_tokens, HookType.AFTER),
     (f"{_RESULTS}._accept_grammar_tokens", _blame_min_new_tokens, HookType.AFTER),
@@ -382,4 +430,10 @@ REQUEST_HOOKS = (
     (f"{_MANAGER}._validate_one_request", _check_request, HookType.AFTER),
     (f"{_MANAGER}._create_tokenized_object", _check_types, HookType.AFTER),
     *((f"{_MANAGER}.{name}", functools.partial(_check_control_request, check), HookType.BEFORE) for name, check in CHECKS.items()),
+)
+IMAGE_HOOKS = (
+    (f"{_REQUESTS}.GenerateReqInput._normalize_image_data", _nest_images, HookType.BEFORE),
+    ("sglang.srt.utils.common.get_image_bytes", _check_image_file, HookType.BEFORE),
+    (f"{_PROCESSORS}.base_processor.BaseMultimodalProcessor._load_single_item", _load_image, HookType.AROUND),
+    (f"{_PROCESSORS}.mllama4.Mllama4ImageProcessor.process_mm_data_async", _process_images, HookType.AROUND),
 )

@@ -35,6 +35,8 @@ def hook_routes() -> None:
         ("fastapi.routing.run_endpoint_function", _run_endpoint, HookType.AROUND),
         (f"{_ENTRYPOINTS}.http_server.generate_request", _check_built_request, HookType.BEFORE),
         (f"{_OLLAMA}._convert_options_to_sampling_params", _check_options, HookType.BEFORE),
+        (f"{_OLLAMA}.handle_chat", _check_no_images, HookType.BEFORE),
+        (f"{_OLLAMA}.handle_generate", _check_no_images, HookType.BEFORE),
         (f"{_OLLAMA}._stream_chat_response", _start_stream, HookType.AROUND),
         (f"{_OLLAMA}._stream_generate_response", _start_stream, HookType.AROUND),
         (f"{_OPENAI}.serving_chat.OpenAIServingChat._process_messages", _process_messages, HookType.AROUND),
@@ -48,7 +50,7 @@ def hook_routes() -> None:
 
 
 async def _read_body(original, **kwargs):
-    """Of a body that a validator cannot read FastAPI's own error."""
+    """Answer with FastAPI's own error if a validator cannot read the body."""
     try:
         with read_request():
             return await original(**kwargs)
@@ -64,7 +66,7 @@ async def _run_endpoint(original, *, dependant, **kwargs):
 
 
 def _check_built_request(built: GenerateReqInput, request):
-    """As /generate is asked for its body, ask /vertex_generate for the request that it builds of one, and calls the endpoint with."""
+    """Look at the request that /vertex_generate builds as FastAPI looks at the body of /generate."""
     if (error := generate_contract_error(vars(built))) is not None:
         raise ValueError(error)
     return (_types_of_requests().validate_python(vars(built)), request), {}
@@ -78,6 +80,11 @@ def _types_of_requests() -> TypeAdapter[GenerateReqInput]:
 def _check_options(serving, options=None) -> None:
     if "seed" in (options or {}):
         raise ValueError("seed is given, needs options without one: SGLang has no such sampling parameter")
+
+
+def _check_no_images(serving, request, *args, **kwargs) -> None:
+    if any(each.images for each in (*getattr(request, "messages", ()), request) if hasattr(each, "images")):
+        raise ValueError("images is given, needs text only: SGLang reads no images on this route, use /v1/chat/completions")
 
 
 async def _start_stream(original, *args) -> StreamingResponse:

@@ -26,6 +26,7 @@ STOCK = SimpleNamespace(model_config=of("auto"))
     (plugin._deserialize_own_rank, [SimpleNamespace(model_runner=STOCK), []], {}),
     (plugin._adjust_config_on_cpu, [STOCK.model_config, None, 2], {}),
     (plugin._read_request, ["no request"], {}),
+    (plugin._load_image, ["no image"], {}),
     (plugin._init_request_state, [STOCK, "no request", None], {}),
     (plugin._tell_workers_apart, ["no detokenizer", SimpleNamespace(http_worker_ipcs=["a"])], {}),
     (plugin._start_profile_once, [SimpleNamespace(profile_in_progress=True)], {}),
@@ -46,6 +47,10 @@ def test_what_other_servers_are_asked_is_left_to_sglang():
     plugin._check_control_request(Mock(side_effect=ValueError), STOCK)
     plugin._bound_stop_patterns(None, STOCK)
     plugin._forget_replaced_requests("no session", SimpleNamespace(session_params=None))
+    plugin._refuse_lost_images("no request", SimpleNamespace(streaming=True), "no request", None, 0)
+    plugin._let_requests_end("no controller", "no session")
+    plugin._nest_images("no request")
+    plugin._check_image_file("/dev/zero")
     plugin._free_rows_ruled_out(None, "no mask", "no logits")
     plugin._blame_min_new_tokens(None, "no processor")
 
