@@ -257,6 +257,8 @@ WITH_FP8_CACHE = WITH_CACHE | dict(k_cache=CACHE.to(FP8), v_cache=CACHE.to(FP8))
         (WITH_CACHE | {"v_cache": torch.zeros(4, 2, 1, 8).transpose(0, 1)}, ValueError, "v_cache has strides"),
         (WITH_CACHE | {"v_scale": torch.ones(())}, ValueError, "v_scale is given with a float32 cache, needs to be None"),
         (WITH_FP8_CACHE | {"k_scale": torch.ones(2)}, ValueError, r"k_scale has shape \[2\], needs \[\] or \[1\] per tensor"),
+        (WITH_FP8_CACHE | {"k_scale": torch.tensor(-1.0)}, ValueError, "k_scale holds values from -1 to -1, needs finite ones of at least 0"),
+        (WITH_FP8_CACHE | {"v_scale": torch.tensor([float("nan")])}, ValueError, "v_scale holds values from nan to nan, needs finite ones"),
         (WITH_CACHE | {"slots": torch.arange(3).int()}, TypeError, "slots has dtype int32, needs int64"),
         (WITH_CACHE | {"slots": torch.tensor([0, 1, 8])}, ValueError, "slots holds values from 0 to 8, needs -1 to 7, .* 2 pages of 4"),
         (WITH_CACHE | {"slots": torch.tensor([0, 1, -2])}, ValueError, "slots holds values from -2 to 1, needs -1 to 7"),

@@ -43,11 +43,11 @@ def chunked_attention(
     page_table_rows: [B] int32 or int64, each request's row of page_table; None is row b for request b.
     slot_map: [slots] int32 or int64, only with "slots": the slot in these caches for each slot in page_table.
     chunk_size: C ≥ 1, or None for full causal attention. scale: finite; None is 1 / √D.
-    k_scale, v_scale: float32 [] or [1], only with fp8 caches: k = codes · k_scale; None is 1.
+    k_scale, v_scale: float32 [] or [1], finite and at least 0, only with fp8 caches: k = codes · k_scale; None is 1.
     Returns [Tq, Hq, D] in q's dtype. Only entries of page_table and keys that some query of the request sees are read: what stands
     elsewhere, NaN included, does not matter.
     Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with
-    LLAMA4_KERNELS_CHECK_VALUES=1) for lengths, rows, pages or slots out of range.
+    LLAMA4_KERNELS_CHECK_VALUES=1) for lengths, rows, pages, slots or scales out of range.
 
     >>> import torch
     >>> from llama4_kernels import ops
@@ -111,6 +111,8 @@ def _chunked_attention(
     v_scale: Tensor | None,
 ) -> Tensor:
     if checks.values_wanted(q.device):
+        checks.scale_values("chunked_attention", "k_scale", k_scale)
+        checks.scale_values("chunked_attention", "v_scale", v_scale)
         _check_values(q, k_cache, page_table, seq_lens, query_start_loc, chunk_size, page_table_rows, page_table_holds, slot_map)
     return backend.call(
         "chunked_attention",

@@ -140,7 +140,7 @@ def kv_caches(
 
 
 def values_wanted(device: torch.device) -> bool:
-    """Whether to check the values inside index tensors: on the CPU always; on a GPU, where it costs a host synchronisation,
+    """Whether to check the values inside tensors of indices and scales: on the CPU always; on a GPU, where it costs a host synchronisation,
     only with LLAMA4_KERNELS_CHECK_VALUES=1."""
     return device.type == "cpu" or switches.is_on(switches.CHECK_VALUES)
 
@@ -152,6 +152,24 @@ def in_range(op: str, name: str, value: Tensor, low: int, high: int, why: str = 
     least, most = (int(bound) for bound in torch.aminmax(value))
     if least < low or most >= high:
         raise ValueError(f"{op}: {name} holds values from {least} to {most}, needs {low} to {high - 1}{why and ', ' + why}")
+
+
+def scale_values(op: str, name: str, value: Tensor | None, *, finite: bool = True) -> None:
+    """Check that every element of a scale, where there is one, is at least 0 and finite; ValueError otherwise. Not finite: NaN and infinity
+    pass, which are what a row that holds one is quantised with."""
+    if value is None or value.numel() == 0:
+        return
+    if not finite:
+        value = value.nan_to_num(0.0, posinf=0.0)
+    least, most = (float(bound) for bound in torch.aminmax(value))  # NaN where any is
+    if not 0 <= least <= most < float("inf"):
+        raise ValueError(f"{op}: {name} holds values from {least:g} to {most:g}, needs {'finite ones of ' if finite else ''}at least 0")
+
+
+def linear_values(op: str, name: str, value: Linear) -> None:
+    """Check the values of an fp8 weight's scales; ValueError where one is negative or not finite."""
+    scale_values(op, f"{name}.scale", value.scale)
+    scale_values(op, f"{name}.input_scale", value.input_scale)
 
 
 def offsets(op: str, name: str, value: Tensor, rows: int) -> None:

@@ -22,7 +22,7 @@ def grouped_gemm(
     out_dtype: bfloat16 or float32.
     Returns C [M, N]. Rows from offsets[E] on hold unspecified values, and what `a` and `rows` hold for them does not matter.
     Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with
-    LLAMA4_KERNELS_CHECK_VALUES=1) for offsets or rows out of range.
+    LLAMA4_KERNELS_CHECK_VALUES=1) for offsets, rows or scales out of range.
 
     >>> import torch
     >>> from llama4_kernels import ops
@@ -57,9 +57,14 @@ def _grouped_gemm(
     out_dtype: torch.dtype,
 ) -> Tensor:
     if checks.values_wanted(a.device):
+        checks.linear_values("grouped_gemm", "b", Linear(weight, scale, input_scale))
         checks.offsets("grouped_gemm", "offsets", offsets, len(a) if rows is None else len(rows))
+        written = int(offsets[-1])
         if rows is not None:
-            checks.in_range("grouped_gemm", "rows", rows[: int(offsets[-1])], 0, len(a), f"the {len(a)} rows of a")
+            checks.in_range("grouped_gemm", "rows", rows[:written], 0, len(a), f"the {len(a)} rows of a")
+        if a_scale is not None:
+            read = a_scale if a_scale.dim() == 0 else a_scale[:written] if rows is None else a_scale[rows[:written]]
+            checks.scale_values("grouped_gemm", "a.scale", read, finite=False)
     activations = a if a_scale is None else Quantized(a, a_scale)
     linear = Linear(weight, scale, input_scale)
     return backend.call("grouped_gemm", a.device, activations, linear, offsets, rows=rows, out_dtype=out_dtype)

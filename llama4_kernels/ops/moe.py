@@ -25,7 +25,7 @@ def moe_gate_up(x: Tensor | Quantized, routing: Routing, weights: MoEWeights) ->
     w2 is fp8, with scale [] = w2.input_scale where that is given, else one per row and 128 columns; otherwise a Tensor of x's dtype,
     bfloat16 where x is Quantized.
     Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with
-    LLAMA4_KERNELS_CHECK_VALUES=1) for a routing whose parts do not agree.
+    LLAMA4_KERNELS_CHECK_VALUES=1) for a routing whose parts do not agree and for scales out of range.
 
     >>> import torch
     >>> from llama4_kernels import ops
@@ -70,7 +70,7 @@ def moe_down(
     out_dtype: bfloat16 or float32, or None for the dtype of the hidden activations that are not Quantized (bfloat16 where both are).
     Returns y [T, H] in token order. Both products are added in fp32 and rounded once.
     Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with
-    LLAMA4_KERNELS_CHECK_VALUES=1) for a routing whose parts do not agree.
+    LLAMA4_KERNELS_CHECK_VALUES=1) for a routing whose parts do not agree and for scales out of range.
 
     >>> import torch
     >>> from llama4_kernels import ops
@@ -110,7 +110,8 @@ def fused_moe(x: Tensor, weights: MoEWeights) -> Tensor:
 
     x: [T, H] bfloat16 or float32, contiguous. weights: the layer's, whose intermediate sizes are those of this tensor-parallel rank.
     Returns y [T, H] in x's dtype: this rank's part, before the all-reduce.
-    Raises TypeError or ValueError for a wrong dtype, shape, device or layout.
+    Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with
+    LLAMA4_KERNELS_CHECK_VALUES=1) for scales out of range.
 
     >>> import torch
     >>> from llama4_kernels import ops
@@ -128,9 +129,11 @@ def fused_moe(x: Tensor, weights: MoEWeights) -> Tensor:
 
 @torch.library.custom_op("llama4_kernels::moe_gate_up", mutates_args=())
 def _moe_gate_up(x: Tensor, x_scale: Tensor | None, routing: list[Tensor], weights: list[Tensor | None]) -> list[Tensor]:
+    layer = _weights(weights)
     if checks.values_wanted(x.device):
         checks.routing_values("moe_gate_up", Routing(*routing))
-    layer = _weights(weights)
+        checks.scale_values("moe_gate_up", "x.scale", x_scale, finite=False)
+        _check_weight_values("moe_gate_up", layer)
     hidden = backend.call("moe_gate_up", x.device, _join(x, x_scale), Routing(*routing), layer)
     return [tensor for path, down in zip(hidden, (layer.shared_w2, layer.w2)) for tensor in _give(path, down)]
 
@@ -159,10 +162,14 @@ def _moe_down(
     weights: list[Tensor | None],
     out_dtype: torch.dtype,
 ) -> Tensor:
+    layer = _weights(weights)
     if checks.values_wanted(shared.device):
         checks.routing_values("moe_down", Routing(*routing))
+        checks.scale_values("moe_down", "shared.scale", shared_scale, finite=False)
+        checks.scale_values("moe_down", "routed.scale", routed_scale, finite=False)
+        _check_weight_values("moe_down", layer)
     halves = _join(shared, shared_scale), _join(routed, routed_scale)
-    return backend.call("moe_down", shared.device, *halves, Routing(*routing), _weights(weights), out_dtype=out_dtype)
+    return backend.call("moe_down", shared.device, *halves, Routing(*routing), layer, out_dtype=out_dtype)
 
 
 @_moe_down.register_fake
@@ -180,7 +187,10 @@ def _(
 
 @torch.library.custom_op("llama4_kernels::fused_moe", mutates_args=())
 def _fused_moe(x: Tensor, weights: list[Tensor | None]) -> Tensor:
-    return backend.call("fused_moe", x.device, x, _weights(weights))
+    layer = _weights(weights)
+    if checks.values_wanted(x.device):
+        _check_weight_values("fused_moe", layer)
+    return backend.call("fused_moe", x.device, x, layer)
 
 
 @_fused_moe.register_fake
@@ -199,6 +209,11 @@ def _check_weights(op: str, weights: MoEWeights, hidden: int | str, device: torc
         w13, w2 = getattr(weights, f"{prefix}w13"), getattr(weights, f"{prefix}w2")
         checks.linear(op, f"weights.{prefix}w2", w2, shape=(*stack, hidden, "I"), device=device)
         checks.linear(op, f"weights.{prefix}w13", w13, shape=(*stack, 2 * w2.weight.shape[-1], hidden), device=device)
+
+
+def _check_weight_values(op: str, weights: MoEWeights) -> None:
+    for name in ("w13", "w2", "shared_w13", "shared_w2"):
+        checks.linear_values(op, f"weights.{name}", getattr(weights, name))
 
 
 def _check_quantized_input(op: str, x: Quantized, weights: MoEWeights) -> None:

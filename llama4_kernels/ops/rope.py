@@ -43,11 +43,12 @@ def rope_qk_norm(
     slots: [T] int64, page · page_size + offset in the page; a token with slot −1 is not written. Required with the caches.
         Each element of a slot that is named more than once ends up as one of those tokens has it.
     slot_map: [slots] int32 or int64, only with the caches: a token is written to slot_map[slot] instead, or not at all where that is −1.
-    k_scale, v_scale: float32 [] or [1], only with fp8 caches: codes = e4m3(k / k_scale), saturated to ±448; None is 1.
+    k_scale, v_scale: float32 [] or [1], finite and at least 0, only with fp8 caches: codes = e4m3(k / k_scale), saturated to ±448, and 0
+        where the scale is 0; None is 1.
     Returns q [T, num_heads, D] in qkv's dtype; without caches (q, k, v), k and v [T, num_kv_heads, D]. Each rounded once.
     Raises TypeError or ValueError for a wrong dtype, shape, device or layout, for a qk_norm_eps that is negative, for it or an attn_scale
     that is not finite, for a floor_scale below 1, and on the CPU (on a GPU with
-    LLAMA4_KERNELS_CHECK_VALUES=1) for positions outside cos_sin and slots outside the caches.
+    LLAMA4_KERNELS_CHECK_VALUES=1) for positions outside cos_sin, slots outside the caches and scales out of range.
 
     >>> import torch
     >>> from llama4_kernels import ops
@@ -137,6 +138,8 @@ def _rope_qk_norm(
     v_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if checks.values_wanted(qkv.device):
+        checks.scale_values("rope_qk_norm", "k_scale", k_scale)
+        checks.scale_values("rope_qk_norm", "v_scale", v_scale)
         if cos_sin is not None:
             checks.in_range("rope_qk_norm", "positions", positions, 0, len(cos_sin), f"the {len(cos_sin)} rows of cos_sin")
         elif floor_scale is not None:

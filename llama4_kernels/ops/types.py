@@ -12,8 +12,8 @@ class Quantized:
     """FP8 activations.
 
     codes: float8_e4m3fn, the shape [T, K] of the source.
-    scale: float32; value = codes * scale. [] per tensor, [T] per token (row), or [T, ceil(K / 128)] per 128 columns
-        of a row.
+    scale: float32, at least 0; value = codes * scale. [] per tensor, [T] per token (row), or [T, ceil(K / 128)] per 128 columns
+        of a row. NaN or infinite where the row is: it reaches no other.
     """
 
     codes: Tensor
@@ -41,9 +41,10 @@ class Linear:
     """A weight, or a stack of weights, K-major: y = x · weightᵀ.
 
     weight: [.., N, K] bfloat16, float32 or float8_e4m3fn.
-    scale: float32, only with an fp8 weight: [..] per tensor, [.., N] per output channel, or [.., ceil(N / 128), ceil(K / 128)]
-        per 128 × 128 block; value = weight * scale.
-    input_scale: float32 [] static activation scale per tensor, or None where activations are quantised dynamically.
+    scale: float32, finite and at least 0, only with an fp8 weight: [..] per tensor, [.., N] per output channel, or
+        [.., ceil(N / 128), ceil(K / 128)] per 128 × 128 block; value = weight * scale.
+    input_scale: float32 [], finite and at least 0: the static activation scale per tensor, with 0 all codes are 0. None where activations are
+        quantised dynamically.
     """
 
     weight: Tensor

@@ -275,7 +275,12 @@ class Llama4ForConditionalGeneration(mllama4.Llama4ForConditionalGeneration):
         self.expects_all = False
 
     def post_load_weights(self) -> None:
-        """SGLang calls it where the model has got its weights without load_weights: --load-format dummy."""
+        """SGLang calls it where the model has got its weights without load_weights: --load-format dummy, whose random scales may be negative,
+        which the ops do not take."""
+        if self.expects_all:
+            for name, parameter in self.named_parameters():
+                if name.endswith(("weight_scale", "input_scale")):
+                    parameter.data.abs_()
         self.expects_all = False
 
     def checked(self, weights: Iterable[tuple[str, Tensor]], path: str, complete: bool) -> CheckedWeights:
