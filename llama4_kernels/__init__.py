@@ -6,7 +6,7 @@
 from importlib.metadata import version
 
 from llama4_kernels import ops
-from llama4_kernels.ops.backend import available_backends, use_backend
+from llama4_kernels.ops.backend import BackendError, available_backends, use_backend
 
 __version__ = version("llama4_kernels")
-__all__ = ["__version__", "available_backends", "ops", "use_backend"]
+__all__ = ["BackendError", "__version__", "available_backends", "ops", "use_backend"]

@@ -46,8 +46,8 @@ def chunked_attention(
     k_scale, v_scale: float32 [] or [1], finite and at least 0, only with fp8 caches: k = codes · k_scale; None is 1.
     Returns [Tq, Hq, D] in q's dtype. Only entries of page_table and keys that some query of the request sees are read: what stands
     elsewhere, NaN included, does not matter.
-    Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with
-    LLAMA4_KERNELS_CHECK_VALUES=1) for lengths, rows, pages, slots or scales out of range.
+    Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with LLAMA4_KERNELS_CHECK_VALUES=1)
+    for lengths, rows, pages, slots or scales out of range; BackendError where a backend is asked for that cannot compute it.
 
     >>> import torch
     >>> from llama4_kernels import ops

@@ -21,8 +21,8 @@ def grouped_gemm(
     rows: [M] int32 or None. Where given, row m of the product is a[rows[m]] instead of a[m], and `a` may have any number of rows.
     out_dtype: bfloat16 or float32.
     Returns C [M, N]. Rows from offsets[E] on hold unspecified values, and what `a` and `rows` hold for them does not matter.
-    Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with
-    LLAMA4_KERNELS_CHECK_VALUES=1) for offsets, rows or scales out of range.
+    Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with LLAMA4_KERNELS_CHECK_VALUES=1)
+    for offsets, rows or scales out of range; BackendError where a backend is asked for that cannot compute it.
 
     >>> import torch
     >>> from llama4_kernels import ops

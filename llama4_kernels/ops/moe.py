@@ -24,8 +24,8 @@ def moe_gate_up(x: Tensor | Quantized, routing: Routing, weights: MoEWeights) ->
     Returns (shared [T, I_shared], routed [T, I]), both in sorted order and in the form that moe_down takes: Quantized where that path's
     w2 is fp8, with scale [] = w2.input_scale where that is given, else one per row and 128 columns; otherwise a Tensor of x's dtype,
     bfloat16 where x is Quantized.
-    Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with
-    LLAMA4_KERNELS_CHECK_VALUES=1) for a routing whose parts do not agree and for scales out of range.
+    Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with LLAMA4_KERNELS_CHECK_VALUES=1)
+    for a routing whose parts do not agree and for scales out of range; BackendError where a backend is asked for that cannot compute it.
 
     >>> import torch
     >>> from llama4_kernels import ops
@@ -69,8 +69,8 @@ def moe_down(
     routing: the one that moe_gate_up was given. weights: the layer's, of which w2 and shared_w2 are multiplied and the others checked.
     out_dtype: bfloat16 or float32, or None for the dtype of the hidden activations that are not Quantized (bfloat16 where both are).
     Returns y [T, H] in token order. Both products are added in fp32 and rounded once.
-    Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with
-    LLAMA4_KERNELS_CHECK_VALUES=1) for a routing whose parts do not agree and for scales out of range.
+    Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with LLAMA4_KERNELS_CHECK_VALUES=1)
+    for a routing whose parts do not agree and for scales out of range; BackendError where a backend is asked for that cannot compute it.
 
     >>> import torch
     >>> from llama4_kernels import ops
@@ -110,8 +110,8 @@ def fused_moe(x: Tensor, weights: MoEWeights) -> Tensor:
 
     x: [T, H] bfloat16 or float32, contiguous. weights: the layer's, whose intermediate sizes are those of this tensor-parallel rank.
     Returns y [T, H] in x's dtype: this rank's part, before the all-reduce.
-    Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with
-    LLAMA4_KERNELS_CHECK_VALUES=1) for scales out of range.
+    Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with LLAMA4_KERNELS_CHECK_VALUES=1)
+    for scales out of range; BackendError where a backend is asked for that cannot compute it.
 
     >>> import torch
     >>> from llama4_kernels import ops

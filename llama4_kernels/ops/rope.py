@@ -47,8 +47,8 @@ def rope_qk_norm(
         where the scale is 0; None is 1.
     Returns q [T, num_heads, D] in qkv's dtype; without caches (q, k, v), k and v [T, num_kv_heads, D]. Each rounded once.
     Raises TypeError or ValueError for a wrong dtype, shape, device or layout, for a qk_norm_eps that is negative, for it or an attn_scale
-    that is not finite, for a floor_scale below 1, and on the CPU (on a GPU with
-    LLAMA4_KERNELS_CHECK_VALUES=1) for positions outside cos_sin, slots outside the caches and scales out of range.
+    that is not finite, for a floor_scale below 1, and on the CPU (on a GPU with LLAMA4_KERNELS_CHECK_VALUES=1) for positions outside
+    cos_sin, slots outside the caches and scales out of range; BackendError where a backend is asked for that cannot compute it.
 
     >>> import torch
     >>> from llama4_kernels import ops
