@@ -2,10 +2,54 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
 from llama4_kernels.ops import backend, checks
+
+
+@overload
+def rope_qk_norm(
+    qkv: Tensor,
+    positions: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    cos_sin: Tensor | None = None,
+    interleaved: bool = False,
+    qk_norm_eps: float | None = None,
+    temperature: tuple[float, int] | None = None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    slot_map: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor: ...
+
+
+@overload
+def rope_qk_norm(
+    qkv: Tensor,
+    positions: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    cos_sin: Tensor | None = None,
+    interleaved: bool = False,
+    qk_norm_eps: float | None = None,
+    temperature: tuple[float, int] | None = None,
+    k_cache: None = None,
+    v_cache: None = None,
+    slots: None = None,
+    slot_map: None = None,
+    k_scale: None = None,
+    v_scale: None = None,
+) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 def rope_qk_norm(
