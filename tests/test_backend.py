@@ -322,3 +322,10 @@ def test_an_error_says_which_backend_refuses_which_op_and_survives_another_proce
     for error in (raised.value, pickle.loads(pickle.dumps(raised.value))):
         assert isinstance(error, llama4_kernels.BackendError) and str(error).endswith(f"on cpu, but {error.reason}")
         assert (error.op, error.backend) == ("quantize_per_token", "triton") and error.reason.startswith("cpu is not an NVIDIA GPU")
+
+
+@pytest.mark.parametrize("ask", [lambda device: available_backends("route_top1", device), backend.choices])
+@pytest.mark.parametrize(("device", "error"), [("gpu", ValueError), ("cuda:x", ValueError), (0, TypeError)])
+def test_a_device_that_torch_does_not_know_is_named(ask, device, error):
+    with pytest.raises(error, match=f"^device is {device!r}, needs a torch.device or the name of one, such as cuda:0 or cpu$"):
+        ask(device)

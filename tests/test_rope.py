@@ -243,7 +243,7 @@ WITH_FP8_CACHE = WITH_CACHE | dict(k_cache=CACHE.to(FP8), v_cache=CACHE.to(FP8))
         ({"temperature": (0.1, 8192.0)}, TypeError, "floor_scale of temperature is 8192.0, needs an int of at least 1"),
         ({"temperature": (0.1, True)}, TypeError, "floor_scale of temperature is True, needs an int of at least 1"),
         ({"temperature": (float("inf"), 8)}, ValueError, "attn_scale of temperature is inf, needs a finite float"),
-        ({"temperature": 0.1}, ValueError, r"temperature is 0.1, needs \(attn_scale, floor_scale\)"),
+        ({"temperature": 0.1}, TypeError, r"temperature is 0.1, needs \(attn_scale, floor_scale\)"),
         ({"temperature": (0.1, 8, 9)}, ValueError, r"temperature is \(0.1, 8, 9\), needs \(attn_scale, floor_scale\)"),
         ({"temperature": ("0.1", 8)}, TypeError, "attn_scale of temperature is '0.1', needs a finite float"),
         ({"k_cache": CACHE}, ValueError, "v_cache is None, needs a Tensor: k_cache, v_cache and slots go together"),

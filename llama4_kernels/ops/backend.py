@@ -67,8 +67,8 @@ def use_backend(default: str | None = None, **per_op: str) -> Iterator[None]:
     default: backend for every op ("cuda", "triton", "reference"), "auto" for the first of them that can run, or None to leave the others
     as they were.
     per_op: backend by op name or by stem (routing, quantization, grouped_gemm, moe, attention, rope).
-    Raises ValueError for an unknown backend or op; an op called within raises BackendError where its backend cannot run or does not take the
-    arguments.
+    Raises ValueError for an unknown backend or op; an op called within raises BackendError where its backend cannot run or does not take
+    the arguments.
 
     >>> import torch, llama4_kernels
     >>> with llama4_kernels.use_backend("reference"):
@@ -90,6 +90,7 @@ def available_backends(op: str, device: torch.device | str | None = None) -> dic
     """Backend -> "" where it can compute `op` on `device` (the current GPU if there is one, else the CPU), or why not.
 
     op: a name such as "fused_moe"; ValueError for any other than those of llama4_kernels.ops.
+    device: or its name, such as "cuda:0" or "cpu"; TypeError or ValueError for what torch takes for none.
 
     >>> import llama4_kernels
     >>> llama4_kernels.available_backends("route_top1", "cpu")["reference"]
@@ -97,7 +98,7 @@ def available_backends(op: str, device: torch.device | str | None = None) -> dic
     """
     if op not in OPS:
         raise ValueError(f"op is {op!r}, needs one of {', '.join(OPS)}")
-    device = default_device() if device is None else torch.device(device)
+    device = _device(device)
     return {backend: _why_not(backend, op, device) for backend in BACKENDS}
 
 
@@ -107,7 +108,7 @@ def choices(device: torch.device | str | None = None, dtype: torch.dtype | None 
     dtype: of activations, where it is known before there are any: a backend that never takes them is not chosen. Other arguments that a
         backend does not take show in `call` only.
     """
-    device = default_device() if device is None else torch.device(device)
+    device = _device(device)
     return [_choose(op, device, os.environ.get(ENVIRONMENT_VARIABLE, ""), _in_context.get(), dtype) for op in OPS]
 
 
@@ -234,6 +235,18 @@ def _in_module(backend: str, op: str, name: str) -> Callable | None:
     if importlib.util.find_spec(module) is None:
         return None
     return getattr(importlib.import_module(module), name, None)
+
+
+def _device(value: torch.device | str | None) -> torch.device:
+    if value is None:
+        return default_device()
+    needs = f"device is {value!r}, needs a torch.device or the name of one, such as cuda:0 or cpu"
+    if not isinstance(value, (torch.device, str)):
+        raise TypeError(needs)
+    try:
+        return torch.device(value)
+    except RuntimeError:
+        raise ValueError(needs) from None
 
 
 def default_device() -> torch.device:

@@ -14,6 +14,8 @@ def grouped_gemm(
 ) -> Tensor:
     """Multiply rows sorted by group with their group's weight: C[m] = a[m] · b[g]ᵀ for offsets[g] ≤ m < offsets[g + 1].
 
+    All tensors are contiguous.
+
     a: [M, K] bfloat16 or float32, or Quantized for an fp8 weight. An unquantised `a` with an fp8 weight is quantised first: with
         b.input_scale where it is given, per row and 128 columns where the weight has block scales, else per row.
     b: E weights [E, N, K]. Products are accumulated in fp32 and rounded once, to out_dtype; scales of fp8 are applied in fp32.
@@ -22,7 +24,8 @@ def grouped_gemm(
     out_dtype: bfloat16 or float32.
     Returns C [M, N]. Rows from offsets[E] on hold unspecified values, and what `a` and `rows` hold for them does not matter.
     Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with LLAMA4_KERNELS_CHECK_VALUES=1)
-    for offsets, rows or scales out of range; BackendError where a backend is asked for that cannot compute it.
+    for offsets, rows or scales out of range; BackendError where a backend is asked for that cannot compute it; RuntimeError in a backward
+    pass.
 
     >>> import torch
     >>> from llama4_kernels import ops

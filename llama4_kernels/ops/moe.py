@@ -17,6 +17,8 @@ def moe_gate_up(x: Tensor | Quantized, routing: Routing, weights: MoEWeights) ->
         routed[m] = silu(s · (x[t] · gate_eᵀ)) * (s · (x[t] · up_eᵀ))      with gate_e and up_e of weights.w13[e]
     which is `Llama4TextExperts` on s · x (Hugging Face transformers, modeling_llama4.py), without rounding s · x.
 
+    All tensors are contiguous.
+
     x: [T, H] bfloat16 or float32, in token order. Where both w13 weights are fp8 without input_scale it may be Quantized, one scale per
         token or per 128 columns of a token. An unquantised x is quantised here for an fp8 weight: per row and 128 columns where the
         weight has block scales, else per token; with input_scale where that is given, and then for the routed expert s · x is.
@@ -25,7 +27,8 @@ def moe_gate_up(x: Tensor | Quantized, routing: Routing, weights: MoEWeights) ->
     w2 is fp8, with scale [] = w2.input_scale where that is given, else one per row and 128 columns; otherwise a Tensor of x's dtype,
     bfloat16 where x is Quantized.
     Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with LLAMA4_KERNELS_CHECK_VALUES=1)
-    for a routing whose parts do not agree and for scales out of range; BackendError where a backend is asked for that cannot compute it.
+    for a routing whose parts do not agree and for scales out of range; BackendError where a backend is asked for that cannot compute it;
+    RuntimeError in a backward pass.
 
     >>> import torch
     >>> from llama4_kernels import ops
@@ -65,12 +68,15 @@ def moe_down(
 
     y[t] = shared[m] · shared_w2ᵀ + routed[m] · w2[e]ᵀ for the token t = routing.order[m] at sorted position m, with its expert e.
 
+    All tensors are contiguous.
+
     shared: [T, I_shared], routed: [T, I], in sorted order, as moe_gate_up returns them: Quantized where that path's w2 is fp8.
     routing: the one that moe_gate_up was given. weights: the layer's, of which w2 and shared_w2 are multiplied and the others checked.
     out_dtype: bfloat16 or float32, or None for the dtype of the hidden activations that are not Quantized (bfloat16 where both are).
     Returns y [T, H] in token order. Both products are added in fp32 and rounded once.
     Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with LLAMA4_KERNELS_CHECK_VALUES=1)
-    for a routing whose parts do not agree and for scales out of range; BackendError where a backend is asked for that cannot compute it.
+    for a routing whose parts do not agree and for scales out of range; BackendError where a backend is asked for that cannot compute it;
+    RuntimeError in a backward pass.
 
     >>> import torch
     >>> from llama4_kernels import ops
@@ -108,10 +114,12 @@ def fused_moe(x: Tensor, weights: MoEWeights) -> Tensor:
 
     `Llama4TextMoe` of Hugging Face transformers (modeling_llama4.py) with top_k = 1; route_top1, moe_gate_up and moe_down in one.
 
-    x: [T, H] bfloat16 or float32, contiguous. weights: the layer's, whose intermediate sizes are those of this tensor-parallel rank.
+    All tensors are contiguous.
+
+    x: [T, H] bfloat16 or float32. weights: the layer's, whose intermediate sizes are those of this tensor-parallel rank.
     Returns y [T, H] in x's dtype: this rank's part, before the all-reduce.
     Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with LLAMA4_KERNELS_CHECK_VALUES=1)
-    for scales out of range; BackendError where a backend is asked for that cannot compute it.
+    for scales out of range; BackendError where a backend is asked for that cannot compute it; RuntimeError in a backward pass.
 
     >>> import torch
     >>> from llama4_kernels import ops

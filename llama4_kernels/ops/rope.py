@@ -80,10 +80,12 @@ def rope_qk_norm(
        (`Llama4TextAttention`). The floor is exact at any position.
     4. k_cache, v_cache: each token's k and v are written to its slot.
 
-    qkv: [T, (num_heads + 2 · num_kv_heads) · D] bfloat16 or float32, q | k | v, contiguous. positions: [T] int32 or int64.
+    All tensors are contiguous.
+
+    qkv: [T, (num_heads + 2 · num_kv_heads) · D] bfloat16 or float32, q | k | v. positions: [T] int32 or int64.
     num_heads, num_kv_heads: of q, and of k and v each; both at least 1, on this tensor-parallel rank.
     head_dim: D, even. cos_sin: [max_position, D] float32, D/2 cosines, then D/2 sines.
-    k_cache, v_cache: [pages, page_size, num_kv_heads, D] bfloat16, float32 or float8_e4m3fn, contiguous; written in place.
+    k_cache, v_cache: [pages, page_size, num_kv_heads, D] bfloat16, float32 or float8_e4m3fn; written in place.
     slots: [T] int64, page · page_size + offset in the page; a token with slot −1 is not written. Required with the caches.
         Each element of a slot that is named more than once ends up as one of those tokens has it.
     slot_map: [slots] int32 or int64, only with the caches: a token is written to slot_map[slot] instead, or not at all where that is −1.
@@ -92,7 +94,8 @@ def rope_qk_norm(
     Returns q [T, num_heads, D] in qkv's dtype; without caches (q, k, v), k and v [T, num_kv_heads, D]. Each rounded once.
     Raises TypeError or ValueError for a wrong dtype, shape, device or layout, for a qk_norm_eps that is negative, for it or an attn_scale
     that is not finite, for a floor_scale below 1, and on the CPU (on a GPU with LLAMA4_KERNELS_CHECK_VALUES=1) for positions outside
-    cos_sin, slots outside the caches and scales out of range; BackendError where a backend is asked for that cannot compute it.
+    cos_sin, slots outside the caches and scales out of range; BackendError where a backend is asked for that cannot compute it;
+    RuntimeError in a backward pass.
 
     >>> import torch
     >>> from llama4_kernels import ops
@@ -128,7 +131,8 @@ def rope_qk_norm(
 
 def _check_temperature(op: str, value: object) -> None:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise ValueError(f"{op}: temperature is {value!r}, needs (attn_scale, floor_scale)")
+        error = ValueError if isinstance(value, (tuple, list)) else TypeError
+        raise error(f"{op}: temperature is {value!r}, needs (attn_scale, floor_scale)")
     attn_scale, floor_scale = value
     checks.number(op, "attn_scale of temperature", attn_scale)
     checks.integer(op, "floor_scale of temperature", floor_scale)
