@@ -17,6 +17,7 @@ from backends import WITHOUT_SCHEMA, assert_replays, assert_same_bits, assert_wi
 from llama4_kernels import ops
 from llama4_kernels.ops import Linear, MoEWeights, Quantized, Routing
 from llama4_kernels.ops import moe as flat
+from llama4_kernels.ops.types import scale_of, values_of
 from weights import FORMS, FP8, activation_value, linear, moe_weights, quantized_value, value
 
 DTYPES = [torch.bfloat16, torch.float32]
@@ -240,7 +241,7 @@ def test_opcheck(forms):
     namespace, routing, weights = torch.ops.llama4_kernels, flat._flat_routing(routing), flat._flat_weights(weights)
     utils = {} if forms == ("fp32", "fp32") else {"test_utils": WITHOUT_SCHEMA}
     opcheck(namespace.moe_gate_up.default, (x, None, routing, weights), **utils)
-    halves = [part for hidden in (shared, routed) for part in (flat._values(hidden), flat._scale(hidden))]
+    halves = [part for hidden in (shared, routed) for part in (values_of(hidden), scale_of(hidden))]
     opcheck(namespace.moe_down.default, (*halves, routing, weights, torch.float32), **utils)
     opcheck(namespace.fused_moe.default, (x, weights), **utils)
 

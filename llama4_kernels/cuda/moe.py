@@ -8,9 +8,9 @@ from torch import Tensor
 from llama4_kernels import switches
 from llama4_kernels.counters import tickets
 from llama4_kernels.cuda import _C, launch
-from llama4_kernels.cuda.quantization import SCALE_BLOCK, quantize_per_token
+from llama4_kernels.cuda.quantization import quantize_per_token
 from llama4_kernels.cuda.routing import route_top1, why_not_route_top1
-from llama4_kernels.ops.types import Linear, MoEWeights, Quantized, Routing
+from llama4_kernels.ops.types import Linear, MoEWeights, Quantized, Routing, dtype_name, new_hidden, scale_of, values_of
 
 MAX_EXPERTS = 1024
 ROW_ALIGNMENT = 16
@@ -30,7 +30,7 @@ def moe_down(
     out_dtype: torch.dtype | None = None,
     dependent: bool = False,
 ) -> Tensor:
-    tokens, k_shared = _values(shared).shape
+    tokens, k_shared = values_of(shared).shape
     experts, hidden, k_routed = weights.w2.weight.shape
     device = routing.order.device
     out = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=device)
@@ -68,24 +68,24 @@ def fused_moe(x: Tensor, weights: MoEWeights) -> Tensor:
 
 
 def why_not_dtype(dtype: torch.dtype, name: str) -> str:
-    return "" if dtype == torch.bfloat16 else f"{name} is {str(dtype).removeprefix('torch.')}: the tensor cores take bfloat16"
+    return "" if dtype == torch.bfloat16 else f"{name} is {dtype_name(dtype)}: the tensor cores take bfloat16"
 
 
 def why_not_moe_gate_up(x: Tensor | Quantized, routing: Routing, weights: MoEWeights) -> str:
     if isinstance(x, Tensor) and (reason := why_not_dtype(x.dtype, "x")):
         return reason
-    return _why_not_weights(weights) or _why_not_aligned({"x": _values(x)})
+    return _why_not_weights(weights) or _why_not_aligned({"x": values_of(x)})
 
 
 def why_not_moe_down(
     shared: Tensor | Quantized, routed: Tensor | Quantized, routing: Routing, weights: MoEWeights, *, out_dtype: torch.dtype | None = None
 ) -> str:
     if out_dtype not in (None, torch.bfloat16):
-        return f"out_dtype is {str(out_dtype).removeprefix('torch.')}, not bfloat16"
+        return f"out_dtype is {dtype_name(out_dtype)}, not bfloat16"
     for name, hidden in (("shared", shared), ("routed", routed)):
         if isinstance(hidden, Tensor) and (reason := why_not_dtype(hidden.dtype, name)):
             return reason
-    return _why_not_weights(weights) or _why_not_aligned({"shared": _values(shared), "routed": _values(routed)})
+    return _why_not_weights(weights) or _why_not_aligned({"shared": values_of(shared), "routed": values_of(routed)})
 
 
 def why_not_fused_moe(x: Tensor, weights: MoEWeights) -> str:
@@ -102,13 +102,13 @@ def _gate_up(
     prefetch: bool = False,
 ) -> tuple[Tensor | Quantized, Tensor | Quantized]:
     """per_token: the codes of x where a weight wants them, or x itself where it is Quantized."""
-    tokens, hidden = _values(x).shape
+    tokens, hidden = values_of(x).shape
     experts, device = len(weights.router), routing.order.device
-    shared, routed = _new_hidden(tokens, weights.shared_w2), _new_hidden(tokens, weights.w2)
+    shared, routed = (new_hidden(tokens, down, torch.bfloat16) for down in (weights.shared_w2, weights.w2))
     if tokens == 0:
         return shared, routed
     rows = _C.moe_tile_tokens(tokens)
-    shared_columns, routed_columns = (_ceil_div(_values(h).shape[1], _C.MOE_GATE_UP_COLUMNS) for h in (shared, routed))
+    shared_columns, routed_columns = (_ceil_div(values_of(h).shape[1], _C.MOE_GATE_UP_COLUMNS) for h in (shared, routed))
     row_tiles = _ceil_div(tokens, rows)
     shared_tiles = row_tiles * shared_columns
     routed_tiles = min(tokens, tokens // rows + experts) * routed_columns
@@ -139,27 +139,23 @@ def _gate_up(
 
 def _wants_codes(weights: MoEWeights) -> bool:
     """Whether a first weight is multiplied with codes that have one scale per token, which the kernel does not make itself."""
-    return any(_is_per_token(linear) for linear in (weights.w13, weights.shared_w13))
-
-
-def _is_per_token(linear: Linear) -> bool:
-    return linear.scale is not None and linear.input_scale is None and linear.scale.dim() < linear.weight.dim()
+    return any(linear.input_granularity == "row" for linear in (weights.w13, weights.shared_w13))
 
 
 def _input(x: Tensor | Quantized, per_token: Quantized | None, linear: Linear, scores: Tensor | None) -> _C.MoeOperand:
     """x in the form that the first weight `linear` is multiplied with, times the scores."""
-    if isinstance(x, Quantized) or _is_per_token(linear):
+    if isinstance(x, Quantized) or linear.input_granularity == "row":
         return _operand(per_token, scores)
-    if linear.input_scale is not None:
+    if linear.input_granularity == "tensor":
         return _operand(Quantized(x, linear.input_scale), scores, _C.MoeConversion.fixed)
     return _operand(x, scores, _C.MoeConversion.none if linear.scale is None else _C.MoeConversion.per_block)
 
 
 def _operand(x: Tensor | Quantized, factors: Tensor | None = None, conversion: _C.MoeConversion = _C.MoeConversion.none) -> _C.MoeOperand:
-    scale = x.scale if isinstance(x, Quantized) else None
+    scale = scale_of(x)
     row_stride, step_stride = (0, 0) if scale is None or scale.dim() == 0 else (scale.stride(0), scale.stride(1) if scale.dim() == 2 else 0)
     return _C.MoeOperand(
-        values=_values(x).data_ptr(),
+        values=values_of(x).data_ptr(),
         scale=launch.address(scale),
         scale_row_stride=row_stride,
         scale_step_stride=step_stride,
@@ -177,19 +173,8 @@ def _weight(linear: Linear, *, stack: int) -> _C.MoeWeight:
     )
 
 
-def _new_hidden(tokens: int, down: Linear) -> Tensor | Quantized:
-    """Room for h in the form that the second weight takes."""
-    width, device = down.weight.shape[-1], down.weight.device
-    if down.scale is None:
-        return torch.empty(tokens, width, dtype=torch.bfloat16, device=device)
-    codes = torch.empty(tokens, width, dtype=torch.float8_e4m3fn, device=device)
-    if down.input_scale is not None:
-        return Quantized(codes, down.input_scale)
-    return Quantized(codes, torch.empty(tokens, _ceil_div(width, SCALE_BLOCK), dtype=torch.float32, device=device))
-
-
 def _hidden(hidden: Tensor | Quantized, down: Linear) -> _C.MoeHidden:
-    values = _values(hidden)
+    values = values_of(hidden)
     return _C.MoeHidden(
         values=values.data_ptr(),
         dtype=launch.DTYPES[values.dtype],
@@ -236,10 +221,6 @@ def _why_not_aligned(tensors: dict[str, Tensor]) -> str:
         if tensor.data_ptr() % ROW_ALIGNMENT:
             return f"{name} does not begin at a multiple of {ROW_ALIGNMENT} bytes"
     return ""
-
-
-def _values(x: Tensor | Quantized) -> Tensor:
-    return x.codes if isinstance(x, Quantized) else x
 
 
 def _ceil_div(a: int, b: int) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llama4_kernels.ops import backend, checks
-from llama4_kernels.ops.types import Linear, Quantized
+from llama4_kernels.ops.types import Linear, Quantized, scale_of
 
 
 def grouped_gemm(
@@ -44,8 +44,7 @@ def grouped_gemm(
         checks.tensor(op, "rows", rows, dtype=torch.int32, shape=("M",), device=values.device)
     if out_dtype not in checks.FLOATS:
         raise TypeError(f"{op}: out_dtype is {out_dtype}, needs torch.bfloat16 or torch.float32")
-    scale = a.scale if isinstance(a, Quantized) else None
-    return torch.ops.llama4_kernels.grouped_gemm(values, scale, b.weight, b.scale, b.input_scale, offsets, rows, out_dtype)
+    return torch.ops.llama4_kernels.grouped_gemm(values, scale_of(a), b.weight, b.scale, b.input_scale, offsets, rows, out_dtype)
 
 
 @torch.library.custom_op("llama4_kernels::grouped_gemm", mutates_args=())

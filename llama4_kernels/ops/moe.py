@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llama4_kernels.ops import backend, checks
-from llama4_kernels.ops.types import Linear, MoEWeights, Quantized, Routing
+from llama4_kernels.ops.types import Linear, MoEWeights, Quantized, Routing, new_hidden, scale_of, values_of
 
 
 def moe_gate_up(x: Tensor | Quantized, routing: Routing, weights: MoEWeights) -> tuple[Tensor | Quantized, Tensor | Quantized]:
@@ -49,8 +49,7 @@ def moe_gate_up(x: Tensor | Quantized, routing: Routing, weights: MoEWeights) ->
     checks.routing(op, routing, tokens=len(values), experts=len(weights.router), device=values.device)
     if isinstance(x, Quantized):
         _check_quantized_input(op, x, weights)
-    scale = x.scale if isinstance(x, Quantized) else None
-    tensors = torch.ops.llama4_kernels.moe_gate_up(values, scale, _flat_routing(routing), _flat_weights(weights))
+    tensors = torch.ops.llama4_kernels.moe_gate_up(values, scale_of(x), _flat_routing(routing), _flat_weights(weights))
     shared, tensors = _take(tensors, weights.shared_w2)
     routed, _ = _take(tensors, weights.w2)
     return shared, routed
@@ -91,7 +90,7 @@ def moe_down(
     op = "moe_down"
     device = checks.activations(op, "shared", shared, shape=("T", "I_shared")).device
     _check_weights(op, weights, "H", device)
-    tokens = len(_values(shared))
+    tokens = len(values_of(shared))
     checks.activations(op, "shared", shared, shape=(tokens, weights.shared_w2.weight.shape[1]))
     checks.activations(op, "routed", routed, shape=(tokens, weights.w2.weight.shape[2]), device=device)
     _check_hidden(op, "shared", shared, "shared_w2", weights.shared_w2)
@@ -105,7 +104,7 @@ def moe_down(
     if out_dtype not in checks.FLOATS:
         raise TypeError(f"{op}: out_dtype is {out_dtype}, needs torch.bfloat16 or torch.float32")
     return torch.ops.llama4_kernels.moe_down(
-        _values(shared), _scale(shared), _values(routed), _scale(routed), _flat_routing(routing), _flat_weights(weights), out_dtype
+        values_of(shared), scale_of(shared), values_of(routed), scale_of(routed), _flat_routing(routing), _flat_weights(weights), out_dtype
     )
 
 
@@ -149,15 +148,8 @@ def _moe_gate_up(x: Tensor, x_scale: Tensor | None, routing: list[Tensor], weigh
 @_moe_gate_up.register_fake
 def _(x: Tensor, x_scale: Tensor | None, routing: list[Tensor], weights: list[Tensor | None]) -> list[Tensor]:
     layer = _weights(weights)
-    tokens = x.shape[0]
-    tensors = []
-    for down in (layer.shared_w2, layer.w2):
-        width = down.weight.shape[-1]
-        dtype = checks.FP8 if down.scale is not None else x.dtype if x_scale is None else torch.bfloat16
-        tensors.append(x.new_empty(tokens, width, dtype=dtype))
-        if down.scale is not None and down.input_scale is None:
-            tensors.append(x.new_empty(tokens, -(-width // checks.BLOCK), dtype=torch.float32))
-    return tensors
+    dtype = x.dtype if x_scale is None else torch.bfloat16
+    return [tensor for down in (layer.shared_w2, layer.w2) for tensor in _give(new_hidden(x.shape[0], down, dtype), down)]
 
 
 @torch.library.custom_op("llama4_kernels::moe_down", mutates_args=())
@@ -225,7 +217,7 @@ def _check_weight_values(op: str, weights: MoEWeights) -> None:
 
 
 def _check_quantized_input(op: str, x: Quantized, weights: MoEWeights) -> None:
-    if x.scale.dim() == 0:
+    if x.granularity == "tensor":
         raise ValueError(f"{op}: x.scale has shape [], needs one scale per token or per 128 columns of a token")
     for name in ("w13", "shared_w13"):
         linear = getattr(weights, name)
@@ -242,18 +234,10 @@ def _check_hidden(op: str, name: str, hidden: Tensor | Quantized, down_name: str
         return
     if down.scale is None:
         raise TypeError(f"{op}: {name} is Quantized, needs a Tensor, because weights.{down_name} is not fp8")
-    if down.input_scale is None and hidden.scale.dim() != 2:
+    if down.input_scale is None and hidden.granularity != "block":
         raise ValueError(f"{op}: {name}.scale has shape {list(hidden.scale.shape)}, needs one scale per 128 columns of a row")
-    if down.input_scale is not None and hidden.scale.dim() != 0:
+    if down.input_scale is not None and hidden.granularity != "tensor":
         raise ValueError(f"{op}: {name}.scale has shape {list(hidden.scale.shape)}, needs [], that of weights.{down_name}.input_scale")
-
-
-def _values(x: Tensor | Quantized) -> Tensor:
-    return x.codes if isinstance(x, Quantized) else x
-
-
-def _scale(x: Tensor | Quantized) -> Tensor | None:
-    return x.scale if isinstance(x, Quantized) else None
 
 
 def _join(values: Tensor, scale: Tensor | None) -> Tensor | Quantized:

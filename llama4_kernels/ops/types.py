@@ -1,10 +1,17 @@
-"""The four records that the ops take and give. The tensors of one are contiguous and on one device. A record is equal to itself alone."""
+"""The four records that the ops take and give. The tensors of one are contiguous and on one device. A record is equal to itself alone.
+
+With them stands what follows from their form alone, for ops and backends alike.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import Tensor
+
+SCALE_BLOCK = 128  # columns of a row, and rows and columns of a weight, that share a scale where there is one per block
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,6 +25,11 @@ class Quantized:
 
     codes: Tensor
     scale: Tensor
+
+    @property
+    def granularity(self) -> Literal["tensor", "row", "block"]:
+        """What has one scale: the whole, a row, or a block of 128 columns of a row."""
+        return ("tensor", "row", "block")[self.scale.dim()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +63,22 @@ class Linear:
     scale: Tensor | None = None
     input_scale: Tensor | None = None
 
+    @property
+    def granularity(self) -> Literal["tensor", "channel", "block"] | None:
+        """What has one scale: each whole weight, an output channel, or a block of 128 × 128; None where the weight is not fp8."""
+        if self.scale is None:
+            return None
+        return ("tensor", "channel", "block")[self.scale.dim() + 2 - self.weight.dim()]
+
+    @property
+    def input_granularity(self) -> Literal["tensor", "row", "block"] | None:
+        """The granularity with which activations are quantised for this weight: "tensor" with input_scale. None where they are not."""
+        if self.scale is None:
+            return None
+        if self.input_scale is not None:
+            return "tensor"
+        return "block" if self.granularity == "block" else "row"
+
 
 @dataclass(frozen=True, eq=False)
 class MoEWeights:
@@ -67,3 +95,28 @@ class MoEWeights:
     w2: Linear
     shared_w13: Linear
     shared_w2: Linear
+
+
+def values_of(x: Tensor | Quantized) -> Tensor:
+    """x, or its codes."""
+    return x.codes if isinstance(x, Quantized) else x
+
+
+def scale_of(x: Tensor | Quantized) -> Tensor | None:
+    return x.scale if isinstance(x, Quantized) else None
+
+
+def new_hidden(tokens: int, down: Linear, dtype: torch.dtype) -> Tensor | Quantized:
+    """Room for the hidden activations between moe_gate_up and moe_down as the second weight `down` takes them; of `dtype` where it is not fp8."""
+    width, device = down.weight.shape[-1], down.weight.device
+    if down.scale is None:
+        return torch.empty(tokens, width, dtype=dtype, device=device)
+    codes = torch.empty(tokens, width, dtype=torch.float8_e4m3fn, device=device)
+    if down.input_scale is not None:
+        return Quantized(codes, down.input_scale)
+    return Quantized(codes, torch.empty(tokens, -(-width // SCALE_BLOCK), dtype=torch.float32, device=device))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As people write it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
