@@ -17,8 +17,8 @@ ROW_ALIGNMENT = 16
 
 
 def moe_gate_up(x: Tensor | Quantized, routing: Routing, weights: MoEWeights) -> tuple[Tensor | Quantized, Tensor | Quantized]:
-    per_token = x if isinstance(x, Quantized) else quantize_per_token(x) if _wants_codes(weights) else None
-    return _gate_up(x, per_token, routing, weights)
+    quantized = x if isinstance(x, Quantized) else quantize_per_token(x) if _wants_codes(weights) else None
+    return _gate_up(x, quantized, routing, weights)
 
 
 def moe_down(
@@ -27,20 +27,20 @@ def moe_down(
     routing: Routing,
     weights: MoEWeights,
     *,
-    out_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
     dependent: bool = False,
 ) -> Tensor:
     tokens, k_shared = values_of(shared).shape
     experts, hidden, k_routed = weights.w2.weight.shape
     device = routing.order.device
-    out = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=device)
+    out = torch.empty(tokens, hidden, dtype=out_dtype, device=device)
     if tokens == 0:
         return out
     row_tiles, column_tiles = _ceil_div(tokens, _C.moe_tile_tokens(tokens)), _ceil_div(hidden, _C.moe_down_columns(tokens))
     tiles, segments = row_tiles * column_tiles, min(tokens, row_tiles + experts)
     stages = column_tiles * (row_tiles * _steps(weights.shared_w2) + segments * _steps(weights.w2))
     with launch.on(device) as stream:
-        sharing, _parts = _sharing(device, range(tiles, tiles + 1), stages, _C.moe_down_part(tokens))
+        sharing, _parts = _sharing(device, tiles, tiles, stages, _C.moe_down_part(tokens))  # C++ has only the address of parts
         _C.moe_down(
             h_shared=_operand(shared),
             h_routed=_operand(routed),
@@ -78,9 +78,9 @@ def why_not_moe_gate_up(x: Tensor | Quantized, routing: Routing, weights: MoEWei
 
 
 def why_not_moe_down(
-    shared: Tensor | Quantized, routed: Tensor | Quantized, routing: Routing, weights: MoEWeights, *, out_dtype: torch.dtype | None = None
+    shared: Tensor | Quantized, routed: Tensor | Quantized, routing: Routing, weights: MoEWeights, *, out_dtype: torch.dtype
 ) -> str:
-    if out_dtype not in (None, torch.bfloat16):
+    if out_dtype != torch.bfloat16:
         return f"out_dtype is {dtype_name(out_dtype)}, not bfloat16"
     for name, hidden in (("shared", shared), ("routed", routed)):
         if isinstance(hidden, Tensor) and (reason := why_not_dtype(hidden.dtype, name)):
@@ -94,14 +94,14 @@ def why_not_fused_moe(x: Tensor, weights: MoEWeights) -> str:
 
 def _gate_up(
     x: Tensor | Quantized,
-    per_token: Quantized | None,
+    quantized: Quantized | None,
     routing: Routing,
     weights: MoEWeights,
     *,
     dependent: bool = False,
     prefetch: bool = False,
 ) -> tuple[Tensor | Quantized, Tensor | Quantized]:
-    """per_token: the codes of x where a weight wants them, or x itself where it is Quantized."""
+    """quantized: x with one scale per token, where a weight wants that; x itself where it is Quantized, per token or per 128 columns."""
     tokens, hidden = values_of(x).shape
     experts, device = len(weights.router), routing.order.device
     shared, routed = (new_hidden(tokens, down, torch.bfloat16) for down in (weights.shared_w2, weights.w2))
@@ -114,11 +114,12 @@ def _gate_up(
     routed_tiles = min(tokens, tokens // rows + experts) * routed_columns
     stages = shared_tiles * _steps(weights.shared_w13) + routed_tiles * _steps(weights.w13)
     with launch.on(device) as stream:
-        tiles = range(shared_tiles + row_tiles * routed_columns, shared_tiles + routed_tiles + 1)
-        sharing, _parts = _sharing(device, tiles, stages, _C.moe_gate_up_part(tokens))
+        least_tiles, most_tiles = shared_tiles + row_tiles * routed_columns, shared_tiles + routed_tiles
+        part = _C.moe_gate_up_part(tokens)
+        sharing, _parts = _sharing(device, least_tiles, most_tiles, stages, part)  # C++ has only the address of parts
         _C.moe_gate_up(
-            x_shared=_input(x, per_token, weights.shared_w13, None),
-            x_routed=_input(x, per_token, weights.w13, routing.scores),
+            x_shared=_input(x, quantized, weights.shared_w13, None),
+            x_routed=_input(x, quantized, weights.w13, routing.scores),
             w_shared=_weight(weights.shared_w13, stack=0),
             w_routed=_weight(weights.w13, stack=1),
             h_shared=_hidden(shared, weights.shared_w2),
@@ -142,10 +143,10 @@ def _wants_codes(weights: MoEWeights) -> bool:
     return any(linear.input_granularity == "row" for linear in (weights.w13, weights.shared_w13))
 
 
-def _input(x: Tensor | Quantized, per_token: Quantized | None, linear: Linear, scores: Tensor | None) -> _C.MoeOperand:
+def _input(x: Tensor | Quantized, quantized: Quantized | None, linear: Linear, scores: Tensor | None) -> _C.MoeOperand:
     """x in the form that the first weight `linear` is multiplied with, times the scores."""
     if isinstance(x, Quantized) or linear.input_granularity == "row":
-        return _operand(per_token, scores)
+        return _operand(quantized, scores)
     if linear.input_granularity == "tensor":
         return _operand(Quantized(x, linear.input_scale), scores, _C.MoeConversion.fixed)
     return _operand(x, scores, _C.MoeConversion.none if linear.scale is None else _C.MoeConversion.per_block)
@@ -184,15 +185,15 @@ def _hidden(hidden: Tensor | Quantized, down: Linear) -> _C.MoeHidden:
     )
 
 
-def _sharing(device: torch.device, tiles: range, stages: int, part: int) -> tuple[_C.MoeSharing, Tensor | None]:
-    """The grid and the memory where blocks that share a tile meet. tiles: numbers of them that there may be; stages: the most of all tiles;
-    part: floats that a block leaves of one tile. See csrc/moe_runs.cuh."""
+def _sharing(device: torch.device, least_tiles: int, most_tiles: int, stages: int, part: int) -> tuple[_C.MoeSharing, Tensor | None]:
+    """The grid and the memory where blocks that share a tile meet, with the tensor that holds it. least_tiles, most_tiles: how many there may
+    be; stages: the most of all tiles; part: floats that a block leaves of one tile. See csrc/moe_runs.cuh."""
     blocks = min(_C.moe_multiprocessors(), _ceil_div(stages, _C.MOE_MIN_RUN))
     unshared = _C.MOE_MANY_ROUNDS * blocks
-    if tiles[0] >= unshared:
+    if least_tiles >= unshared:
         return _C.MoeSharing(blocks=blocks, parts=0, tickets=0), None
     parts = torch.empty(2 * blocks, part, dtype=torch.float32, device=device)
-    counters = tickets(device, min(tiles[-1], unshared))
+    counters = tickets(device, min(most_tiles, unshared))
     return _C.MoeSharing(blocks=blocks, parts=parts.data_ptr(), tickets=counters.data_ptr()), parts
 
 
