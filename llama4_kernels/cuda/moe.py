@@ -186,8 +186,8 @@ def _hidden(hidden: Tensor | Quantized, down: Linear) -> _C.MoeHidden:
 
 
 def _sharing(device: torch.device, least_tiles: int, most_tiles: int, stages: int, part: int) -> tuple[_C.MoeSharing, Tensor | None]:
-    """The grid and the memory where blocks that share a tile meet, with the tensor that holds it. least_tiles, most_tiles: how many there may
-    be; stages: the most of all tiles; part: floats that a block leaves of one tile. See csrc/moe_runs.cuh."""
+    """The grid and the memory where blocks that share a tile meet, with the tensor that holds it. least_tiles, most_tiles: how many there
+    may be; stages: the most of all tiles; part: floats that a block leaves of one tile. See csrc/moe_runs.cuh."""
     blocks = min(_C.moe_multiprocessors(), _ceil_div(stages, _C.MOE_MIN_RUN))
     unshared = _C.MOE_MANY_ROUNDS * blocks
     if least_tiles >= unshared:

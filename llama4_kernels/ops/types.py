@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+E4M3_CAPABILITY = (8, 9)  # the first compute capability where e4m3 is computed with by another backend than the reference
 SCALE_BLOCK = 128  # columns of a row, and rows and columns of a weight, that share a scale where there is one per block
 
 

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama4_kernels.ops.types import SCALE_BLOCK, Linear, Quantized
-from llama4_kernels.triton import E4M3_CAPABILITY, config
+from llama4_kernels.ops.types import E4M3_CAPABILITY, SCALE_BLOCK, Linear, Quantized
+from llama4_kernels.triton import config
 
 E4M3_MAX = tl.constexpr(448.0)
 
