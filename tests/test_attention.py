@@ -316,6 +316,7 @@ def test_opcheck(holds, cache_dtype):
 
 
 CACHE = torch.ones(4, 2, 2, 8)
+FP8_CACHES = {"k_cache": CACHE.to(FP8), "v_cache": CACHE.to(FP8)}
 SLOTS = {"page_table_holds": "slots", "page_table": torch.arange(6).int()[None]}
 
 
@@ -332,6 +333,8 @@ SLOTS = {"page_table_holds": "slots", "page_table": torch.arange(6).int()[None]}
         ({"k_cache": torch.ones(2, 4, 2, 8).transpose(0, 1)}, ValueError, "k_cache has strides"),
         ({"v_cache": CACHE[:3]}, ValueError, r"v_cache has shape \[3, 2, 2, 8\], needs \[4, 2, 2, 8\]"),
         ({"k_scale": torch.ones(())}, ValueError, "k_scale is given with a float32 cache, needs to be None"),
+        (FP8_CACHES | {"k_scale": torch.tensor(-1.0)}, ValueError, "k_scale holds values from -1 to -1, needs finite ones of at least 0"),
+        (FP8_CACHES | {"v_scale": torch.tensor([float("inf")])}, ValueError, "v_scale holds values from inf to inf, needs finite ones"),
         ({"seq_lens": torch.tensor([6])}, TypeError, "seq_lens has dtype int64, needs int32"),
         ({"query_start_loc": int32(0, 1, 3)}, ValueError, r"query_start_loc has shape \[3\], needs \[2\]"),
         ({"query_start_loc": int32(0, 3).to("meta")}, ValueError, "query_start_loc is on meta, needs cpu"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 import types
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import llama4_kernels
-from llama4_kernels import available_backends, ops, use_backend
+from llama4_kernels import BackendError, available_backends, ops, use_backend
 from llama4_kernels.ops import backend
 
 CPU = torch.device("cpu")
@@ -101,7 +102,7 @@ def test_a_backend_that_never_takes_the_dtype_is_not_chosen(triton_takes_no_floa
 
 def test_a_request_for_a_backend_that_never_takes_the_dtype_is_an_error(triton_takes_no_float32):
     why = "use_backend asks for triton to compute chunked_attention on cpu, but the activations' dtype is torch.float32"
-    with use_backend(attention="triton"), pytest.raises(RuntimeError, match=why):
+    with use_backend(attention="triton"), pytest.raises(BackendError, match=why):
         backend.choices("cpu", torch.float32)
 
 
@@ -221,10 +222,10 @@ def test_a_request_decides_which_function_runs(triton_on_cpu, monkeypatch):
 @pytest.mark.parametrize("op", list(backend.OPS))
 def test_a_forced_backend_that_cannot_run_is_an_error_with_the_reason(monkeypatch, op):
     why = "but cpu is not an NVIDIA GPU"
-    with use_backend("triton"), pytest.raises(RuntimeError, match=f"^use_backend asks for triton to compute {op} on cpu, {why}"):
+    with use_backend("triton"), pytest.raises(BackendError, match=f"^use_backend asks for triton to compute {op} on cpu, {why}"):
         backend.call(op, CPU)
     monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, f"{op}=triton")
-    with pytest.raises(RuntimeError, match=f"^LLAMA4_KERNELS_BACKEND asks for triton to compute {op} on cpu, {why}"):
+    with pytest.raises(BackendError, match=f"^LLAMA4_KERNELS_BACKEND asks for triton to compute {op} on cpu, {why}"):
         backend.call(op, CPU)
 
 
@@ -243,7 +244,7 @@ def test_a_forced_backend_without_the_op_is_an_error(monkeypatch):
     monkeypatch.setattr(cuda, "why_not", lambda device: "")
     find = backend._find
     monkeypatch.setattr(backend, "_find", lambda name, op: None if name == "cuda" else find(name, op))
-    with use_backend("cuda"), pytest.raises(RuntimeError, match="but llama4_kernels has no cuda kernel for it yet"):
+    with use_backend("cuda"), pytest.raises(BackendError, match="but llama4_kernels has no cuda kernel for it yet"):
         ops.quantize_per_token(torch.ones(1, 2))
 
 
@@ -303,7 +304,28 @@ def test_arguments_that_the_requested_backend_refuses_are_an_error(triton_refuse
     with use_backend("triton"):
         backend.call("quantize_per_token", CPU, torch.ones(1, 4))
         with pytest.raises(
-            RuntimeError, match="use_backend asks for triton to compute quantize_per_token on cpu, but x has more than 4 columns"
+            BackendError, match="use_backend asks for triton to compute quantize_per_token on cpu, but x has more than 4 columns"
         ):
             backend.call("quantize_per_token", CPU, torch.ones(1, 5))
     assert triton_refuses_long_rows == ["triton"]
+
+
+def test_arguments_that_every_backend_refuses_are_an_error_with_each_reason(triton_on_cpu, monkeypatch):
+    monkeypatch.setattr(backend, "_refusal", lambda name, op: lambda x: f"{name} is tired")
+    with pytest.raises(BackendError, match="no backend computes quantize_per_token on cpu: triton: triton is tired; reference: reference is"):
+        backend.call("quantize_per_token", CPU, torch.ones(1, 2))
+
+
+def test_an_error_says_which_backend_refuses_which_op_and_survives_another_process():
+    with use_backend("triton"), pytest.raises(RuntimeError) as raised:
+        ops.quantize_per_token(torch.ones(1, 2))
+    for error in (raised.value, pickle.loads(pickle.dumps(raised.value))):
+        assert isinstance(error, llama4_kernels.BackendError) and str(error).endswith(f"on cpu, but {error.reason}")
+        assert (error.op, error.backend) == ("quantize_per_token", "triton") and error.reason.startswith("cpu is not an NVIDIA GPU")
+
+
+@pytest.mark.parametrize("ask", [lambda device: available_backends("route_top1", device), backend.choices])
+@pytest.mark.parametrize(("device", "error"), [("gpu", ValueError), ("cuda:x", ValueError), (0, TypeError)])
+def test_a_device_that_torch_does_not_know_is_named(ask, device, error):
+    with pytest.raises(error, match=f"^device is {device!r}, needs a torch.device or the name of one, such as cuda:0 or cpu$"):
+        ask(device)

@@ -44,6 +44,29 @@ def test_in_range():
             checks.in_range("op", "ids", torch.tensor(bad), 0, 4, "the 4 experts")
 
 
+NAN, INF = float("nan"), float("inf")
+
+
+def test_good_scales():
+    """0 is that of a row or channel of zeros."""
+    for good in (None, torch.tensor(0.0), torch.tensor([0.0, 3e38]), torch.ones(0, 3)):
+        checks.scale_values("op", "scale", good)
+    checks.scale_values("op", "scale", torch.tensor([0.0, NAN, INF]), finite=False)
+
+
+@pytest.mark.parametrize("bad", [[-1e-3, 1.0], [1.0, NAN], [1.0, INF], [-INF, 0.0]])
+def test_bad_scales(bad):
+    least, most = (NAN, NAN) if NAN in bad else bad
+    with pytest.raises(ValueError, match=f"^op: scale holds values from {least:g} to {most:g}, needs finite ones of at least 0$"):
+        checks.scale_values("op", "scale", torch.tensor(bad))
+
+
+@pytest.mark.parametrize("bad", [[-1.0, NAN], [-INF, 1.0]])
+def test_negative_scales_of_rows(bad):
+    with pytest.raises(ValueError, match="^op: scale holds values from -.*, needs at least 0$"):
+        checks.scale_values("op", "scale", torch.tensor(bad), finite=False)
+
+
 @pytest.mark.parametrize("good", [[0], [0, 0, 0], [0, 2, 5]])
 def test_good_offsets(good):
     checks.offsets("op", "offsets", torch.tensor(good), 5)

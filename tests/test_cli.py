@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from llama4_kernels import cuda
 from llama4_kernels.cli import doctor, server
 from llama4_kernels.cli.main import app
-from llama4_kernels.cli.tables import PLAIN_WIDTH, new_table
+from llama4_kernels.tables import PLAIN_WIDTH, new_table
 
 has_sglang = pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="sglang is not installed")
 has_server_needs = pytest.mark.skipif(
@@ -262,7 +262,7 @@ def test_server_starts_reads_the_table_and_stops_every_process(fake_sglang, tmp_
 def test_what_computed_is_said_with_what_went_elsewhere_since(tmp_path, capsys):
     """Once where every rank says it."""
     from llama4_kernels.cli.demo import print_backends
-    from llama4_kernels.cli.tables import new_console
+    from llama4_kernels.tables import new_console
 
     table = "llama4_kernels: fused_moe -> triton (cuda: the activations' dtype is float32)\nllama4_kernels: rope_qk_norm -> cuda (first)\n"
     refusal = "llama4_kernels: rope_qk_norm is not computed by cuda where head_dim is 512, above 256\n"

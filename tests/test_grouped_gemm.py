@@ -120,6 +120,13 @@ def test_a_layer_of_scout(gpu_backend, rows, form):
     assert (got.double() - want.double()).norm() <= 4e-3 * want.double().norm()
 
 
+@pytest.mark.parametrize("rows", [None, int32(0, 1, 2)])
+def test_the_scale_of_a_row_that_is_not_read_does_not_matter(rows):
+    a = Quantized(torch.ones(3, 8).to(FP8), torch.tensor([0.0, float("nan"), -1.0]))
+    out = ops.grouped_gemm(a, Linear(F8, torch.zeros(2)), int32(0, 1, 2), rows=rows)
+    assert (out[0] == 0).all() and out[1].isnan().all()
+
+
 @pytest.mark.parametrize("rows", [None, int32(0, 0, 1)])
 def test_opcheck(rows):
     op = torch.ops.llama4_kernels.grouped_gemm.default
@@ -161,6 +168,10 @@ CODES = torch.ones(3, 8).to(FP8)
         (A, Linear(F8, torch.ones(3)), OFFSETS, {}, ValueError,
          r"b.scale has shape \[3\], needs \[2\] per tensor or \[2, 4\] per channel or \[2, 1, 1\]"),
         (A, Linear(F8, torch.ones(2), torch.ones(2)), OFFSETS, {}, ValueError, r"b.input_scale has shape \[2\], needs \[\]"),
+        (A, Linear(F8, torch.tensor([1.0, -1.0])), OFFSETS, {}, ValueError, "b.scale holds values from -1 to 1, needs finite ones of at least 0"),
+        (A, Linear(F8, torch.ones(2), torch.tensor(-1.0)), OFFSETS, {}, ValueError, "b.input_scale holds values from -1 to -1, needs finite"),
+        (Quantized(CODES, torch.tensor([1.0, -1.0, 1.0])), Linear(F8, torch.ones(2)), OFFSETS, {}, ValueError,
+         "a.scale holds values from -1 to 1, needs at least 0"),
         (A, B, int32(0, 3), {}, ValueError, r"offsets has shape \[2\], needs \[3\]"),
         (A, B, OFFSETS.long(), {}, TypeError, "offsets has dtype int64, needs int32"),
         (A, B, OFFSETS.to("meta"), {}, ValueError, "offsets is on meta, needs cpu"),

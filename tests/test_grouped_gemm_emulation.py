@@ -12,7 +12,7 @@ from test_grouped_gemm import int32, offsets_of
 from torch import Tensor
 from weights import FP8, linear
 
-from llama4_kernels import ops, use_backend
+from llama4_kernels import BackendError, ops, use_backend
 from llama4_kernels.ops import Linear, Quantized, backend
 from llama4_kernels.reference import grouped_gemm as reference
 
@@ -197,7 +197,7 @@ def test_arguments_that_it_does_not_take(module, monkeypatch, a, b, reason):
     for cached in (backend._choose, backend._find, backend._refusal):
         cached.cache_clear()
     try:
-        with use_backend("cuda"), pytest.raises(RuntimeError, match=f"asks for cuda to compute grouped_gemm on cpu, but {reason}"):
+        with use_backend("cuda"), pytest.raises(BackendError, match=f"asks for cuda to compute grouped_gemm on cpu, but {reason}"):
             ops.grouped_gemm(a, b, offsets)
         assert_same_bits(ops.grouped_gemm(a, b, offsets), reference.grouped_gemm(a, b, offsets))
     finally:

@@ -17,6 +17,7 @@ from backends import WITHOUT_SCHEMA, assert_replays, assert_same_bits, assert_wi
 from llama4_kernels import ops
 from llama4_kernels.ops import Linear, MoEWeights, Quantized, Routing
 from llama4_kernels.ops import moe as flat
+from llama4_kernels.ops.types import scale_of, values_of
 from weights import FORMS, FP8, activation_value, linear, moe_weights, quantized_value, value
 
 DTYPES = [torch.bfloat16, torch.float32]
@@ -240,7 +241,7 @@ def test_opcheck(forms):
     namespace, routing, weights = torch.ops.llama4_kernels, flat._flat_routing(routing), flat._flat_weights(weights)
     utils = {} if forms == ("fp32", "fp32") else {"test_utils": WITHOUT_SCHEMA}
     opcheck(namespace.moe_gate_up.default, (x, None, routing, weights), **utils)
-    halves = [part for hidden in (shared, routed) for part in (flat._values(hidden), flat._scale(hidden))]
+    halves = [part for hidden in (shared, routed) for part in (values_of(hidden), scale_of(hidden))]
     opcheck(namespace.moe_down.default, (*halves, routing, weights, torch.float32), **utils)
     opcheck(namespace.fused_moe.default, (x, weights), **utils)
 
@@ -276,6 +277,8 @@ def replaced(record, **fields):
         (X, replaced(PLAIN, shared_w2=Linear(torch.ones(4, 8).t())), ValueError, "weights.shared_w2.weight has strides"),
         (X, replaced(FP8_WEIGHTS, w13=replaced(FP8_WEIGHTS.w13, scale=torch.ones(2, 4))), ValueError,
          r"weights.w13.scale has shape \[2, 4\], needs \[2\] per tensor or \[2, 8\] per channel or \[2, 1, 1\] per block"),
+        (X, replaced(STATIC, shared_w2=replaced(STATIC.shared_w2, input_scale=torch.tensor(-1.0))), ValueError,
+         "weights.shared_w2.input_scale holds values from -1 to -1, needs finite ones of at least 0"),
         (X, replaced(FP8_WEIGHTS, w2=replaced(FP8_WEIGHTS.w2, scale=None)), TypeError, "weights.w2.scale is NoneType"),
     ],
 )  # fmt: skip
@@ -304,6 +307,7 @@ def test_bad_input_to_the_layer_is_named(x, weights, error, message):
         (QUANTIZED, ROUTING, PLAIN, TypeError, "x is Quantized, needs the unquantised Tensor, because weights.w13 is not fp8"),
         (QUANTIZED, ROUTING, MIXED, TypeError, "x is Quantized, needs the unquantised Tensor, because weights.shared_w13 is not fp8"),
         (QUANTIZED, ROUTING, STATIC, ValueError, "x is Quantized, needs the unquantised Tensor, because weights.w13 has an input_scale"),
+        (replaced(QUANTIZED, scale=-torch.ones(3)), ROUTING, FP8_WEIGHTS, ValueError, "x.scale holds values from -1 to -1, needs at least 0"),
         (replaced(QUANTIZED, scale=torch.ones(())), ROUTING, FP8_WEIGHTS, ValueError, r"x.scale has shape \[\], needs one scale per token"),
     ],
 )  # fmt: skip
@@ -326,6 +330,7 @@ H_QUANTIZED = Quantized(H.to(FP8), torch.ones(3, 1))
          r"routed.scale has shape \[3\], needs one scale per 128 columns"),
         (H_QUANTIZED, H_QUANTIZED, STATIC, {}, ValueError,
          r"shared.scale has shape \[3, 1\], needs \[\], that of weights.shared_w2.input_scale"),
+        (H_QUANTIZED, replaced(H_QUANTIZED, scale=-torch.ones(3, 1)), FP8_WEIGHTS, {}, ValueError, "routed.scale holds values from -1 to -1"),
         (torch.ones(3, 5), H, PLAIN, {}, ValueError, r"shared has shape \[3, 5\], needs \[3, 4\]"),
         (H, torch.ones(2, 4), PLAIN, {}, ValueError, r"routed has shape \[2, 4\], needs \[3, 4\]"),
         (H, H.bfloat16(), PLAIN, {}, TypeError, "routed has dtype torch.bfloat16, needs that of shared, torch.float32, unless out_dtype"),

@@ -124,7 +124,7 @@ def test_sources_that_come_before_the_installed_package_are_named(tmp_path, monk
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert f"{Path(cuda.__file__).parents[1]} holds sources alone" in cuda.why_not_built() and "PYTHONSAFEPATH=1" in cuda.why_not_built()
     shutil.rmtree(installed)
-    assert cuda.why_not_built() == "this Python has not installed llama4_kernels (pip install .)"
+    assert cuda.why_not_built().endswith("has neither the extension nor a note of why not: install the package again (pip install .)")
 
 
 def test_doctor_warns_in_a_folder_whose_package_comes_before_the_installed_one(monkeypatch, installed):
@@ -257,6 +257,23 @@ print(json.dumps(dict(tops=sorted(tops), cuda="llama4_kernels.cuda._C" in sys.mo
     seen = in_subprocess(code)
     assert not {"sglang", "triton", "transformers", "typer", "rich"} & set(seen["tops"])
     assert not seen["cuda"] and not seen["initialized"]
+
+
+def test_import_of_sources_that_are_not_installed_says_how_to_install_them():
+    code = """
+import importlib.metadata, json
+found = importlib.metadata.version
+def version(name):
+    if name == "llama4_kernels":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return found(name)
+importlib.metadata.version = version
+try:
+    import llama4_kernels
+except ImportError as error:
+    print(json.dumps([type(error).__name__, str(error)]))
+"""
+    assert in_subprocess(code) == ["ImportError", f"llama4_kernels is not installed in this Python: pip install {ROOT}"]
 
 
 def test_import_costs_about_what_torch_costs():

@@ -19,7 +19,7 @@ from bench.calibration.measurement import Measurement, Step, in_line
 from bench.calibration.runner import Outcome
 from llama4_kernels.bench import record
 from llama4_kernels.bench.machine import this_machine
-from llama4_kernels.cli.tables import new_table
+from llama4_kernels.tables import new_table
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(highlight=False, markup=False, soft_wrap=True)

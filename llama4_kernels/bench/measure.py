@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from llama4_kernels import available_backends, switches, use_backend
+from llama4_kernels import BackendError, available_backends, switches, use_backend
 from llama4_kernels.bench import ceilings, inputs, peers, record, timing, workloads
 from llama4_kernels.bench.machine import Machine, clocks, this_machine
 from llama4_kernels.bench.peers import Case, NotInstalled, Unavailable
@@ -94,9 +94,10 @@ def run(job: Job, session: Session) -> Benchmark:
         raise
     except Unavailable as error:
         return session.failure(job, str(error), "unavailable")
+    except BackendError as error:
+        return session.failure(job, error.reason, "unavailable")
     except Exception as error:  # of any kernel or peer: it is a result, and the next job does not depend on it
-        refused = str(error).startswith("use_backend asks for")  # a backend that does not take these arguments
-        return session.failure(job, timing.one_line(error), "unavailable" if refused else "failed")
+        return session.failure(job, timing.one_line(error))
 
 
 @functools.lru_cache(maxsize=1)

@@ -19,7 +19,7 @@ from llama4_kernels import use_backend
 from llama4_kernels.bench import inputs, timing
 from llama4_kernels.bench.inputs import Problem
 from llama4_kernels.bench.workloads import BYTES, PUBLISHED, RANKS, Workload
-from llama4_kernels.cli.tables import new_console, new_table
+from llama4_kernels.tables import new_console, new_table
 from llama4_kernels.triton import config
 
 ROUNDS = 20

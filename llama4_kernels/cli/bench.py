@@ -16,7 +16,7 @@ from llama4_kernels.bench.measure import Job, Options
 from llama4_kernels.bench.plan import plan
 from llama4_kernels.bench.record import Benchmark, Record
 from llama4_kernels.bench.runner import JOB_SECONDS, Runner
-from llama4_kernels.cli.tables import new_console, new_table
+from llama4_kernels.tables import new_console, new_table
 
 
 def run(

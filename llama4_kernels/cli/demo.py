@@ -26,7 +26,7 @@ from torch import Tensor
 from llama4_kernels.cli import checkpoint, checkpoint_files
 from llama4_kernels.cli.checkpoint import CHUNK
 from llama4_kernels.cli.server import Server, ServerError, serve
-from llama4_kernels.cli.tables import new_console, new_table
+from llama4_kernels.tables import new_console, new_table
 
 if TYPE_CHECKING:
     from llama4_kernels.cli.oracle import Oracle

@@ -92,7 +92,7 @@ def installed() -> Iterator[Row]:
 def machine() -> Iterator[Row]:
     """CUDA toolkit, driver, GPU and our extension."""
     from llama4_kernels import cuda
-    from llama4_kernels.triton import E4M3_CAPABILITY
+    from llama4_kernels.ops.types import E4M3_CAPABILITY
 
     compiler = _nvcc()
     if compiler:
@@ -186,7 +186,7 @@ def _picked_up() -> Row:
 def _print(rows: list[Row], failures: list[Row]) -> None:
     from rich.text import Text
 
-    from llama4_kernels.cli.tables import new_console, new_table
+    from llama4_kernels.tables import new_console, new_table
 
     console = new_console()
     if console.is_terminal:

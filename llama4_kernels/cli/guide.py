@@ -27,7 +27,7 @@ from llama4_kernels.cli import checkpoint
 from llama4_kernels.cli.demo import print_backends, start_progress
 from llama4_kernels.cli.plan.model import PRESETS
 from llama4_kernels.cli.server import ServerError, serve
-from llama4_kernels.cli.tables import new_console, new_table
+from llama4_kernels.tables import new_console, new_table
 
 if TYPE_CHECKING:
     from openai import OpenAI

@@ -8,8 +8,8 @@ from rich.console import Console
 
 from llama4_kernels.bench import ceilings, measure, ncu, static, workloads
 from llama4_kernels.bench.workloads import Workload
-from llama4_kernels.cli.tables import new_console, new_table
 from llama4_kernels.ops.backend import BACKENDS, default_device
+from llama4_kernels.tables import new_console, new_table
 
 
 def run(op: str, name: str, backend: str | None = None) -> int:

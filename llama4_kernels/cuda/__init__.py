@@ -33,7 +33,7 @@ def why_not_built() -> str:
                 f"{Path(__file__).parents[1]} holds sources alone, and Python takes it before the installed package where it starts in that folder: "
                 "start it in another one, or with PYTHONSAFEPATH=1"
             )
-        return "this Python has not installed llama4_kernels (pip install .)"
+        return f"{Path(__file__).parent} has neither the extension nor a note of why not: install the package again (pip install .)"
     return f"{_REASON_FILE.read_text().strip()} (reinstall with LLAMA4_KERNELS_CUDA=on to build it)"
 
 

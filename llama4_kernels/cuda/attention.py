@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llama4_kernels.counters import tickets
 from llama4_kernels.cuda import _C, launch
+from llama4_kernels.ops.types import dtype_name
 
 HEAD_DIMS = (64, 128)
 PARTIAL_BYTES = 1 << 27  # where the results of the splits of few or of many queries could take more, there are fewer splits
@@ -103,14 +104,14 @@ def max_row_splits(rows: int, head_dim: int, table_keys: int, chunk_size: int) -
 
 
 def why_not_dtype(dtype: torch.dtype, name: str) -> str:
-    return "" if dtype == torch.bfloat16 else f"{name} is {str(dtype).removeprefix('torch.')}, not bfloat16"
+    return "" if dtype == torch.bfloat16 else f"{name} is {dtype_name(dtype)}, not bfloat16"
 
 
 def why_not_chunked_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, *, seq_lens: Tensor, scale: float, **_) -> str:
     if reason := why_not_dtype(q.dtype, "q"):
         return reason
     if k_cache.dtype not in (torch.bfloat16, torch.float8_e4m3fn):
-        return f"the caches are {str(k_cache.dtype).removeprefix('torch.')}, not bfloat16 or float8_e4m3fn"
+        return f"the caches are {dtype_name(k_cache.dtype)}, not bfloat16 or float8_e4m3fn"
     if q.shape[2] not in HEAD_DIMS:
         return f"head_dim is {q.shape[2]}, not {' or '.join(map(str, HEAD_DIMS))}"
     if scale <= 0:

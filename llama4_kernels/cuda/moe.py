@@ -8,17 +8,17 @@ from torch import Tensor
 from llama4_kernels import switches
 from llama4_kernels.counters import tickets
 from llama4_kernels.cuda import _C, launch
-from llama4_kernels.cuda.quantization import SCALE_BLOCK, quantize_per_token
+from llama4_kernels.cuda.quantization import quantize_per_token
 from llama4_kernels.cuda.routing import route_top1, why_not_route_top1
-from llama4_kernels.ops.types import Linear, MoEWeights, Quantized, Routing
+from llama4_kernels.ops.types import Linear, MoEWeights, Quantized, Routing, dtype_name, new_hidden, scale_of, values_of
 
 MAX_EXPERTS = 1024
 ROW_ALIGNMENT = 16
 
 
 def moe_gate_up(x: Tensor | Quantized, routing: Routing, weights: MoEWeights) -> tuple[Tensor | Quantized, Tensor | Quantized]:
-    per_token = x if isinstance(x, Quantized) else quantize_per_token(x) if _wants_codes(weights) else None
-    return _gate_up(x, per_token, routing, weights)
+    quantized = x if isinstance(x, Quantized) else quantize_per_token(x) if _wants_codes(weights) else None
+    return _gate_up(x, quantized, routing, weights)
 
 
 def moe_down(
@@ -27,20 +27,20 @@ def moe_down(
     routing: Routing,
     weights: MoEWeights,
     *,
-    out_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
     dependent: bool = False,
 ) -> Tensor:
-    tokens, k_shared = _values(shared).shape
+    tokens, k_shared = values_of(shared).shape
     experts, hidden, k_routed = weights.w2.weight.shape
     device = routing.order.device
-    out = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=device)
+    out = torch.empty(tokens, hidden, dtype=out_dtype, device=device)
     if tokens == 0:
         return out
     row_tiles, column_tiles = _ceil_div(tokens, _C.moe_tile_tokens(tokens)), _ceil_div(hidden, _C.moe_down_columns(tokens))
     tiles, segments = row_tiles * column_tiles, min(tokens, row_tiles + experts)
     stages = column_tiles * (row_tiles * _steps(weights.shared_w2) + segments * _steps(weights.w2))
     with launch.on(device) as stream:
-        sharing, _parts = _sharing(device, range(tiles, tiles + 1), stages, _C.moe_down_part(tokens))
+        sharing, _parts = _sharing(device, tiles, tiles, stages, _C.moe_down_part(tokens))  # C++ has only the address of parts
         _C.moe_down(
             h_shared=_operand(shared),
             h_routed=_operand(routed),
@@ -68,24 +68,24 @@ def fused_moe(x: Tensor, weights: MoEWeights) -> Tensor:
 
 
 def why_not_dtype(dtype: torch.dtype, name: str) -> str:
-    return "" if dtype == torch.bfloat16 else f"{name} is {str(dtype).removeprefix('torch.')}: the tensor cores take bfloat16"
+    return "" if dtype == torch.bfloat16 else f"{name} is {dtype_name(dtype)}: the tensor cores take bfloat16"
 
 
 def why_not_moe_gate_up(x: Tensor | Quantized, routing: Routing, weights: MoEWeights) -> str:
     if isinstance(x, Tensor) and (reason := why_not_dtype(x.dtype, "x")):
         return reason
-    return _why_not_weights(weights) or _why_not_aligned({"x": _values(x)})
+    return _why_not_weights(weights) or _why_not_aligned({"x": values_of(x)})
 
 
 def why_not_moe_down(
-    shared: Tensor | Quantized, routed: Tensor | Quantized, routing: Routing, weights: MoEWeights, *, out_dtype: torch.dtype | None = None
+    shared: Tensor | Quantized, routed: Tensor | Quantized, routing: Routing, weights: MoEWeights, *, out_dtype: torch.dtype
 ) -> str:
-    if out_dtype not in (None, torch.bfloat16):
-        return f"out_dtype is {str(out_dtype).removeprefix('torch.')}, not bfloat16"
+    if out_dtype != torch.bfloat16:
+        return f"out_dtype is {dtype_name(out_dtype)}, not bfloat16"
     for name, hidden in (("shared", shared), ("routed", routed)):
         if isinstance(hidden, Tensor) and (reason := why_not_dtype(hidden.dtype, name)):
             return reason
-    return _why_not_weights(weights) or _why_not_aligned({"shared": _values(shared), "routed": _values(routed)})
+    return _why_not_weights(weights) or _why_not_aligned({"shared": values_of(shared), "routed": values_of(routed)})
 
 
 def why_not_fused_moe(x: Tensor, weights: MoEWeights) -> str:
@@ -94,31 +94,32 @@ def why_not_fused_moe(x: Tensor, weights: MoEWeights) -> str:
 
 def _gate_up(
     x: Tensor | Quantized,
-    per_token: Quantized | None,
+    quantized: Quantized | None,
     routing: Routing,
     weights: MoEWeights,
     *,
     dependent: bool = False,
     prefetch: bool = False,
 ) -> tuple[Tensor | Quantized, Tensor | Quantized]:
-    """per_token: the codes of x where a weight wants them, or x itself where it is Quantized."""
-    tokens, hidden = _values(x).shape
+    """quantized: x with one scale per token, where a weight wants that; x itself where it is Quantized, per token or per 128 columns."""
+    tokens, hidden = values_of(x).shape
     experts, device = len(weights.router), routing.order.device
-    shared, routed = _new_hidden(tokens, weights.shared_w2), _new_hidden(tokens, weights.w2)
+    shared, routed = (new_hidden(tokens, down, torch.bfloat16) for down in (weights.shared_w2, weights.w2))
     if tokens == 0:
         return shared, routed
     rows = _C.moe_tile_tokens(tokens)
-    shared_columns, routed_columns = (_ceil_div(_values(h).shape[1], _C.MOE_GATE_UP_COLUMNS) for h in (shared, routed))
+    shared_columns, routed_columns = (_ceil_div(values_of(h).shape[1], _C.MOE_GATE_UP_COLUMNS) for h in (shared, routed))
     row_tiles = _ceil_div(tokens, rows)
     shared_tiles = row_tiles * shared_columns
     routed_tiles = min(tokens, tokens // rows + experts) * routed_columns
     stages = shared_tiles * _steps(weights.shared_w13) + routed_tiles * _steps(weights.w13)
     with launch.on(device) as stream:
-        tiles = range(shared_tiles + row_tiles * routed_columns, shared_tiles + routed_tiles + 1)
-        sharing, _parts = _sharing(device, tiles, stages, _C.moe_gate_up_part(tokens))
+        least_tiles, most_tiles = shared_tiles + row_tiles * routed_columns, shared_tiles + routed_tiles
+        part = _C.moe_gate_up_part(tokens)
+        sharing, _parts = _sharing(device, least_tiles, most_tiles, stages, part)  # C++ has only the address of parts
         _C.moe_gate_up(
-            x_shared=_input(x, per_token, weights.shared_w13, None),
-            x_routed=_input(x, per_token, weights.w13, routing.scores),
+            x_shared=_input(x, quantized, weights.shared_w13, None),
+            x_routed=_input(x, quantized, weights.w13, routing.scores),
             w_shared=_weight(weights.shared_w13, stack=0),
             w_routed=_weight(weights.w13, stack=1),
             h_shared=_hidden(shared, weights.shared_w2),
@@ -139,27 +140,23 @@ def _gate_up(
 
 def _wants_codes(weights: MoEWeights) -> bool:
     """Whether a first weight is multiplied with codes that have one scale per token, which the kernel does not make itself."""
-    return any(_is_per_token(linear) for linear in (weights.w13, weights.shared_w13))
+    return any(linear.input_granularity == "row" for linear in (weights.w13, weights.shared_w13))
 
 
-def _is_per_token(linear: Linear) -> bool:
-    return linear.scale is not None and linear.input_scale is None and linear.scale.dim() < linear.weight.dim()
-
-
-def _input(x: Tensor | Quantized, per_token: Quantized | None, linear: Linear, scores: Tensor | None) -> _C.MoeOperand:
+def _input(x: Tensor | Quantized, quantized: Quantized | None, linear: Linear, scores: Tensor | None) -> _C.MoeOperand:
     """x in the form that the first weight `linear` is multiplied with, times the scores."""
-    if isinstance(x, Quantized) or _is_per_token(linear):
-        return _operand(per_token, scores)
-    if linear.input_scale is not None:
+    if isinstance(x, Quantized) or linear.input_granularity == "row":
+        return _operand(quantized, scores)
+    if linear.input_granularity == "tensor":
         return _operand(Quantized(x, linear.input_scale), scores, _C.MoeConversion.fixed)
     return _operand(x, scores, _C.MoeConversion.none if linear.scale is None else _C.MoeConversion.per_block)
 
 
 def _operand(x: Tensor | Quantized, factors: Tensor | None = None, conversion: _C.MoeConversion = _C.MoeConversion.none) -> _C.MoeOperand:
-    scale = x.scale if isinstance(x, Quantized) else None
+    scale = scale_of(x)
     row_stride, step_stride = (0, 0) if scale is None or scale.dim() == 0 else (scale.stride(0), scale.stride(1) if scale.dim() == 2 else 0)
     return _C.MoeOperand(
-        values=_values(x).data_ptr(),
+        values=values_of(x).data_ptr(),
         scale=launch.address(scale),
         scale_row_stride=row_stride,
         scale_step_stride=step_stride,
@@ -177,19 +174,8 @@ def _weight(linear: Linear, *, stack: int) -> _C.MoeWeight:
     )
 
 
-def _new_hidden(tokens: int, down: Linear) -> Tensor | Quantized:
-    """Room for h in the form that the second weight takes."""
-    width, device = down.weight.shape[-1], down.weight.device
-    if down.scale is None:
-        return torch.empty(tokens, width, dtype=torch.bfloat16, device=device)
-    codes = torch.empty(tokens, width, dtype=torch.float8_e4m3fn, device=device)
-    if down.input_scale is not None:
-        return Quantized(codes, down.input_scale)
-    return Quantized(codes, torch.empty(tokens, _ceil_div(width, SCALE_BLOCK), dtype=torch.float32, device=device))
-
-
 def _hidden(hidden: Tensor | Quantized, down: Linear) -> _C.MoeHidden:
-    values = _values(hidden)
+    values = values_of(hidden)
     return _C.MoeHidden(
         values=values.data_ptr(),
         dtype=launch.DTYPES[values.dtype],
@@ -199,15 +185,15 @@ def _hidden(hidden: Tensor | Quantized, down: Linear) -> _C.MoeHidden:
     )
 
 
-def _sharing(device: torch.device, tiles: range, stages: int, part: int) -> tuple[_C.MoeSharing, Tensor | None]:
-    """The grid and the memory where blocks that share a tile meet. tiles: numbers of them that there may be; stages: the most of all tiles;
-    part: floats that a block leaves of one tile. See csrc/moe_runs.cuh."""
+def _sharing(device: torch.device, least_tiles: int, most_tiles: int, stages: int, part: int) -> tuple[_C.MoeSharing, Tensor | None]:
+    """The grid and the memory where blocks that share a tile meet, with the tensor that holds it. least_tiles, most_tiles: how many there
+    may be; stages: the most of all tiles; part: floats that a block leaves of one tile. See csrc/moe_runs.cuh."""
     blocks = min(_C.moe_multiprocessors(), _ceil_div(stages, _C.MOE_MIN_RUN))
     unshared = _C.MOE_MANY_ROUNDS * blocks
-    if tiles[0] >= unshared:
+    if least_tiles >= unshared:
         return _C.MoeSharing(blocks=blocks, parts=0, tickets=0), None
     parts = torch.empty(2 * blocks, part, dtype=torch.float32, device=device)
-    counters = tickets(device, min(tiles[-1], unshared))
+    counters = tickets(device, min(most_tiles, unshared))
     return _C.MoeSharing(blocks=blocks, parts=parts.data_ptr(), tickets=counters.data_ptr()), parts
 
 
@@ -236,10 +222,6 @@ def _why_not_aligned(tensors: dict[str, Tensor]) -> str:
         if tensor.data_ptr() % ROW_ALIGNMENT:
             return f"{name} does not begin at a multiple of {ROW_ALIGNMENT} bytes"
     return ""
-
-
-def _values(x: Tensor | Quantized) -> Tensor:
-    return x.codes if isinstance(x, Quantized) else x
 
 
 def _ceil_div(a: int, b: int) -> int:

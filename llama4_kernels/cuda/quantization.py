@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from llama4_kernels.cuda import _C, launch
-from llama4_kernels.ops.types import Linear, Quantized
-
-SCALE_BLOCK = 128
+from llama4_kernels.ops.types import SCALE_BLOCK, Linear, Quantized
 
 
 def quantize_per_token(x: Tensor) -> Quantized:
@@ -47,8 +45,6 @@ def quantize_per_block(x: Tensor) -> Quantized:
 
 def quantize_for(x: Tensor, linear: Linear) -> Quantized:
     """x in the form that the fp8 weight `linear` is multiplied with."""
-    if linear.input_scale is not None:
+    if linear.input_granularity == "tensor":
         return quantize_static(x, linear.input_scale)
-    if linear.scale.dim() == linear.weight.dim():
-        return quantize_per_block(x)
-    return quantize_per_token(x)
+    return quantize_per_block(x) if linear.input_granularity == "block" else quantize_per_token(x)

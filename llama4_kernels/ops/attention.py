@@ -32,22 +32,25 @@ def chunked_attention(
     `create_chunked_causal_mask` in Hugging Face transformers): softmax(scale · q · kᵀ) · v over those, in fp32. Query i of a request
     with n queries stands at position seq_lens − n + i; all its keys, those of the new tokens too, are in the caches already.
 
-    q: [Tq, Hq, D] bfloat16 or float32, contiguous, the requests one after another.
-    k_cache, v_cache: [pages, page_size, Hkv, D] bfloat16, float32 or float8_e4m3fn, contiguous. Hq is a multiple of Hkv; query head h
+    All tensors are contiguous, but page_table's rows may be strided.
+
+    q: [Tq, Hq, D] bfloat16 or float32, the requests one after another.
+    k_cache, v_cache: [pages, page_size, Hkv, D] bfloat16, float32 or float8_e4m3fn. Hq is a multiple of Hkv; query head h
         uses KV head h // (Hq / Hkv).
     query_start_loc: [B + 1] int32, rows query_start_loc[b] to query_start_loc[b + 1] of q are request b's, and there may be none. Rows
         from query_start_loc[B] on are padding, and come out as zeros.
     seq_lens: [B] int32, how many keys a request has in all.
-    page_table: [R, L] int32, rows may be strided. With page_table_holds "pages", position j of a request is at offset j % page_size of
+    page_table: [R, L] int32. With page_table_holds "pages", position j of a request is at offset j % page_size of
         page page_table[row, j // page_size]; with "slots" it is at slot page_table[row, j] = page · page_size + offset.
     page_table_rows: [B] int32 or int64, each request's row of page_table; None is row b for request b.
     slot_map: [slots] int32 or int64, only with "slots": the slot in these caches for each slot in page_table.
     chunk_size: C ≥ 1, or None for full causal attention. scale: finite; None is 1 / √D.
-    k_scale, v_scale: float32 [] or [1], only with fp8 caches: k = codes · k_scale; None is 1.
+    k_scale, v_scale: float32 [] or [1], finite and at least 0, only with fp8 caches: k = codes · k_scale; None is 1.
     Returns [Tq, Hq, D] in q's dtype. Only entries of page_table and keys that some query of the request sees are read: what stands
     elsewhere, NaN included, does not matter.
-    Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with
-    LLAMA4_KERNELS_CHECK_VALUES=1) for lengths, rows, pages or slots out of range.
+    Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with LLAMA4_KERNELS_CHECK_VALUES=1)
+    for lengths, rows, pages, slots or scales out of range; BackendError where a backend is asked for that cannot compute it; RuntimeError
+    in a backward pass.
 
     >>> import torch
     >>> from llama4_kernels import ops
@@ -111,6 +114,8 @@ def _chunked_attention(
     v_scale: Tensor | None,
 ) -> Tensor:
     if checks.values_wanted(q.device):
+        checks.scale_values("chunked_attention", "k_scale", k_scale)
+        checks.scale_values("chunked_attention", "v_scale", v_scale)
         _check_values(q, k_cache, page_table, seq_lens, query_start_loc, chunk_size, page_table_rows, page_table_holds, slot_map)
     return backend.call(
         "chunked_attention",

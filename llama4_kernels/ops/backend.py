@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-import importlib
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -33,6 +33,17 @@ OPS = {
 }
 
 
+class BackendError(RuntimeError):
+    """A backend that is asked for cannot compute an op, or none can.
+
+    op: its name. backend: the one that is asked for, or "" where none can. reason: why not, in words.
+    """
+
+    def __init__(self, message: str, op: str = "", backend: str = "", reason: str = ""):
+        super().__init__(message)
+        self.op, self.backend, self.reason = op, backend, reason
+
+
 @dataclass(frozen=True)
 class Choice:
     """The backend taken for an op, and why. asked_by: use_backend or the environment variable, where one of them asks for it, else ""."""
@@ -56,8 +67,8 @@ def use_backend(default: str | None = None, **per_op: str) -> Iterator[None]:
     default: backend for every op ("cuda", "triton", "reference"), "auto" for the first of them that can run, or None to leave the others
     as they were.
     per_op: backend by op name or by stem (routing, quantization, grouped_gemm, moe, attention, rope).
-    Raises ValueError for an unknown backend or op; an op called within raises RuntimeError where its backend cannot run or does not take the
-    arguments.
+    Raises ValueError for an unknown backend or op; an op called within raises BackendError where its backend cannot run or does not take
+    the arguments.
 
     >>> import torch, llama4_kernels
     >>> with llama4_kernels.use_backend("reference"):
@@ -79,6 +90,7 @@ def available_backends(op: str, device: torch.device | str | None = None) -> dic
     """Backend -> "" where it can compute `op` on `device` (the current GPU if there is one, else the CPU), or why not.
 
     op: a name such as "fused_moe"; ValueError for any other than those of llama4_kernels.ops.
+    device: or its name, such as "cuda:0" or "cpu"; TypeError or ValueError for what torch takes for none.
 
     >>> import llama4_kernels
     >>> llama4_kernels.available_backends("route_top1", "cpu")["reference"]
@@ -86,17 +98,17 @@ def available_backends(op: str, device: torch.device | str | None = None) -> dic
     """
     if op not in OPS:
         raise ValueError(f"op is {op!r}, needs one of {', '.join(OPS)}")
-    device = default_device() if device is None else torch.device(device)
+    device = _device(device)
     return {backend: _why_not(backend, op, device) for backend in BACKENDS}
 
 
 def choices(device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> list[Choice]:
-    """The choice for every op on `device`; RuntimeError where a requested backend cannot run.
+    """The choice for every op on `device`; BackendError where a requested backend cannot run.
 
     dtype: of activations, where it is known before there are any: a backend that never takes them is not chosen. Other arguments that a
         backend does not take show in `call` only.
     """
-    device = default_device() if device is None else torch.device(device)
+    device = _device(device)
     return [_choose(op, device, os.environ.get(ENVIRONMENT_VARIABLE, ""), _in_context.get(), dtype) for op in OPS]
 
 
@@ -105,7 +117,7 @@ def call(op: str, device: torch.device, *args, **kwargs):
 
     A backend that does not take every argument of an op has a function why_not_<op> beside it, of the same arguments, that returns "" or
     why it does not take these; where activations of a dtype are never taken, why_not_dtype(dtype, name) says that of the argument `name`.
-    RuntimeError where that backend was asked for; else the next backend that takes them computes the op, and the log says so, once per
+    BackendError where that backend was asked for; else the next backend that takes them computes the op, and the log says so, once per
     reason. Autocast changes nothing: what an op rounds, and where, is its contract.
     """
     if torch.is_autocast_enabled(device.type):
@@ -115,17 +127,28 @@ def call(op: str, device: torch.device, *args, **kwargs):
         with torch.cuda.device(device):
             return call(op, device, *args, **kwargs)
     chosen = _choose(op, device, os.environ.get(ENVIRONMENT_VARIABLE, ""), _in_context.get())
+    reasons = []
     for backend in BACKENDS[BACKENDS.index(chosen.backend) :]:
-        if backend != chosen.backend and _why_not_unasked(backend, op, device):
-            continue
-        refusal = _refusal(backend, op)
-        reason = refusal(*args, **kwargs) if refusal else ""
+        reason = "" if backend == chosen.backend else _why_not_unasked(backend, op, device)
         if not reason:
-            return _find(backend, op)(*args, **kwargs)
-        if chosen.asked_by:
-            raise RuntimeError(f"{chosen.asked_by} asks for {backend} to compute {op} on {device}, but {reason}")
-        _log_refusal(op, backend, reason)
-    raise RuntimeError(f"no backend computes {op} on {device} for these arguments")
+            refusal = _refusal(backend, op)
+            reason = refusal(*args, **kwargs) if refusal else ""
+            if not reason:
+                return _find(backend, op)(*args, **kwargs)
+            if chosen.asked_by:
+                raise _refused(chosen.asked_by, backend, op, device, reason)
+            _log_refusal(op, backend, reason)
+        reasons.append(f"{backend}: {reason}")
+    raise _no_backend(op, device, reasons)
+
+
+def _refused(asked_by: str, backend: str, op: str, device: torch.device, reason: str) -> BackendError:
+    return BackendError(f"{asked_by} asks for {backend} to compute {op} on {device}, but {reason}", op, backend, reason)
+
+
+def _no_backend(op: str, device: torch.device, reasons: list[str]) -> BackendError:
+    reason = "; ".join(reasons)
+    return BackendError(f"no backend computes {op} on {device}: {reason}", op, reason=reason)
 
 
 @functools.lru_cache(maxsize=None)
@@ -143,7 +166,7 @@ def _choose(op: str, device: torch.device, environment: str, context: tuple[str,
             break
         reason = _why_not(backend, op, device, dtype)
         if reason:
-            raise RuntimeError(f"{source} asks for {backend} to compute {op} on {device}, but {reason}")
+            raise _refused(source, backend, op, device, reason)
         return Choice(op, backend, f"asked for by {source}", source)
     reasons = []
     for backend in BACKENDS:
@@ -151,7 +174,7 @@ def _choose(op: str, device: torch.device, environment: str, context: tuple[str,
         if not reason:
             return Choice(op, backend, "; ".join(reasons) or "first choice on this device")
         reasons.append(f"{backend}: {reason}")
-    raise RuntimeError(f"no backend computes {op} on {device}: {'; '.join(reasons)}")
+    raise _no_backend(op, device, reasons)
 
 
 @functools.lru_cache(maxsize=None)
@@ -212,6 +235,18 @@ def _in_module(backend: str, op: str, name: str) -> Callable | None:
     if importlib.util.find_spec(module) is None:
         return None
     return getattr(importlib.import_module(module), name, None)
+
+
+def _device(value: torch.device | str | None) -> torch.device:
+    if value is None:
+        return default_device()
+    needs = f"device is {value!r}, needs a torch.device or the name of one, such as cuda:0 or cpu"
+    if not isinstance(value, (torch.device, str)):
+        raise TypeError(needs)
+    try:
+        return torch.device(value)
+    except RuntimeError:
+        raise ValueError(needs) from None
 
 
 def default_device() -> torch.device:

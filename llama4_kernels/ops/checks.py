@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from llama4_kernels import switches
-from llama4_kernels.ops.types import Linear, Quantized, Routing
+from llama4_kernels.ops.types import SCALE_BLOCK, Linear, Quantized, Routing, dtype_name
 
 FP8 = torch.float8_e4m3fn
 FLOATS = (torch.bfloat16, torch.float32)
 INTEGERS = (torch.int32, torch.int64)
-BLOCK = 128
 
 
 def tensor(
@@ -35,7 +34,7 @@ def tensor(
         raise TypeError(f"{op}: {name} is {type(value).__name__}, needs a Tensor {_shape(shape)}")
     dtypes = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
     if value.dtype not in dtypes:
-        raise TypeError(f"{op}: {name} has dtype {_dtype(value.dtype)}, needs {' or '.join(map(_dtype, dtypes))}")
+        raise TypeError(f"{op}: {name} has dtype {dtype_name(value.dtype)}, needs {' or '.join(map(dtype_name, dtypes))}")
     fits = value.dim() == len(shape) and all(isinstance(want, str) or got == want for got, want in zip(value.shape, shape))
     if not fits:
         raise ValueError(f"{op}: {name} has shape {list(value.shape)}, needs {_shape(shape)}")
@@ -79,7 +78,7 @@ def activations(op: str, name: str, value: object, *, shape: Sequence[int | str]
         return tensor(op, name, value, dtype=FLOATS, shape=shape, device=device)
     codes = tensor(op, f"{name}.codes", value.codes, dtype=FP8, shape=shape, device=device)
     rows, width = codes.shape
-    forms = {"per tensor": (), "per row": (rows,), "per 128 columns": (rows, -(-width // BLOCK))}
+    forms = {"per tensor": (), "per row": (rows,), "per 128 columns": (rows, -(-width // SCALE_BLOCK))}
     _scale(op, f"{name}.scale", value.scale, forms, codes.device)
     return codes
 
@@ -92,10 +91,10 @@ def linear(op: str, name: str, value: object, *, shape: Sequence[int | str], dev
     if weight.dtype != FP8:
         for field in ("scale", "input_scale"):
             if getattr(value, field) is not None:
-                raise ValueError(f"{op}: {name}.{field} is given with a {_dtype(weight.dtype)} weight, needs to be None: it is for fp8")
+                raise ValueError(f"{op}: {name}.{field} is given with a {dtype_name(weight.dtype)} weight, needs to be None: it is for fp8")
         return value
     *stack, n, k = weight.shape
-    forms = {"per tensor": stack, "per channel": (*stack, n), "per block": (*stack, -(-n // BLOCK), -(-k // BLOCK))}
+    forms = {"per tensor": stack, "per channel": (*stack, n), "per block": (*stack, -(-n // SCALE_BLOCK), -(-k // SCALE_BLOCK))}
     _scale(op, f"{name}.scale", value.scale, forms, device)
     if value.input_scale is not None:
         tensor(op, f"{name}.input_scale", value.input_scale, dtype=torch.float32, shape=(), device=device)
@@ -135,12 +134,12 @@ def kv_caches(
         if scale is None:
             continue
         if k_cache.dtype != FP8:
-            raise ValueError(f"{op}: {name} is given with a {_dtype(k_cache.dtype)} cache, needs to be None: it is for fp8")
+            raise ValueError(f"{op}: {name} is given with a {dtype_name(k_cache.dtype)} cache, needs to be None: it is for fp8")
         _scale(op, name, scale, {"": (), "per tensor": (1,)}, device)
 
 
 def values_wanted(device: torch.device) -> bool:
-    """Whether to check the values inside index tensors: on the CPU always; on a GPU, where it costs a host synchronisation,
+    """Whether to check the values inside tensors of indices and scales: on the CPU always; on a GPU, where it costs a host synchronisation,
     only with LLAMA4_KERNELS_CHECK_VALUES=1."""
     return device.type == "cpu" or switches.is_on(switches.CHECK_VALUES)
 
@@ -152,6 +151,24 @@ def in_range(op: str, name: str, value: Tensor, low: int, high: int, why: str = 
     least, most = (int(bound) for bound in torch.aminmax(value))
     if least < low or most >= high:
         raise ValueError(f"{op}: {name} holds values from {least} to {most}, needs {low} to {high - 1}{why and ', ' + why}")
+
+
+def scale_values(op: str, name: str, value: Tensor | None, *, finite: bool = True) -> None:
+    """Check that every element of a scale, where there is one, is at least 0 and finite; ValueError otherwise. Not finite: NaN and infinity
+    pass, which are what a row that holds one is quantised with."""
+    if value is None or value.numel() == 0:
+        return
+    if not finite:
+        value = value.nan_to_num(0.0, posinf=0.0)
+    least, most = (float(bound) for bound in torch.aminmax(value))  # NaN where any is
+    if not 0 <= least <= most < float("inf"):
+        raise ValueError(f"{op}: {name} holds values from {least:g} to {most:g}, needs {'finite ones of ' if finite else ''}at least 0")
+
+
+def linear_values(op: str, name: str, value: Linear) -> None:
+    """Check the values of an fp8 weight's scales; ValueError where one is negative or not finite."""
+    scale_values(op, f"{name}.scale", value.scale)
+    scale_values(op, f"{name}.input_scale", value.input_scale)
 
 
 def offsets(op: str, name: str, value: Tensor, rows: int) -> None:
@@ -183,10 +200,6 @@ def _scale(op: str, name: str, value: object, forms: dict[str, Sequence[int]], d
             raise TypeError(f"{op}: {name} is {type(value).__name__}, needs a float32 Tensor: {needs}")
         raise ValueError(f"{op}: {name} has shape {list(value.shape)}, needs {needs}")
     tensor(op, name, value, dtype=torch.float32, shape=tuple(value.shape), device=device)
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _shape(shape: Sequence[int | str]) -> str:

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from llama4_kernels.ops import backend, checks
-from llama4_kernels.ops.types import Linear, Quantized
+from llama4_kernels.ops.types import Linear, Quantized, scale_of
 
 
 def grouped_gemm(
     a: Tensor | Quantized, b: Linear, offsets: Tensor, *, rows: Tensor | None = None, out_dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
     """Multiply rows sorted by group with their group's weight: C[m] = a[m] · b[g]ᵀ for offsets[g] ≤ m < offsets[g + 1].
+
+    All tensors are contiguous.
 
     a: [M, K] bfloat16 or float32, or Quantized for an fp8 weight. An unquantised `a` with an fp8 weight is quantised first: with
         b.input_scale where it is given, per row and 128 columns where the weight has block scales, else per row.
@@ -21,8 +23,9 @@ def grouped_gemm(
     rows: [M] int32 or None. Where given, row m of the product is a[rows[m]] instead of a[m], and `a` may have any number of rows.
     out_dtype: bfloat16 or float32.
     Returns C [M, N]. Rows from offsets[E] on hold unspecified values, and what `a` and `rows` hold for them does not matter.
-    Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with
-    LLAMA4_KERNELS_CHECK_VALUES=1) for offsets or rows out of range.
+    Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with LLAMA4_KERNELS_CHECK_VALUES=1)
+    for offsets, rows or scales out of range; BackendError where a backend is asked for that cannot compute it; RuntimeError in a backward
+    pass.
 
     >>> import torch
     >>> from llama4_kernels import ops
@@ -41,8 +44,7 @@ def grouped_gemm(
         checks.tensor(op, "rows", rows, dtype=torch.int32, shape=("M",), device=values.device)
     if out_dtype not in checks.FLOATS:
         raise TypeError(f"{op}: out_dtype is {out_dtype}, needs torch.bfloat16 or torch.float32")
-    scale = a.scale if isinstance(a, Quantized) else None
-    return torch.ops.llama4_kernels.grouped_gemm(values, scale, b.weight, b.scale, b.input_scale, offsets, rows, out_dtype)
+    return torch.ops.llama4_kernels.grouped_gemm(values, scale_of(a), b.weight, b.scale, b.input_scale, offsets, rows, out_dtype)
 
 
 @torch.library.custom_op("llama4_kernels::grouped_gemm", mutates_args=())
@@ -57,9 +59,14 @@ def _grouped_gemm(
     out_dtype: torch.dtype,
 ) -> Tensor:
     if checks.values_wanted(a.device):
+        checks.linear_values("grouped_gemm", "b", Linear(weight, scale, input_scale))
         checks.offsets("grouped_gemm", "offsets", offsets, len(a) if rows is None else len(rows))
+        written = int(offsets[-1])
         if rows is not None:
-            checks.in_range("grouped_gemm", "rows", rows[: int(offsets[-1])], 0, len(a), f"the {len(a)} rows of a")
+            checks.in_range("grouped_gemm", "rows", rows[:written], 0, len(a), f"the {len(a)} rows of a")
+        if a_scale is not None:
+            read = a_scale if a_scale.dim() == 0 else a_scale[:written] if rows is None else a_scale[rows[:written]]
+            checks.scale_values("grouped_gemm", "a.scale", read, finite=False)
     activations = a if a_scale is None else Quantized(a, a_scale)
     linear = Linear(weight, scale, input_scale)
     return backend.call("grouped_gemm", a.device, activations, linear, offsets, rows=rows, out_dtype=out_dtype)

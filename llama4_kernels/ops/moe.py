@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llama4_kernels.ops import backend, checks
-from llama4_kernels.ops.types import Linear, MoEWeights, Quantized, Routing
+from llama4_kernels.ops.types import Linear, MoEWeights, Quantized, Routing, new_hidden, scale_of, values_of
 
 
 def moe_gate_up(x: Tensor | Quantized, routing: Routing, weights: MoEWeights) -> tuple[Tensor | Quantized, Tensor | Quantized]:
@@ -17,6 +17,8 @@ def moe_gate_up(x: Tensor | Quantized, routing: Routing, weights: MoEWeights) ->
         routed[m] = silu(s · (x[t] · gate_eᵀ)) * (s · (x[t] · up_eᵀ))      with gate_e and up_e of weights.w13[e]
     which is `Llama4TextExperts` on s · x (Hugging Face transformers, modeling_llama4.py), without rounding s · x.
 
+    All tensors are contiguous.
+
     x: [T, H] bfloat16 or float32, in token order. Where both w13 weights are fp8 without input_scale it may be Quantized, one scale per
         token or per 128 columns of a token. An unquantised x is quantised here for an fp8 weight: per row and 128 columns where the
         weight has block scales, else per token; with input_scale where that is given, and then for the routed expert s · x is.
@@ -24,8 +26,9 @@ def moe_gate_up(x: Tensor | Quantized, routing: Routing, weights: MoEWeights) ->
     Returns (shared [T, I_shared], routed [T, I]), both in sorted order and in the form that moe_down takes: Quantized where that path's
     w2 is fp8, with scale [] = w2.input_scale where that is given, else one per row and 128 columns; otherwise a Tensor of x's dtype,
     bfloat16 where x is Quantized.
-    Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with
-    LLAMA4_KERNELS_CHECK_VALUES=1) for a routing whose parts do not agree.
+    Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with LLAMA4_KERNELS_CHECK_VALUES=1)
+    for a routing whose parts do not agree and for scales out of range; BackendError where a backend is asked for that cannot compute it;
+    RuntimeError in a backward pass.
 
     >>> import torch
     >>> from llama4_kernels import ops
@@ -46,8 +49,7 @@ def moe_gate_up(x: Tensor | Quantized, routing: Routing, weights: MoEWeights) ->
     checks.routing(op, routing, tokens=len(values), experts=len(weights.router), device=values.device)
     if isinstance(x, Quantized):
         _check_quantized_input(op, x, weights)
-    scale = x.scale if isinstance(x, Quantized) else None
-    tensors = torch.ops.llama4_kernels.moe_gate_up(values, scale, _flat_routing(routing), _flat_weights(weights))
+    tensors = torch.ops.llama4_kernels.moe_gate_up(values, scale_of(x), _flat_routing(routing), _flat_weights(weights))
     shared, tensors = _take(tensors, weights.shared_w2)
     routed, _ = _take(tensors, weights.w2)
     return shared, routed
@@ -65,12 +67,15 @@ def moe_down(
 
     y[t] = shared[m] · shared_w2ᵀ + routed[m] · w2[e]ᵀ for the token t = routing.order[m] at sorted position m, with its expert e.
 
+    All tensors are contiguous.
+
     shared: [T, I_shared], routed: [T, I], in sorted order, as moe_gate_up returns them: Quantized where that path's w2 is fp8.
     routing: the one that moe_gate_up was given. weights: the layer's, of which w2 and shared_w2 are multiplied and the others checked.
     out_dtype: bfloat16 or float32, or None for the dtype of the hidden activations that are not Quantized (bfloat16 where both are).
     Returns y [T, H] in token order. Both products are added in fp32 and rounded once.
-    Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with
-    LLAMA4_KERNELS_CHECK_VALUES=1) for a routing whose parts do not agree.
+    Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with LLAMA4_KERNELS_CHECK_VALUES=1)
+    for a routing whose parts do not agree and for scales out of range; BackendError where a backend is asked for that cannot compute it;
+    RuntimeError in a backward pass.
 
     >>> import torch
     >>> from llama4_kernels import ops
@@ -85,7 +90,7 @@ def moe_down(
     op = "moe_down"
     device = checks.activations(op, "shared", shared, shape=("T", "I_shared")).device
     _check_weights(op, weights, "H", device)
-    tokens = len(_values(shared))
+    tokens = len(values_of(shared))
     checks.activations(op, "shared", shared, shape=(tokens, weights.shared_w2.weight.shape[1]))
     checks.activations(op, "routed", routed, shape=(tokens, weights.w2.weight.shape[2]), device=device)
     _check_hidden(op, "shared", shared, "shared_w2", weights.shared_w2)
@@ -99,7 +104,7 @@ def moe_down(
     if out_dtype not in checks.FLOATS:
         raise TypeError(f"{op}: out_dtype is {out_dtype}, needs torch.bfloat16 or torch.float32")
     return torch.ops.llama4_kernels.moe_down(
-        _values(shared), _scale(shared), _values(routed), _scale(routed), _flat_routing(routing), _flat_weights(weights), out_dtype
+        values_of(shared), scale_of(shared), values_of(routed), scale_of(routed), _flat_routing(routing), _flat_weights(weights), out_dtype
     )
 
 
@@ -108,9 +113,12 @@ def fused_moe(x: Tensor, weights: MoEWeights) -> Tensor:
 
     `Llama4TextMoe` of Hugging Face transformers (modeling_llama4.py) with top_k = 1; route_top1, moe_gate_up and moe_down in one.
 
-    x: [T, H] bfloat16 or float32, contiguous. weights: the layer's, whose intermediate sizes are those of this tensor-parallel rank.
+    All tensors are contiguous.
+
+    x: [T, H] bfloat16 or float32. weights: the layer's, whose intermediate sizes are those of this tensor-parallel rank.
     Returns y [T, H] in x's dtype: this rank's part, before the all-reduce.
-    Raises TypeError or ValueError for a wrong dtype, shape, device or layout.
+    Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with LLAMA4_KERNELS_CHECK_VALUES=1)
+    for scales out of range; BackendError where a backend is asked for that cannot compute it; RuntimeError in a backward pass.
 
     >>> import torch
     >>> from llama4_kernels import ops
@@ -128,9 +136,11 @@ def fused_moe(x: Tensor, weights: MoEWeights) -> Tensor:
 
 @torch.library.custom_op("llama4_kernels::moe_gate_up", mutates_args=())
 def _moe_gate_up(x: Tensor, x_scale: Tensor | None, routing: list[Tensor], weights: list[Tensor | None]) -> list[Tensor]:
+    layer = _weights(weights)
     if checks.values_wanted(x.device):
         checks.routing_values("moe_gate_up", Routing(*routing))
-    layer = _weights(weights)
+        checks.scale_values("moe_gate_up", "x.scale", x_scale, finite=False)
+        _check_weight_values("moe_gate_up", layer)
     hidden = backend.call("moe_gate_up", x.device, _join(x, x_scale), Routing(*routing), layer)
     return [tensor for path, down in zip(hidden, (layer.shared_w2, layer.w2)) for tensor in _give(path, down)]
 
@@ -138,15 +148,8 @@ def _moe_gate_up(x: Tensor, x_scale: Tensor | None, routing: list[Tensor], weigh
 @_moe_gate_up.register_fake
 def _(x: Tensor, x_scale: Tensor | None, routing: list[Tensor], weights: list[Tensor | None]) -> list[Tensor]:
     layer = _weights(weights)
-    tokens = x.shape[0]
-    tensors = []
-    for down in (layer.shared_w2, layer.w2):
-        width = down.weight.shape[-1]
-        dtype = checks.FP8 if down.scale is not None else x.dtype if x_scale is None else torch.bfloat16
-        tensors.append(x.new_empty(tokens, width, dtype=dtype))
-        if down.scale is not None and down.input_scale is None:
-            tensors.append(x.new_empty(tokens, -(-width // checks.BLOCK), dtype=torch.float32))
-    return tensors
+    dtype = x.dtype if x_scale is None else torch.bfloat16
+    return [tensor for down in (layer.shared_w2, layer.w2) for tensor in _give(new_hidden(x.shape[0], down, dtype), down)]
 
 
 @torch.library.custom_op("llama4_kernels::moe_down", mutates_args=())
@@ -159,10 +162,14 @@ def _moe_down(
     weights: list[Tensor | None],
     out_dtype: torch.dtype,
 ) -> Tensor:
+    layer = _weights(weights)
     if checks.values_wanted(shared.device):
         checks.routing_values("moe_down", Routing(*routing))
+        checks.scale_values("moe_down", "shared.scale", shared_scale, finite=False)
+        checks.scale_values("moe_down", "routed.scale", routed_scale, finite=False)
+        _check_weight_values("moe_down", layer)
     halves = _join(shared, shared_scale), _join(routed, routed_scale)
-    return backend.call("moe_down", shared.device, *halves, Routing(*routing), _weights(weights), out_dtype=out_dtype)
+    return backend.call("moe_down", shared.device, *halves, Routing(*routing), layer, out_dtype=out_dtype)
 
 
 @_moe_down.register_fake
@@ -180,7 +187,10 @@ def _(
 
 @torch.library.custom_op("llama4_kernels::fused_moe", mutates_args=())
 def _fused_moe(x: Tensor, weights: list[Tensor | None]) -> Tensor:
-    return backend.call("fused_moe", x.device, x, _weights(weights))
+    layer = _weights(weights)
+    if checks.values_wanted(x.device):
+        _check_weight_values("fused_moe", layer)
+    return backend.call("fused_moe", x.device, x, layer)
 
 
 @_fused_moe.register_fake
@@ -201,8 +211,13 @@ def _check_weights(op: str, weights: MoEWeights, hidden: int | str, device: torc
         checks.linear(op, f"weights.{prefix}w13", w13, shape=(*stack, 2 * w2.weight.shape[-1], hidden), device=device)
 
 
+def _check_weight_values(op: str, weights: MoEWeights) -> None:
+    for name in ("w13", "w2", "shared_w13", "shared_w2"):
+        checks.linear_values(op, f"weights.{name}", getattr(weights, name))
+
+
 def _check_quantized_input(op: str, x: Quantized, weights: MoEWeights) -> None:
-    if x.scale.dim() == 0:
+    if x.granularity == "tensor":
         raise ValueError(f"{op}: x.scale has shape [], needs one scale per token or per 128 columns of a token")
     for name in ("w13", "shared_w13"):
         linear = getattr(weights, name)
@@ -219,18 +234,10 @@ def _check_hidden(op: str, name: str, hidden: Tensor | Quantized, down_name: str
         return
     if down.scale is None:
         raise TypeError(f"{op}: {name} is Quantized, needs a Tensor, because weights.{down_name} is not fp8")
-    if down.input_scale is None and hidden.scale.dim() != 2:
+    if down.input_scale is None and hidden.granularity != "block":
         raise ValueError(f"{op}: {name}.scale has shape {list(hidden.scale.shape)}, needs one scale per 128 columns of a row")
-    if down.input_scale is not None and hidden.scale.dim() != 0:
+    if down.input_scale is not None and hidden.granularity != "tensor":
         raise ValueError(f"{op}: {name}.scale has shape {list(hidden.scale.shape)}, needs [], that of weights.{down_name}.input_scale")
-
-
-def _values(x: Tensor | Quantized) -> Tensor:
-    return x.codes if isinstance(x, Quantized) else x
-
-
-def _scale(x: Tensor | Quantized) -> Tensor | None:
-    return x.scale if isinstance(x, Quantized) else None
 
 
 def _join(values: Tensor, scale: Tensor | None) -> Tensor | Quantized:

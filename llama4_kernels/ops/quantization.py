@@ -15,7 +15,8 @@ def quantize_per_token(x: Tensor) -> Quantized:
     x: [T, K] bfloat16 or float32, contiguous.
     Returns codes [T, K] float8_e4m3fn, rounded to nearest even and saturated to ±448, and scale [T] float32. A row of zeros has scale
     0 and codes 0; a row with a NaN or infinity has a non-finite scale, and other rows are not touched by it.
-    Raises TypeError or ValueError for a wrong dtype, shape or layout.
+    Raises TypeError or ValueError for a wrong dtype, shape or layout; BackendError where a backend is asked for that cannot compute it;
+    RuntimeError in a backward pass.
 
     >>> import torch
     >>> from llama4_kernels import ops

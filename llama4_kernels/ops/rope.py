@@ -2,10 +2,54 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
 from llama4_kernels.ops import backend, checks
+
+
+@overload
+def rope_qk_norm(
+    qkv: Tensor,
+    positions: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    cos_sin: Tensor | None = None,
+    interleaved: bool = False,
+    qk_norm_eps: float | None = None,
+    temperature: tuple[float, int] | None = None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    slot_map: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor: ...
+
+
+@overload
+def rope_qk_norm(
+    qkv: Tensor,
+    positions: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    cos_sin: Tensor | None = None,
+    interleaved: bool = False,
+    qk_norm_eps: float | None = None,
+    temperature: tuple[float, int] | None = None,
+    k_cache: None = None,
+    v_cache: None = None,
+    slots: None = None,
+    slot_map: None = None,
+    k_scale: None = None,
+    v_scale: None = None,
+) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 def rope_qk_norm(
@@ -36,18 +80,22 @@ def rope_qk_norm(
        (`Llama4TextAttention`). The floor is exact at any position.
     4. k_cache, v_cache: each token's k and v are written to its slot.
 
-    qkv: [T, (num_heads + 2 · num_kv_heads) · D] bfloat16 or float32, q | k | v, contiguous. positions: [T] int32 or int64.
+    All tensors are contiguous.
+
+    qkv: [T, (num_heads + 2 · num_kv_heads) · D] bfloat16 or float32, q | k | v. positions: [T] int32 or int64.
     num_heads, num_kv_heads: of q, and of k and v each; both at least 1, on this tensor-parallel rank.
     head_dim: D, even. cos_sin: [max_position, D] float32, D/2 cosines, then D/2 sines.
-    k_cache, v_cache: [pages, page_size, num_kv_heads, D] bfloat16, float32 or float8_e4m3fn, contiguous; written in place.
+    k_cache, v_cache: [pages, page_size, num_kv_heads, D] bfloat16, float32 or float8_e4m3fn; written in place.
     slots: [T] int64, page · page_size + offset in the page; a token with slot −1 is not written. Required with the caches.
         Each element of a slot that is named more than once ends up as one of those tokens has it.
     slot_map: [slots] int32 or int64, only with the caches: a token is written to slot_map[slot] instead, or not at all where that is −1.
-    k_scale, v_scale: float32 [] or [1], only with fp8 caches: codes = e4m3(k / k_scale), saturated to ±448; None is 1.
+    k_scale, v_scale: float32 [] or [1], finite and at least 0, only with fp8 caches: codes = e4m3(k / k_scale), saturated to ±448, and 0
+        where the scale is 0; None is 1.
     Returns q [T, num_heads, D] in qkv's dtype; without caches (q, k, v), k and v [T, num_kv_heads, D]. Each rounded once.
     Raises TypeError or ValueError for a wrong dtype, shape, device or layout, for a qk_norm_eps that is negative, for it or an attn_scale
-    that is not finite, for a floor_scale below 1, and on the CPU (on a GPU with
-    LLAMA4_KERNELS_CHECK_VALUES=1) for positions outside cos_sin and slots outside the caches.
+    that is not finite, for a floor_scale below 1, and on the CPU (on a GPU with LLAMA4_KERNELS_CHECK_VALUES=1) for positions outside
+    cos_sin, slots outside the caches and scales out of range; BackendError where a backend is asked for that cannot compute it;
+    RuntimeError in a backward pass.
 
     >>> import torch
     >>> from llama4_kernels import ops
@@ -83,7 +131,8 @@ def rope_qk_norm(
 
 def _check_temperature(op: str, value: object) -> None:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise ValueError(f"{op}: temperature is {value!r}, needs (attn_scale, floor_scale)")
+        error = ValueError if isinstance(value, (tuple, list)) else TypeError
+        raise error(f"{op}: temperature is {value!r}, needs (attn_scale, floor_scale)")
     attn_scale, floor_scale = value
     checks.number(op, "attn_scale of temperature", attn_scale)
     checks.integer(op, "floor_scale of temperature", floor_scale)
@@ -137,6 +186,8 @@ def _rope_qk_norm(
     v_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if checks.values_wanted(qkv.device):
+        checks.scale_values("rope_qk_norm", "k_scale", k_scale)
+        checks.scale_values("rope_qk_norm", "v_scale", v_scale)
         if cos_sin is not None:
             checks.in_range("rope_qk_norm", "positions", positions, 0, len(cos_sin), f"the {len(cos_sin)} rows of cos_sin")
         elif floor_scale is not None:

@@ -19,7 +19,8 @@ def route_top1(x: Tensor, router: Tensor, *, quantize: bool = False) -> tuple[Ro
     quantize: whether to return what quantize_per_token(x) returns as well, else None.
     Returns the Routing: every token has one place in `order`, and offsets[E] = T. A token whose row holds a NaN goes to some expert in
     range with a NaN score; other tokens are not touched by it.
-    Raises TypeError or ValueError for a wrong dtype, shape, device or layout.
+    Raises TypeError or ValueError for a wrong dtype, shape, device or layout; BackendError where a backend is asked for that cannot compute
+    it; RuntimeError in a backward pass.
 
     >>> import torch
     >>> from llama4_kernels import ops

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llama4_kernels.ops.types import Linear, Quantized
+from llama4_kernels.ops.types import SCALE_BLOCK, Linear, Quantized
 
 E4M3_MAX = 448.0
-BLOCK = 128
 
 
 def full_range(largest: Tensor) -> Tensor:
@@ -23,7 +22,7 @@ def quantize_per_token(x: Tensor) -> Quantized:
 
 def quantize_per_block(x: Tensor) -> Quantized:
     """One scale per row and 128 columns; the last block of a row may be shorter."""
-    blocks = torch.nn.functional.pad(x.float().abs(), (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    blocks = torch.nn.functional.pad(x.float().abs(), (0, -x.shape[-1] % SCALE_BLOCK)).unflatten(-1, (-1, SCALE_BLOCK))
     scale = full_range(blocks.amax(-1))
     return Quantized(_encode(x, _spread(scale, 1, x.shape[1])), scale)
 
@@ -35,11 +34,9 @@ def quantize_static(x: Tensor, scale: Tensor) -> Quantized:
 
 def quantize_for(x: Tensor, linear: Linear) -> Quantized:
     """x in the form that the fp8 weight `linear` is multiplied with."""
-    if linear.input_scale is not None:
+    if linear.input_granularity == "tensor":
         return quantize_static(x, linear.input_scale)
-    if is_per_block(linear):
-        return quantize_per_block(x)
-    return quantize_per_token(x)
+    return quantize_per_block(x) if linear.input_granularity == "block" else quantize_per_token(x)
 
 
 def dequantize(x: Tensor | Quantized) -> Tensor:
@@ -47,9 +44,9 @@ def dequantize(x: Tensor | Quantized) -> Tensor:
     if isinstance(x, Tensor):
         return x.float()
     scale = x.scale
-    if scale.dim() == 2:
+    if x.granularity == "block":
         scale = _spread(scale, 1, x.codes.shape[1])
-    elif scale.dim() == 1:
+    elif x.granularity == "row":
         scale = scale[:, None]
     return x.codes.float() * scale
 
@@ -61,20 +58,16 @@ def dequantize_weight(linear: Linear, index: int | None = None) -> Tensor:
         weight, scale = weight[index], None if scale is None else scale[index]
     if scale is None:
         return weight.float()
-    if scale.dim() == 2:
+    if linear.granularity == "block":
         scale = _spread(_spread(scale, 0, weight.shape[0]), 1, weight.shape[1])
-    elif scale.dim() == 1:
+    elif linear.granularity == "channel":
         scale = scale[:, None]
     return weight.float() * scale
 
 
-def is_per_block(linear: Linear) -> bool:
-    return linear.scale is not None and linear.scale.dim() == linear.weight.dim()
-
-
 def _spread(scale: Tensor, dim: int, size: int) -> Tensor:
-    """Repeat each block's scale for the BLOCK elements that it covers; the last block ends at `size`."""
-    return scale.repeat_interleave(BLOCK, dim).narrow(dim, 0, size)
+    """Repeat each block's scale for the SCALE_BLOCK elements that it covers; the last block ends at `size`."""
+    return scale.repeat_interleave(SCALE_BLOCK, dim).narrow(dim, 0, size)
 
 
 def _encode(x: Tensor, scale: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import Llama4Config, Llama4TextConfig
 
+from llama4_kernels.ops.types import dtype_name
+
 _LAYER_TENSOR = re.compile(
     r"(?:language_model\.)?model\.(layers\.\d+\..*|embed_tokens\.weight|norm\.weight)$|(?:language_model\.)?(lm_head\.weight)$"
 )
@@ -106,7 +108,7 @@ class CheckedWeights:
             raise CheckpointError(f"checkpoint tensor {name} has no place in the model, needs a parameter {parameter}")
         held = self._parameters[parameter]
         if (tensor.dtype == torch.float8_e4m3fn) != (held == torch.float8_e4m3fn):
-            is_, needs = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, held))
+            is_, needs = map(dtype_name, (tensor.dtype, held))
             raise CheckpointError(f"checkpoint tensor {name} is {is_}, the model holds {needs}")
 
     def _read(self) -> Iterator[tuple[str, Tensor]]:

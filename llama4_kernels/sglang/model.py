@@ -31,7 +31,7 @@ from transformers import Llama4Config, Llama4TextConfig
 
 from llama4_kernels import ops
 from llama4_kernels.ops import backend
-from llama4_kernels.ops.checks import BLOCK
+from llama4_kernels.ops.types import SCALE_BLOCK
 from llama4_kernels.sglang.attention import layer_cache
 from llama4_kernels.sglang.checkpoint import CheckedWeights, CheckpointError
 from llama4_kernels.sglang.config import LayerConfig, check_sharding, cos_sin_cache, layer_config, rope_positions
@@ -280,7 +280,12 @@ class Llama4ForConditionalGeneration(mllama4.Llama4ForConditionalGeneration):
         self.expects_all = False
 
     def post_load_weights(self) -> None:
-        """SGLang calls it where the model has got its weights without load_weights: --load-format dummy."""
+        """SGLang calls it where the model has got its weights without load_weights: --load-format dummy, whose random scales may be negative,
+        which the ops do not take."""
+        if self.expects_all:
+            for name, parameter in self.named_parameters():
+                if name.endswith(("weight_scale", "input_scale")):
+                    parameter.data.abs_()
         self.expects_all = False
 
     def checked(self, weights: Iterable[tuple[str, Tensor]], path: str, complete: bool) -> CheckedWeights:
@@ -295,8 +300,8 @@ class Llama4ForConditionalGeneration(mllama4.Llama4ForConditionalGeneration):
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
         is_scale = name.endswith((".weight_scale", ".weight_scale_inv"))
         if heads is None or not is_scale or loaded_weight.shape[:1] != (heads * config.head_dim,):
-            if heads and is_scale and loaded_weight.dim() == 2 and len(loaded_weight) > 1 and BLOCK % config.head_dim:
-                needs = f"a head_dim that divides {BLOCK} where q and k have scales per block of {BLOCK} rows"
+            if heads and is_scale and loaded_weight.dim() == 2 and len(loaded_weight) > 1 and SCALE_BLOCK % config.head_dim:
+                needs = f"a head_dim that divides {SCALE_BLOCK} where q and k have scales per block of {SCALE_BLOCK} rows"
                 raise CheckpointError(f"config.json: head_dim is {config.head_dim}, {name} needs {needs}")
             return super().permute_qk_weight_for_rotary(name, loaded_weight)
         return name, loaded_weight.view(heads, config.head_dim // 2, 2, -1).transpose(1, 2).reshape(loaded_weight.shape)

@@ -10,7 +10,7 @@ from sglang.srt.runtime_context import get_disagg, get_exec, get_lora, get_memor
 
 from llama4_kernels import switches
 from llama4_kernels.ops import backend
-from llama4_kernels.triton import E4M3_CAPABILITY
+from llama4_kernels.ops.types import E4M3_CAPABILITY
 
 # Speculative algorithms whose drafts are one chain of tokens, with --speculative-eagle-topk 1. NGRAM's never are: it fills up short ones
 # with siblings of their first token.

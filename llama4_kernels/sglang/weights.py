@@ -18,7 +18,7 @@ from sglang.srt.models.llama import LlamaMLP
 from torch import Tensor, nn
 
 from llama4_kernels import ops
-from llama4_kernels.ops.checks import BLOCK
+from llama4_kernels.ops.types import SCALE_BLOCK, dtype_name
 
 FP8 = torch.float8_e4m3fn
 DTYPES = (torch.bfloat16, torch.float32, FP8)
@@ -47,8 +47,10 @@ def adapt_quant_config(quant_config: QuantizationConfig) -> None:
         blocks[f"block_structure of {target}"] = scheme["weights"].block_structure
     blocks["weight_block_size"] = getattr(quant_config, "weight_block_size", None)
     for name, size in blocks.items():
-        if size is not None and list(size) != [BLOCK, BLOCK]:
-            raise ValueError(f"--model-impl llama4_kernels does not serve Llama 4 with {name} {list(size)}, needs [{BLOCK}, {BLOCK}]")
+        if size is not None and list(size) != [SCALE_BLOCK, SCALE_BLOCK]:
+            raise ValueError(
+                f"--model-impl llama4_kernels does not serve Llama 4 with {name} {list(size)}, needs [{SCALE_BLOCK}, {SCALE_BLOCK}]"
+            )
     dtypes = [*quant_config.get_supported_act_dtypes(), torch.float32]
     quant_config.get_supported_act_dtypes = lambda: dtypes
     if not torch.cuda.is_available() and hasattr(quant_config, "_check_scheme_supported"):
@@ -195,8 +197,9 @@ def _apply(layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
 def _is_quantised_at_load(layer: nn.Module, weight: Tensor) -> bool:
     """Whether the server was started with --quantization fp8 on a checkpoint that is not fp8; TypeError for formats not supported."""
     if weight.dtype not in DTYPES:
-        holds = str(weight.dtype).removeprefix("torch.")
-        raise TypeError(f"llama4_kernels serves bf16, fp32 and fp8 weights, these are {holds}, needs --dtype bfloat16 or float32")
+        raise TypeError(
+            f"llama4_kernels serves bf16, fp32 and fp8 weights, these are {dtype_name(weight.dtype)}, needs --dtype bfloat16 or float32"
+        )
     config = getattr(layer.quant_method, "quant_config", None)
     return weight.dtype != FP8 and config is not None
 

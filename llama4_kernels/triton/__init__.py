@@ -5,8 +5,6 @@ import os
 
 import torch
 
-E4M3_CAPABILITY = (8, 9)  # the first that Triton converts e4m3 for
-
 
 def why_not(device: torch.device) -> str:
     """Why Triton kernels cannot run on `device`, or ""."""

@@ -35,7 +35,10 @@ def _attend(
     MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, HOLDS_SLOTS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the keys from begin to end, for q [dims, rows]. Not MASKED: every row sees each of them."""
+    """Online softmax over the keys from begin to end, for q [dims, rows]. Not MASKED: every row sees each of them.
+
+    attention_prefill.py has it with rows and keys exchanged, and says why they are two.
+    """
     # Keys that wgmma takes from shared memory stay in a pipeline's buffers: else p overlays them, for which ptxas 12.8 makes wrong code.
     unpipelined: tl.constexpr = MASKED and k_cache.dtype.element_ty != q.dtype
     for start in tl.range(begin, end, BLOCK_N, num_stages=1 if unpipelined else None):

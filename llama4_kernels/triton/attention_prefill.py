@@ -41,7 +41,11 @@ def _attend(
     MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, HOLDS_SLOTS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the keys from begin to end. Not MASKED: every row sees each of them."""
+    """Online softmax over the keys from begin to end. Not MASKED: every row sees each of them.
+
+    attention_decode.py has it with rows and keys exchanged: here the many rows stand on the M side of both products, there the keys, and one
+    function for both would have to transpose the scores between registers.
+    """
     for start in range(begin, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         k, v = load_keys(k_cache, v_cache, row, slot_map, keys, keys < end, kv_head, num_kv_heads, HEAD_DIM, PAGE_SIZE, HOLDS_SLOTS, BLOCK_D)

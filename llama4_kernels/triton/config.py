@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import triton
 
+from llama4_kernels.ops.types import dtype_name
 from llama4_kernels.triton.tiles import PER_BLOCK
 
 TABLES = Path(__file__).parent / "configs"
@@ -104,7 +105,7 @@ def table_path(name: str) -> Path:
 
 def shape_key(dtype: torch.dtype, shape: dict[str, int]) -> str:
     """A table's key for the shape, "bfloat16 experts=16 hidden=5120": the dtype, then sizes by name."""
-    return " ".join([str(dtype).removeprefix("torch."), *(f"{name}={size}" for name, size in sorted(shape.items()))])
+    return " ".join([dtype_name(dtype), *(f"{name}={size}" for name, size in sorted(shape.items()))])
 
 
 @functools.lru_cache(maxsize=None)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llama4_kernels.counters import tickets
-from llama4_kernels.ops.types import Linear, MoEWeights, Quantized, Routing
+from llama4_kernels.ops.types import SCALE_BLOCK, Linear, MoEWeights, Quantized, Routing, new_hidden
 from llama4_kernels.triton import config
 from llama4_kernels.triton.quantization import e4m3, e4m3_scale, quantize_per_block, quantize_per_token, quantize_static, why_not_e4m3
 from llama4_kernels.triton.routing import route_top1
@@ -35,8 +35,7 @@ from llama4_kernels.triton.tiles import (
     weights,
 )
 
-# One tile of h is one block of scales wide.
-BLOCK_H = 128
+BLOCK_H = SCALE_BLOCK  # one tile of h is one block of scales wide
 
 
 def moe_gate_up(x: Tensor | Quantized, routing: Routing, weights: MoEWeights) -> tuple[Tensor | Quantized, Tensor | Quantized]:
@@ -55,7 +54,7 @@ def moe_down(
 
 
 def fused_moe(x: Tensor, weights: MoEWeights) -> Tensor:
-    per_token = any(_input_form(linear) == "per token" for linear in (weights.w13, weights.shared_w13))
+    per_token = any(linear.input_granularity == "row" for linear in (weights.w13, weights.shared_w13))
     routing, quantized = route_top1(x, weights.router, quantize=per_token)
     shared, routed = _gate_up(_inputs(x, routing.scores, weights, quantized), routing, weights, x.dtype)
     return _down(shared, routed, routing, weights, x.dtype)
@@ -82,47 +81,28 @@ class _Inputs(NamedTuple):
     weigh: bool
 
 
-def _input_form(linear: Linear) -> str:
-    if linear.scale is None:
-        return "unquantised"
-    if linear.input_scale is not None:
-        return "static"
-    return "per block" if linear.scale.dim() == linear.weight.dim() else "per token"
-
-
 def _inputs(x: Tensor | Quantized, scores: Tensor, weights: MoEWeights, per_token: Quantized | None = None) -> _Inputs:
     """Quantise x in the forms that the two weights ask for, each form once. `per_token` is that form of x, where it is there already."""
-    forms = {"unquantised": x, "per token": per_token}
+    forms = {None: x, "row": per_token}
     if isinstance(x, Quantized):
-        forms |= {"per token": x, "per block": x}
+        forms |= {"row": x, "block": x}
 
     def prepared(linear: Linear, factors: Tensor | None = None) -> Tensor | Quantized:
-        form = _input_form(linear)
-        if form == "static":
+        form = linear.input_granularity
+        if form == "tensor":
             return quantize_static(x, linear.input_scale, factors)
         if forms.get(form) is None:
-            forms[form] = quantize_per_block(x) if form == "per block" else quantize_per_token(x)
+            forms[form] = quantize_per_block(x) if form == "block" else quantize_per_token(x)
         return forms[form]
 
     return _Inputs(prepared(weights.shared_w13), prepared(weights.w13, scores), weigh=weights.w13.input_scale is None)
-
-
-def _new_hidden(tokens: int, down: Linear, dtype: torch.dtype) -> Tensor | Quantized:
-    """Room for h in the form that `down` takes."""
-    width, device = down.weight.shape[-1], down.weight.device
-    if down.scale is None:
-        return torch.empty(tokens, width, dtype=dtype, device=device)
-    codes = torch.empty(tokens, width, dtype=torch.float8_e4m3fn, device=device)
-    if down.input_scale is not None:
-        return Quantized(codes, down.input_scale)
-    return Quantized(codes, torch.empty(tokens, triton.cdiv(width, BLOCK_H), dtype=torch.float32, device=device))
 
 
 def _gate_up(inputs: _Inputs, routing: Routing, layer: MoEWeights, dtype: torch.dtype) -> tuple[Tensor | Quantized, Tensor | Quantized]:
     x_s, x_r = activations(inputs.shared), activations(inputs.routed)
     w_s, w_r = weights(layer.shared_w13), weights(layer.w13)
     tokens, k = x_s.values.shape
-    shared, routed = _new_hidden(tokens, layer.shared_w2, dtype), _new_hidden(tokens, layer.w2, dtype)
+    shared, routed = (new_hidden(tokens, down, dtype) for down in (layer.shared_w2, layer.w2))
     h_s, h_r = activations(shared), activations(routed)
     device = x_s.values.device
     experts, width_s, width_r = len(layer.router), h_s.values.shape[1], h_r.values.shape[1]

@@ -7,11 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama4_kernels.ops.types import Linear, Quantized
-from llama4_kernels.triton import E4M3_CAPABILITY, config
+from llama4_kernels.ops.types import E4M3_CAPABILITY, SCALE_BLOCK, Linear, Quantized
+from llama4_kernels.triton import config
 
 E4M3_MAX = tl.constexpr(448.0)
-BLOCK = 128
 
 
 def quantize_per_token(x: Tensor) -> Quantized:
@@ -41,11 +40,11 @@ def why_not_e4m3(device: torch.device) -> str:
 def quantize_per_block(x: Tensor) -> Quantized:
     """One scale per row and 128 columns; the last block of a row may be shorter."""
     tokens, columns = x.shape
-    blocks = triton.cdiv(columns, BLOCK)
+    blocks = triton.cdiv(columns, SCALE_BLOCK)
     codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(tokens, blocks, dtype=torch.float32, device=x.device)
     if x.numel():
-        _per_row[(tokens, blocks)](x, codes, scale, columns, blocks, WIDTH=BLOCK, num_warps=1)
+        _per_row[(tokens, blocks)](x, codes, scale, columns, blocks, WIDTH=SCALE_BLOCK, num_warps=1)
     return Quantized(codes, scale)
 
 
@@ -61,11 +60,9 @@ def quantize_static(x: Tensor, scale: Tensor, factors: Tensor | None = None) -> 
 
 def quantize_for(x: Tensor, linear: Linear) -> Quantized:
     """x in the form that the fp8 weight `linear` is multiplied with."""
-    if linear.input_scale is not None:
+    if linear.input_granularity == "tensor":
         return quantize_static(x, linear.input_scale)
-    if linear.scale.dim() == linear.weight.dim():
-        return quantize_per_block(x)
-    return quantize_per_token(x)
+    return quantize_per_block(x) if linear.input_granularity == "block" else quantize_per_token(x)
 
 
 def warps_for(width: int) -> int:

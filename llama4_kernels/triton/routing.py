@@ -16,6 +16,7 @@ from llama4_kernels.triton.tiles import accumulate
 
 ONE_LAUNCH_TOKENS = 64
 _ORDER_BLOCK = 1024
+NO_EXPERT = tl.constexpr(2**31 - 1)  # above every expert's id
 
 
 def route_top1(x: Tensor, router: Tensor, *, quantize: bool = False) -> tuple[Routing, Quantized | None]:
@@ -34,14 +35,14 @@ def route_top1(x: Tensor, router: Tensor, *, quantize: bool = False) -> tuple[Ro
     one_launch = tokens <= ONE_LAUNCH_TOKENS
     shape = dict(experts=experts, hidden=hidden, shared_kib=config.shared_kib(device))
     launch = config.choose("route_top1", device, torch.promote_types(x.dtype, router.dtype), tokens=tokens, **shape)
-    parts = triton.cdiv(experts, launch["BLOCK_E"])
-    slices = parts if one_launch else 1  # whose last block compares them
+    expert_slices = triton.cdiv(experts, launch["BLOCK_E"])
+    slices = expert_slices if one_launch else 1  # at once, each in a program of its own, the last of which compares them
     best_logits = torch.empty(tokens, slices, dtype=torch.float32, device=device)
     best_ids = torch.empty(tokens, slices, dtype=torch.int32, device=device)
     _route[(max(triton.cdiv(tokens, launch["BLOCK_T"]), 1), slices)](
         x, router, codes, scale, best_logits, best_ids, tickets(device, 1) if one_launch else None,
         expert_ids, scores, order, offsets, tokens, experts, hidden, slices,
-        PASSES=parts // slices, SLICES=triton.next_power_of_2(slices), EXPERTS=triton.next_power_of_2(experts), TOKENS=ONE_LAUNCH_TOKENS,
+        PASSES=expert_slices // slices, SLICES=triton.next_power_of_2(slices), EXPERTS=triton.next_power_of_2(experts), TOKENS=ONE_LAUNCH_TOKENS,
         **config.options(launch),
     )  # fmt: skip
     if not one_launch:
@@ -60,17 +61,17 @@ def _best(logits, ids, axis: tl.constexpr):
     ordered = tl.where(there & (logits == logits), logits, float("-inf"))
     best = tl.max(ordered, axis)
     is_nan = tl.max((there & (logits != logits)).to(tl.int32), axis) == 1
-    winner = tl.min(tl.where(there & (ordered == tl.expand_dims(best, axis)), ids, 2**31 - 1), axis)
+    winner = tl.min(tl.where(there & (ordered == tl.expand_dims(best, axis)), ids, NO_EXPERT), axis)
     return tl.where(is_nan, float("nan"), best), winner
 
 
 @triton.jit
 def _best_of_slice(
-    x_tile, router, token, part, tokens, experts, hidden,
+    x_tile, router, token, expert_slice, tokens, experts, hidden,
     LARGEST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The largest logit of each token for one slice of the experts, and whose it is; with LARGEST also max|x| [BLOCK_T, BLOCK_K]."""
-    expert = part * BLOCK_E + tl.arange(0, BLOCK_E)
+    expert = expert_slice * BLOCK_E + tl.arange(0, BLOCK_E)
     column = tl.arange(0, BLOCK_K)
     router_tile = router + expert.to(tl.int64)[:, None] * hidden + column[None, :]
     logits = tl.zeros((BLOCK_E, BLOCK_T), tl.float32)
@@ -99,8 +100,10 @@ def _route(
     best, winner, largest = _best_of_slice(
         x_tile, router, token, tl.program_id(1), tokens, experts, hidden, codes is not None, BLOCK_T, BLOCK_E, BLOCK_K
     )
-    for part in tl.range(1, PASSES):
-        other, other_winner, _ = _best_of_slice(x_tile, router, token, part, tokens, experts, hidden, False, BLOCK_T, BLOCK_E, BLOCK_K)
+    for expert_slice in tl.range(1, PASSES):
+        other, other_winner, _ = _best_of_slice(
+            x_tile, router, token, expert_slice, tokens, experts, hidden, False, BLOCK_T, BLOCK_E, BLOCK_K
+        )
         better = (other > best) | (other != other)
         best, winner = tl.where(better, other, best), tl.where(better, other_winner, winner)
 
@@ -120,19 +123,19 @@ def _route(
         tl.store(scores + token, tl.sigmoid(best), mask=token < tokens)
     else:
         # The last program takes the best of the slices and sorts all tokens
-        part = token * slices + tl.program_id(1)
-        tl.store(best_logits + part, best, mask=token < tokens)
-        tl.store(best_ids + part, winner, mask=token < tokens)
+        slot = token * slices + tl.program_id(1)
+        tl.store(best_logits + slot, best, mask=token < tokens)
+        tl.store(best_ids + slot, winner, mask=token < tokens)
         if is_last(counter, tl.num_programs(0) * tl.num_programs(1)):
             every = tl.arange(0, TOKENS)
-            parts = every[:, None] * slices + tl.arange(0, SLICES)[None, :]
+            slots = every[:, None] * slices + tl.arange(0, SLICES)[None, :]
             there = (every < tokens)[:, None] & (tl.arange(0, SLICES) < slices)[None, :]
-            logit = tl.load(best_logits + parts, mask=there, other=0.0, cache_modifier=".cg")
-            ids = tl.load(best_ids + parts, mask=there, other=-1, cache_modifier=".cg")
+            logit = tl.load(best_logits + slots, mask=there, other=0.0, cache_modifier=".cg")
+            ids = tl.load(best_ids + slots, mask=there, other=-1, cache_modifier=".cg")
             top, top_id = _best(logit, ids, 1)
             tl.store(expert_ids + every, top_id, mask=every < tokens)
             tl.store(scores + every, tl.sigmoid(top), mask=every < tokens)
-            sorted_by = tl.where(every < tokens, top_id, 2**31 - 1)
+            sorted_by = tl.where(every < tokens, top_id, NO_EXPERT)
             group = tl.arange(0, EXPERTS)
             tl.store(offsets + group, tl.sum((sorted_by[None, :] < group[:, None]).to(tl.int32), 1), mask=group < experts)
             tl.store(offsets + experts, tokens)
@@ -148,13 +151,13 @@ def _order(expert_ids, order, offsets, tokens, experts, BLOCK: tl.constexpr):
     lower = tl.zeros((BLOCK,), tl.int32)
     for first in tl.range(0, tokens, BLOCK):
         token = first + tl.arange(0, BLOCK)
-        lower += (tl.load(expert_ids + token, mask=token < tokens, other=2**31 - 1) < expert).to(tl.int32)
+        lower += (tl.load(expert_ids + token, mask=token < tokens, other=NO_EXPERT) < expert).to(tl.int32)
     position = tl.sum(lower, 0)
     tl.store(offsets + expert, position)
     if expert == experts - 1:
         tl.store(offsets + experts, tokens)
     for first in tl.range(0, tokens, BLOCK):
         token = first + tl.arange(0, BLOCK)
-        mine = (tl.load(expert_ids + token, mask=token < tokens, other=2**31 - 1) == expert).to(tl.int32)
+        mine = (tl.load(expert_ids + token, mask=token < tokens, other=NO_EXPERT) == expert).to(tl.int32)
         tl.store(order + position + tl.cumsum(mine, 0) - 1, token, mask=mine == 1)
         position += tl.sum(mine, 0)

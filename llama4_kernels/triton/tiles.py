@@ -12,12 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama4_kernels.ops.types import Linear, Quantized
+from llama4_kernels.ops import types
+from llama4_kernels.ops.types import Linear, Quantized, scale_of, values_of
 
 # How an operand is scaled; a weight's PER_ROW is its output channel.
 NONE, PER_TENSOR, PER_ROW, PER_BLOCK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-SCALE_BLOCK = tl.constexpr(128)
-_FORMS = (PER_TENSOR.value, PER_ROW.value, PER_BLOCK.value)
+SCALE_BLOCK = tl.constexpr(types.SCALE_BLOCK)
+_FORMS = {
+    None: NONE.value,
+    "tensor": PER_TENSOR.value,
+    "row": PER_ROW.value,
+    "channel": PER_ROW.value,
+    "block": PER_BLOCK.value,
+}
 
 
 class Operand(NamedTuple):
@@ -29,15 +36,11 @@ class Operand(NamedTuple):
 
 
 def activations(x: Tensor | Quantized) -> Operand:
-    if isinstance(x, Tensor):
-        return Operand(x, None, NONE.value)
-    return Operand(x.codes, x.scale, _FORMS[x.scale.dim()])
+    return Operand(values_of(x), scale_of(x), _FORMS[x.granularity if isinstance(x, Quantized) else None])
 
 
 def weights(linear: Linear) -> Operand:
-    if linear.scale is None:
-        return Operand(linear.weight, None, NONE.value)
-    return Operand(linear.weight, linear.scale, _FORMS[linear.scale.dim() + 2 - linear.weight.dim()])
+    return Operand(linear.weight, linear.scale, _FORMS[linear.granularity])
 
 
 def most_tiles(rows: int, groups: int, block: int) -> int:

@@ -19,8 +19,8 @@ from llama4_kernels.cli import checkpoint
 from llama4_kernels.cli.eval import accuracy, guide, needle, parity
 from llama4_kernels.cli.eval.target import EvalError, Target, check_model, reach, started
 from llama4_kernels.cli.server import ServerError
-from llama4_kernels.cli.tables import new_console
 from llama4_kernels.ops.backend import ENVIRONMENT_VARIABLE
+from llama4_kernels.tables import new_console
 
 CPU_SERVER = ("--dtype=float32", "--max-running-requests=8")
 TINY_MAX_GEN_TOKS = 32

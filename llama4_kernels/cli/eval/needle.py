@@ -22,7 +22,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from llama4_kernels.cli.eval.answers import AnswerLog, answered_by
 from llama4_kernels.cli.eval.target import EvalError, Target
-from llama4_kernels.cli.tables import new_table
+from llama4_kernels.tables import new_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

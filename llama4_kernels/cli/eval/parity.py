@@ -27,7 +27,7 @@ from torch import Tensor
 from llama4_kernels.cli import checkpoint_files, demo
 from llama4_kernels.cli.eval.needle import haystack
 from llama4_kernels.cli.eval.target import EvalError, check_model, chunk_size, started
-from llama4_kernels.cli.tables import new_table
+from llama4_kernels.tables import new_table
 
 SHORTEST = 512  # tokens compared where none are asked for,
 PAST_CHUNK = 5  # or so many quarters of a chunk

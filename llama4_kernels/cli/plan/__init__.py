@@ -9,7 +9,7 @@ from pathlib import Path
 from llama4_kernels.cli.plan import report
 from llama4_kernels.cli.plan.errors import PlanError
 from llama4_kernels.cli.plan.planner import Question, plan
-from llama4_kernels.cli.tables import new_console
+from llama4_kernels.tables import new_console
 
 
 def run(question: Question, *, as_json: bool, picture: Path | None) -> int:

@@ -13,7 +13,7 @@ from llama4_kernels.cli.plan.errors import PlanError
 from llama4_kernels.cli.plan.gpus import GIB
 from llama4_kernels.cli.plan.memory import has_two_pools, local_tokens, request_table_bytes, rope_table_bytes, token_bytes
 from llama4_kernels.cli.plan.planner import MARGIN, Case, Fit, Plan, why_not_served
-from llama4_kernels.cli.tables import new_table
+from llama4_kernels.tables import new_table
 
 KV_FLAG = {"fp8": "fp8_e4m3", "bf16": "bfloat16", None: "auto"}
 POINTS = 120
