@@ -74,6 +74,7 @@ class CheckedWeights:
             if _is_vision(name) and not self._has_vision:
                 continue
             if "scale" in name:
+                _check_scale(name, tensor)
                 scales.add(re.sub(r"[._]weight_scale(_inv)?$", "", name))
             elif tensor.dtype == torch.float8_e4m3fn:
                 fp8.add(name.removesuffix(".weight"))
@@ -118,6 +119,13 @@ class CheckedWeights:
             raise CheckpointError(
                 f"checkpoint {self._path} cannot be read after tensor {self.current or '(none)'}: {error}{truncated_tensor(self._path)}"
             ) from error
+
+
+def _check_scale(name: str, tensor: Tensor) -> None:
+    values = tensor.flatten().float()
+    wrong = values[~(values.isfinite() & (values >= 0))] if not tensor.is_meta else values[:0]
+    if len(wrong):
+        raise CheckpointError(f"checkpoint tensor {name} holds {wrong[0].item()}, needs scales that are finite and at least 0")
 
 
 def without_data(files: Iterable[str | os.PathLike]) -> Iterator[tuple[str, Tensor]]:

@@ -284,7 +284,7 @@ class Llama4ForConditionalGeneration(mllama4.Llama4ForConditionalGeneration):
         which the ops do not take."""
         if self.expects_all:
             for name, parameter in self.named_parameters():
-                if name.endswith(("weight_scale", "input_scale")):
+                if "_scale" in name:
                     parameter.data.abs_()
         self.expects_all = False
 

@@ -178,3 +178,15 @@ def test_a_header_that_cannot_be_read(header, make, tmp_path):
     message = r"the first error \(model\.safetensors has a header that is not one of safetensors\)"
     with pytest.raises(CheckpointError, match=message):
         dict(CheckedWeights(weights(), config, {}, path=tmp_path, complete=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize("form", ["compressed-tensors", "modelopt", "block"])
+def test_a_scale_that_is_none(form, value, make):
+    path = make("scout", fp8=form)
+    tensors = checkpoint_files.load_weights(path)
+    name = next(name for name in tensors if "scale" in name and "experts" in name)
+    tensors[name] = tensors[name].clone()
+    tensors[name].view(-1)[-1] = value
+    with pytest.raises(CheckpointError, match=rf"checkpoint tensor {name} holds {value}, needs scales that are finite and at least 0"):
+        read(path, tensors)
