@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llama4_kernels import available_backends, ops, use_backend
+from llama4_kernels.bench.inputs import mapped
 from llama4_kernels.ops import Linear
 from llama4_kernels.ops.backend import BACKENDS, OPS
 
@@ -58,13 +59,7 @@ def where_it_computes(backend: str) -> Iterator[None]:
 
 def to(value, device: torch.device):
     """A tensor, or a structure of tensors and other values, on `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if dataclasses.is_dataclass(value):
-        return type(value)(*(to(getattr(value, field.name), device) for field in dataclasses.fields(value)))
-    if isinstance(value, (list, tuple)):
-        return type(value)(to(item, device) for item in value)
-    return {name: to(item, device) for name, item in value.items()} if isinstance(value, dict) else value
+    return mapped(lambda tensor: tensor.to(device), value)
 
 
 def assert_replays(backend: str, op: str, *args, meanwhile: Callable[[], object] = lambda: None, **kwargs) -> None:

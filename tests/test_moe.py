@@ -17,17 +17,9 @@ from backends import WITHOUT_SCHEMA, assert_replays, assert_same_bits, assert_wi
 from llama4_kernels import ops
 from llama4_kernels.ops import Linear, MoEWeights, Quantized, Routing
 from llama4_kernels.ops import moe as flat
-from weights import FORMS, FP8, activation_value, linear, moe_weights, quantized_value, value
+from weights import FP8, PAIRS, activation_value, linear, moe_weights, quantized_value, random_routing, value
 
 DTYPES = [torch.bfloat16, torch.float32]
-MIXES = [(form, form) for form in FORMS] + [("channel", "bf16"), ("tensor static", "bf16"), ("bf16", "channel")]
-
-
-def random_routing(tokens: int, experts: int, on_one: bool = False) -> Routing:
-    """Experts drawn at random, or all tokens on the last expert but one."""
-    ids = torch.full((tokens,), max(experts - 2, 0)) if on_one else torch.randint(0, experts, (tokens,))
-    offsets = torch.tensor([0, *torch.bincount(ids, minlength=experts).tolist()]).cumsum(0)
-    return Routing(ids.int(), 0.1 + 0.9 * torch.rand(tokens), ids.argsort(stable=True).int(), offsets.int())
 
 
 def gate_up_oracle(
@@ -89,7 +81,7 @@ def down_oracle(shared: Tensor, routed: Tensor, routing: Routing, weights: MoEWe
     tokens=st.sampled_from([0, 1, 7, 40]),
     experts=st.sampled_from([1, 4, 128]),
     shape=st.sampled_from([(16, 8, 24), (136, 130, 130), (40, 136, 8)]),
-    forms=st.sampled_from(MIXES),
+    forms=st.sampled_from(PAIRS),
     dtype=st.sampled_from(DTYPES),
     on_one=st.booleans(),
 )
@@ -146,7 +138,7 @@ def test_layer(backend, tokens, experts, form, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("forms", [forms for forms in MIXES if forms[0] not in ("bf16", "fp32")])
+@pytest.mark.parametrize("forms", [forms for forms in PAIRS if forms[0] not in ("bf16", "fp32")])
 def test_layer_in_fp8_is_its_two_halves(backend, forms, dtype):
     weights = moe_weights(*forms, experts=4, hidden=200, inner=136)
     x = torch.randn(33, 200).to(dtype)
@@ -210,7 +202,7 @@ def test_gives_the_same_bits_twice(backend, forms):
 
 @pytest.mark.gpu
 @pytest.mark.small
-@pytest.mark.parametrize("forms", [forms for forms in MIXES if "fp32" not in forms])
+@pytest.mark.parametrize("forms", [forms for forms in PAIRS if "fp32" not in forms])
 @pytest.mark.parametrize("tokens", [3, 40, 130])
 def test_gives_the_same_bits_twice_in_bfloat16(gpu_backend, tokens, forms):
     """In tiles of each size that CUDA has."""
@@ -220,7 +212,7 @@ def test_gives_the_same_bits_twice_in_bfloat16(gpu_backend, tokens, forms):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("forms", MIXES)
+@pytest.mark.parametrize("forms", PAIRS)
 @pytest.mark.parametrize("tokens", [1, 100])
 def test_replays_in_a_cuda_graph(gpu_backend, forms, tokens):
     dtype = torch.float32 if "fp32" in forms else torch.bfloat16

@@ -14,14 +14,14 @@ import planted
 import pytest
 import torch
 from guards import Guarded
-from test_moe import assert_hidden, gate_up_oracle, random_routing
+from test_moe import assert_hidden, gate_up_oracle
 from torch import Tensor
 
 from backends import assert_same_bits
 from llama4_kernels.ops import Linear, MoEWeights, Quantized, Routing
 from llama4_kernels.reference import moe as reference
 from llama4_kernels.reference.routing import route_top1
-from weights import FORMS, FP8, linear, moe_weights
+from weights import FORMS, FP8, linear, moe_weights, random_routing
 
 pytestmark = pytest.mark.skipif(bool(emulation.why_not()), reason=emulation.why_not() or "-")
 
