@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.library import opcheck
 from transformers.masking_utils import chunked_causal_mask_function
 
-from backends import WITHOUT_SCHEMA, assert_replays, assert_same_bits, assert_within, compute, to, where_it_computes
+from backends import WITHOUT_SCHEMA, assert_replays, assert_same_bits, assert_within, compute, device_of, to, where_it_computes
 from llama4_kernels import ops
 from llama4_kernels.reference import attention as reference
 from weights import FP8
@@ -256,13 +256,19 @@ def test_gives_the_same_bits_twice_in_bfloat16(gpu_backend, holds, page_size, ca
     assert_same_bits(*(compute(gpu_backend, "chunked_attention", *arguments, **options) for _ in range(2)))
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("cache_dtype", [None, FP8])
-@pytest.mark.parametrize("lengths", [[(700, 1), (30, 1)], [(700, 100), (9, 1)]])
-def test_replays_in_a_cuda_graph(gpu_backend, lengths, cache_dtype):
-    arguments, options = batch(lengths, chunk_size=512, page_size=16, heads=(5, 1, 128), dtype=torch.bfloat16, cache_dtype=cache_dtype,
-                               padding=2)  # fmt: skip
-    assert_replays(gpu_backend, "chunked_attention", *arguments, **options)
+@pytest.mark.parametrize("holds", ["pages", "slots"])
+@pytest.mark.parametrize("queries", ["few", "many"])
+def test_replays_in_a_cuda_graph(backend, queries, holds, cache_dtype):
+    """For other lengths of as many queries in all, so that requests come and go."""
+    most, many, chunk_size, head_dim = (700, 100, 512, 128) if device_of(backend).type == "cuda" else (100, 12, 64, 16)
+    lengths = {
+        "few": ([(most, 1), (30, 1)], [(0, 0), (most, 2)]),
+        "many": ([(most, many), (9, 1)], [(9, 9), (most, many - 8)]),
+    }[queries]
+    how = dict(chunk_size=chunk_size, page_size=16, holds=holds, heads=(5, 1, head_dim), dtype=torch.bfloat16, cache_dtype=cache_dtype,
+               padding=2, rows=True, slot_map=holds == "slots")  # fmt: skip
+    assert_replays(backend, "chunked_attention", *(batch(each, **how) for each in lengths))
 
 
 @pytest.mark.gpu
@@ -281,9 +287,10 @@ def test_in_as_many_splits_as_a_gpu_makes(gpu_backend, lengths, cache_dtype):
 @pytest.mark.gpu
 def test_a_graph_of_many_requests_replays_after_a_launch_of_few(gpu_backend):
     """In CUDA they are launches of one kernel with more and with less shared memory."""
-    (arguments, options), few = (batch([(9, 1)] * requests, chunk_size=8, heads=(5, 1, 128), dtype=torch.bfloat16) for requests in (900, 2))
+    lengths = [(9, 1)] * 900, [(9, 1), (5, 1)] * 450, [(9, 1)] * 2
+    many, others, few = (batch(each, chunk_size=8, heads=(5, 1, 128), dtype=torch.bfloat16) for each in lengths)
     launch_few = partial(compute, gpu_backend, "chunked_attention", *few[0], **few[1])
-    assert_replays(gpu_backend, "chunked_attention", *arguments, meanwhile=launch_few, **options)
+    assert_replays(gpu_backend, "chunked_attention", many, others, meanwhile=launch_few)
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
-from backends import WITHOUT_SCHEMA, assert_product, assert_replays, assert_same_bits, compute, sums_in_short, to
+from backends import WITHOUT_SCHEMA, assert_product, assert_replays, assert_same_bits, compute, device_of, sums_in_short, to
 from llama4_kernels import ops
 from llama4_kernels.ops import Linear, Quantized
 from llama4_kernels.reference import grouped_gemm as reference
@@ -102,11 +102,16 @@ def test_gives_the_same_bits_twice(backend):
     assert_same_bits(*(compute(backend, "grouped_gemm", a, b, offsets) for _ in range(2)))
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-def test_replays_in_a_cuda_graph(gpu_backend, form):
-    dtype = torch.float32 if form == "fp32" else torch.bfloat16
-    assert_replays(gpu_backend, "grouped_gemm", torch.randn(70, 512).to(dtype), linear(form, 3, 256, 512), int32(0, 1, 40, 70))
+def test_replays_in_a_cuda_graph(backend, form, gathered):
+    rows, n, k = (70, 256, 512) if device_of(backend).type == "cuda" else (20, 24, 128)
+
+    def given(*offsets: int) -> tuple[tuple, dict]:
+        a = torch.randn(rows, k).to(torch.float32 if form == "fp32" else torch.bfloat16)
+        return (a, linear(form, 3, n, k), int32(*offsets)), {"rows": torch.randint(0, rows, (rows,)).int()} if gathered else {}
+
+    assert_replays(backend, "grouped_gemm", given(0, 1, rows // 2, rows), given(0, rows - 3, rows - 3, rows))
 
 
 @pytest.mark.gpu

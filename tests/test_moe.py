@@ -13,7 +13,7 @@ from torch.library import opcheck
 from transformers import Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
-from backends import WITHOUT_SCHEMA, assert_replays, assert_same_bits, assert_within, compute, sum_error, sums_in_short
+from backends import WITHOUT_SCHEMA, assert_replays, assert_same_bits, assert_within, compute, device_of, sum_error, sums_in_short
 from llama4_kernels import ops
 from llama4_kernels.ops import Linear, MoEWeights, Quantized, Routing
 from llama4_kernels.ops import moe as flat
@@ -211,17 +211,21 @@ def test_gives_the_same_bits_twice_in_bfloat16(gpu_backend, tokens, forms):
     assert_same_bits(*(compute(gpu_backend, "fused_moe", x, weights) for _ in range(2)))
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("forms", PAIRS)
 @pytest.mark.parametrize("tokens", [1, 100])
-def test_replays_in_a_cuda_graph(gpu_backend, forms, tokens):
+def test_replays_in_a_cuda_graph(backend, forms, tokens):
     dtype = torch.float32 if "fp32" in forms else torch.bfloat16
-    weights = moe_weights(*forms, experts=16, hidden=256, inner=128)
-    x, routing = torch.randn(tokens, 256).to(dtype), random_routing(tokens, 16)
-    assert_replays(gpu_backend, "fused_moe", x, weights)
-    assert_replays(gpu_backend, "moe_gate_up", x, routing, weights)
-    shared, routed = compute(gpu_backend, "moe_gate_up", x, routing, weights)
-    assert_replays(gpu_backend, "moe_down", shared, routed, routing, weights)
+    experts, hidden, inner = (16, 256, 128) if device_of(backend).type == "cuda" else (3, 32, 16)
+    layers, gate_ups, downs = [], [], []
+    for on_one in (False, True):
+        x, routing = torch.randn(tokens, hidden).to(dtype), random_routing(tokens, experts, on_one)
+        weights = moe_weights(*forms, experts=experts, hidden=hidden, inner=inner)
+        layers.append(((x, weights), {}))
+        gate_ups.append(((x, routing, weights), {}))
+        downs.append(((*compute(backend, "moe_gate_up", x, routing, weights), routing, weights), {}))
+    assert_replays(backend, "fused_moe", *layers)
+    assert_replays(backend, "moe_gate_up", *gate_ups)
+    assert_replays(backend, "moe_down", *downs)
 
 
 @pytest.mark.parametrize("forms", [("fp32", "fp32"), ("channel", "fp32"), ("tensor static", "block")])

@@ -14,7 +14,7 @@ from torch.library import opcheck
 from transformers import Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4TextL2Norm, Llama4TextRotaryEmbedding, apply_rotary_emb
 
-from backends import WITHOUT_SCHEMA, assert_replays, assert_same_bits, assert_within, compute
+from backends import WITHOUT_SCHEMA, assert_replays, assert_same_bits, assert_within, compute, device_of
 from llama4_kernels import ops
 from weights import FP8, e4m3
 
@@ -188,14 +188,22 @@ def test_gives_the_same_bits_twice(backend, cache_dtype):
     assert_same_bits(*(compute(backend, "rope_qk_norm", qkv, positions, **options) for _ in range(2)))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("cache_dtype", [None, torch.bfloat16, FP8])
-def test_replays_in_a_cuda_graph(gpu_backend, cache_dtype):
-    options = dict(num_heads=5, num_kv_heads=1, head_dim=128, cos_sin=cos_sin_table(64, 128), qk_norm_eps=1e-5)
-    if cache_dtype is not None:
-        cache = torch.zeros(5, 16, 1, 128).to(cache_dtype)
-        options |= dict(k_cache=cache, v_cache=cache.clone(), slots=torch.arange(64))
-    assert_replays(gpu_backend, "rope_qk_norm", torch.randn(64, 7 * 128).bfloat16(), torch.arange(64), **options)
+@pytest.mark.parametrize(
+    ("cache_dtype", "with_map"), [(None, False), (torch.bfloat16, False), (torch.bfloat16, True), (FP8, False), (FP8, True)]
+)
+def test_replays_in_a_cuda_graph(backend, cache_dtype, with_map):
+    tokens = 64 if device_of(backend).type == "cuda" else 8
+
+    def given(written: float) -> tuple[tuple, dict]:
+        options = dict(num_heads=5, num_kv_heads=1, head_dim=128, cos_sin=cos_sin_table(64, 128), qk_norm_eps=1e-5)
+        if cache_dtype is not None:
+            slots = torch.where(torch.rand(tokens) < written, torch.randperm(5 * 16)[:tokens], -1)
+            options |= dict(zip(("k_cache", "v_cache"), torch.randn(2, 5, 16, 1, 128).to(cache_dtype)), slots=slots)
+            options |= {"slot_map": torch.randperm(5 * 16)} if with_map else {}
+            options |= {"k_scale": torch.rand(()), "v_scale": torch.rand(1)} if cache_dtype == FP8 else {}
+        return (torch.randn(tokens, 7 * 128).bfloat16(), torch.randint(0, 64, (tokens,))), options
+
+    assert_replays(backend, "rope_qk_norm", given(written=1.0), given(written=0.5))
 
 
 @pytest.mark.parametrize("cache_dtype", [None, torch.float32, FP8])
