@@ -117,7 +117,7 @@ def ops_quantised(x: Tensor) -> Quantized:
 
 
 def relative_error(got: Tensor | Quantized, expected: Tensor | Quantized) -> float:
-    """‖got − expected‖ / ‖expected‖ in float64; NaN where `got` holds one, infinite where the shapes differ, 0 where there are no elements."""
+    """‖got − expected‖ / ‖expected‖ in float64; NaN where `got` holds one, infinite where the shapes differ, 0 for no elements."""
     got, expected = dequantize(got).double(), dequantize(expected).double()
     if got.shape != expected.shape:
         return math.inf

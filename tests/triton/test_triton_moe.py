@@ -78,7 +78,8 @@ def test_splits_of_k(device, monkeypatch, splits):
 
 def test_128_experts_and_7_tokens(device):
     x = torch.randn(7, 64, generator=generator(2)).bfloat16()
-    check_halves(device, x, routing_of([127, 0, 3, 64, 3, 126, 0], 128), moe_weights("channel", "channel", experts=128, hidden=64, inner=32))
+    weights = moe_weights("channel", "channel", experts=128, hidden=64, inner=32)
+    check_halves(device, x, routing_of([127, 0, 3, 64, 3, 126, 0], 128), weights)
 
 
 @pytest.mark.parametrize("quantize", ["quantize_per_token", "quantize_per_block"])
