@@ -12,6 +12,8 @@ import hypothesis
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama4_kernels import available_backends, ops, use_backend
 from llama4_kernels.bench.inputs import mapped
@@ -20,7 +22,7 @@ from llama4_kernels.ops.backend import BACKENDS, OPS
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = torch.cuda.is_available() and not INTERPRETING
-WITHOUT_SCHEMA = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")  # torch's test_schema compares no fp8
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 def available(stem: str) -> list[str]:
@@ -121,6 +123,29 @@ def copy_values(target, source) -> None:
     for old, new in zip(tensors(target), tensors(source), strict=True):
         assert old.shape == new.shape and old.dtype == new.dtype
         old.copy_(new)
+
+
+def assert_passes_opcheck(backend: str, op: str, *args, **kwargs) -> None:
+    """The op is registered as it is computed: what it writes, its fake results, and how it is traced."""
+    with where_it_computes(backend):
+        flat = flat_arguments(op, *to(args, device_of(backend)), **to(kwargs, device_of(backend)))
+        has_fp8 = any(tensor.dtype == torch.float8_e4m3fn for tensor in tensors(flat))  # which test_schema cannot compare
+        opcheck(getattr(torch.ops.llama4_kernels, op).default, flat, test_utils=OPCHECKS[1:] if has_fp8 else OPCHECKS)
+
+
+def flat_arguments(op: str, *args, **kwargs) -> tuple:
+    """What the public op hands to the registered one."""
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append((function, args))
+            return function(*args, **(kwargs or {}))
+
+    calls = []
+    with Seen():
+        getattr(ops, op)(*args, **kwargs)
+    [flat] = [args for function, args in calls if function == getattr(torch.ops.llama4_kernels, op).default]
+    return flat
 
 
 def assert_same_bits(got, want) -> None:

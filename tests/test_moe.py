@@ -9,14 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.library import opcheck
 from transformers import Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
-from backends import WITHOUT_SCHEMA, assert_replays, assert_same_bits, assert_within, compute, device_of, sum_error, sums_in_short
+from backends import assert_passes_opcheck, assert_replays, assert_same_bits, assert_within, compute, device_of, sum_error, sums_in_short
 from llama4_kernels import ops
 from llama4_kernels.ops import Linear, MoEWeights, Quantized, Routing
-from llama4_kernels.ops import moe as flat
 from weights import FP8, PAIRS, activation_value, linear, moe_weights, quantized_value, random_routing, value
 
 DTYPES = [torch.bfloat16, torch.float32]
@@ -213,32 +211,36 @@ def test_gives_the_same_bits_twice_in_bfloat16(gpu_backend, tokens, forms):
 
 @pytest.mark.parametrize("forms", PAIRS)
 @pytest.mark.parametrize("tokens", [1, 100])
-def test_replays_in_a_cuda_graph(backend, forms, tokens):
+def test_replays_in_a_cuda_graph(graph_backend, forms, tokens):
     dtype = torch.float32 if "fp32" in forms else torch.bfloat16
-    experts, hidden, inner = (16, 256, 128) if device_of(backend).type == "cuda" else (3, 32, 16)
+    experts, hidden, inner = (16, 256, 128) if device_of(graph_backend).type == "cuda" else (3, 32, 16)
     layers, gate_ups, downs = [], [], []
     for on_one in (False, True):
         x, routing = torch.randn(tokens, hidden).to(dtype), random_routing(tokens, experts, on_one)
         weights = moe_weights(*forms, experts=experts, hidden=hidden, inner=inner)
         layers.append(((x, weights), {}))
         gate_ups.append(((x, routing, weights), {}))
-        downs.append(((*compute(backend, "moe_gate_up", x, routing, weights), routing, weights), {}))
-    assert_replays(backend, "fused_moe", *layers)
-    assert_replays(backend, "moe_gate_up", *gate_ups)
-    assert_replays(backend, "moe_down", *downs)
+        downs.append(((*compute(graph_backend, "moe_gate_up", x, routing, weights), routing, weights), {}))
+    assert_replays(graph_backend, "fused_moe", *layers)
+    assert_replays(graph_backend, "moe_gate_up", *gate_ups)
+    assert_replays(graph_backend, "moe_down", *downs)
 
 
-@pytest.mark.parametrize("forms", [("fp32", "fp32"), ("channel", "fp32"), ("tensor static", "block")])
-def test_opcheck(forms):
-    weights = moe_weights(*forms, experts=4, hidden=48, inner=20)
-    x, routing = torch.randn(7, 48), random_routing(7, 4)
-    shared, routed = ops.moe_gate_up(x, routing, weights)
-    namespace, routing, weights = torch.ops.llama4_kernels, flat._flat_routing(routing), flat._flat_weights(weights)
-    utils = {} if forms == ("fp32", "fp32") else {"test_utils": WITHOUT_SCHEMA}
-    opcheck(namespace.moe_gate_up.default, (x, None, routing, weights), **utils)
-    halves = [part for hidden in (shared, routed) for part in (flat._values(hidden), flat._scale(hidden))]
-    opcheck(namespace.moe_down.default, (*halves, routing, weights, torch.float32), **utils)
-    opcheck(namespace.fused_moe.default, (x, weights), **utils)
+@pytest.mark.parametrize("forms", [("fp32", "fp32"), ("channel", "bf16"), ("tensor static", "block")])
+def test_opcheck(backend, forms):
+    dtype = torch.float32 if forms == ("fp32", "fp32") else torch.bfloat16
+    weights = moe_weights(*forms, experts=4, hidden=48, inner=32)
+    x, routing = torch.randn(7, 48).to(dtype), random_routing(7, 4)
+    hidden = compute(backend, "moe_gate_up", x, routing, weights)
+    assert_passes_opcheck(backend, "moe_gate_up", x, routing, weights)
+    assert_passes_opcheck(backend, "moe_down", *hidden, routing, weights, out_dtype=dtype)
+    assert_passes_opcheck(backend, "fused_moe", x, weights)
+
+
+def test_opcheck_of_quantized_x(backend):
+    x = Quantized(torch.randn(7, 48).to(FP8), torch.rand(7))
+    weights = moe_weights("channel", "channel", experts=4, hidden=48, inner=32)
+    assert_passes_opcheck(backend, "moe_gate_up", x, random_routing(7, 4), weights)
 
 
 X = torch.ones(3, 8)

@@ -7,10 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from backends import assert_replays, assert_same_bits, compute, to, where_it_computes
+from backends import assert_passes_opcheck, assert_replays, assert_same_bits, compute, to, where_it_computes
 from llama4_kernels import cuda, ops
 from llama4_kernels.reference import quantization as reference
 from weights import activation_value, e4m3, linear, quantized_value, value
@@ -59,9 +58,9 @@ def test_rows_without_columns(backend):
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(65, 300), (64, 5120)])
-def test_replays_in_a_cuda_graph(backend, rows, columns):
+def test_replays_in_a_cuda_graph(graph_backend, rows, columns):
     given, others = (((torch.randn(rows, columns).bfloat16(),), {}) for _ in range(2))
-    assert_replays(backend, "quantize_per_token", given, others)
+    assert_replays(graph_backend, "quantize_per_token", given, others)
 
 
 def of_every_magnitude(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -131,8 +130,8 @@ def test_a_launch_of_too_many_blocks_is_refused():
         _C.quantize_per_token(x=0, dtype=_C.Dtype.float32, rows=2**31, columns=1, codes=0, scale=0, stream=0)
 
 
-def test_opcheck():
-    opcheck(torch.ops.llama4_kernels.quantize_per_token.default, (torch.randn(7, 48),))
+def test_opcheck(backend):
+    assert_passes_opcheck(backend, "quantize_per_token", torch.randn(7, 48))
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.library import opcheck
 from transformers import Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4TextL2Norm, Llama4TextRotaryEmbedding, apply_rotary_emb
 
-from backends import WITHOUT_SCHEMA, assert_replays, assert_same_bits, assert_within, compute, device_of
+from backends import assert_passes_opcheck, assert_replays, assert_same_bits, assert_within, compute, device_of
 from llama4_kernels import ops
 from weights import FP8, e4m3
 
@@ -191,8 +190,8 @@ def test_gives_the_same_bits_twice(backend, cache_dtype):
 @pytest.mark.parametrize(
     ("cache_dtype", "with_map"), [(None, False), (torch.bfloat16, False), (torch.bfloat16, True), (FP8, False), (FP8, True)]
 )
-def test_replays_in_a_cuda_graph(backend, cache_dtype, with_map):
-    tokens = 64 if device_of(backend).type == "cuda" else 8
+def test_replays_in_a_cuda_graph(graph_backend, cache_dtype, with_map):
+    tokens = 64 if device_of(graph_backend).type == "cuda" else 8
 
     def given(written: float) -> tuple[tuple, dict]:
         options = dict(num_heads=5, num_kv_heads=1, head_dim=128, cos_sin=cos_sin_table(64, 128), qk_norm_eps=1e-5)
@@ -203,19 +202,18 @@ def test_replays_in_a_cuda_graph(backend, cache_dtype, with_map):
             options |= {"k_scale": torch.rand(()), "v_scale": torch.rand(1)} if cache_dtype == FP8 else {}
         return (torch.randn(tokens, 7 * 128).bfloat16(), torch.randint(0, 64, (tokens,))), options
 
-    assert_replays(backend, "rope_qk_norm", given(written=1.0), given(written=0.5))
+    assert_replays(graph_backend, "rope_qk_norm", given(written=1.0), given(written=0.5))
 
 
 @pytest.mark.parametrize("cache_dtype", [None, torch.float32, FP8])
-def test_opcheck(cache_dtype):
-    caches = [None] * 6
+def test_opcheck(backend, cache_dtype):
+    options = dict(num_heads=4, num_kv_heads=2, head_dim=8, cos_sin=torch.randn(9, 8), interleaved=True, qk_norm_eps=1e-5,
+                   temperature=(0.1, 8192))  # fmt: skip
     if cache_dtype is not None:
         cache = torch.zeros(3, 4, 2, 8).to(cache_dtype)
-        scale = torch.tensor(0.5) if cache_dtype == FP8 else None
-        caches = [cache, cache.clone(), torch.arange(7) - 1, None, scale, scale]
-    arguments = (torch.randn(7, 64), torch.arange(7), 4, 2, 8, torch.randn(9, 8), True, 1e-5, 0.1, 8192, *caches)
-    utils = {"test_utils": WITHOUT_SCHEMA} if cache_dtype == FP8 else {}
-    opcheck(torch.ops.llama4_kernels.rope_qk_norm.default, arguments, **utils)
+        options |= dict(k_cache=cache, v_cache=cache.clone(), slots=torch.arange(7) - 1, slot_map=torch.arange(12))
+        options |= dict.fromkeys(("k_scale", "v_scale"), torch.tensor(0.5)) if cache_dtype == FP8 else {}
+    assert_passes_opcheck(backend, "rope_qk_norm", torch.randn(7, 64), torch.arange(7), **options)
 
 
 CACHE = torch.zeros(2, 4, 1, 8)
