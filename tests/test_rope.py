@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -166,6 +168,29 @@ def test_cache_write(backend, cache_dtype, with_scale, with_map):
         # Where k / k_scale lies within fp32's error of the middle of two codes, either is right.
         lower, upper = e4m3((codes - bound(codes)).float()), e4m3((codes + bound(codes)).float())
         assert ((lower <= got.double()) & (got.double() <= upper)).all()
+
+
+def assert_a_slot_named_twice_holds_one_of_its_tokens(op: Callable, cache_dtype: torch.dtype) -> None:
+    """Element by element, in a slot of two tokens and in one of sixty. op: writes to the caches that it is given."""
+    qkv, positions = torch.randn(64, 9 * 20), torch.arange(64)
+    options = dict(num_heads=5, num_kv_heads=2, head_dim=20, cos_sin=cos_sin_table(64, 20), qk_norm_eps=1e-5)
+
+    def caches_after(slots: Tensor) -> list[Tensor]:
+        caches = [torch.zeros(16, 4, 2, 20).to(cache_dtype) for _ in range(2)]
+        op(qkv, positions, **options, k_cache=caches[0], v_cache=caches[1], slots=slots)
+        return [cache.flatten(0, 1).float() for cache in caches]
+
+    slots = torch.tensor([3, 3, 5, *[7] * 60, -1])
+    for apart, together in zip(caches_after(torch.arange(64)), caches_after(slots), strict=True):
+        for slot in (3, 5, 7):
+            assert (together[slot] == apart[slots == slot]).any(0).all()
+        assert together.any(-1).any(-1).nonzero().flatten().tolist() == [3, 5, 7]
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float32, FP8])
+def test_a_slot_named_twice_holds_one_of_its_tokens(backend, cache_dtype):
+    assert_a_slot_named_twice_holds_one_of_its_tokens(partial(compute, backend, "rope_qk_norm"), cache_dtype)
 
 
 def test_fp8_caches_saturate(backend):
