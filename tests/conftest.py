@@ -49,11 +49,6 @@ def pytest_report_header() -> str:
     return f"llama4_kernels: {Path(llama4_kernels.__file__).parent}\nCUDA extension: {cuda.why_not_built() or 'built'}"
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "triton: runs Triton kernels: needs a GPU or TRITON_INTERPRET=1")
-    config.addinivalue_line("markers", "compile: compiles Triton kernels without a GPU: not with TRITON_INTERPRET=1")
-
-
 def pytest_generate_tests(metafunc):
     """In test_<stem>.py, `backend` is each backend that computes that stem's ops here, `gpu_backend` each that does on a GPU, and
     `graph_backend` these and the reference: see backends.assert_replays."""
