@@ -118,7 +118,7 @@ def test_every_kind_of_cut_is_among_the_shared_tiles(module):
     for tokens, multiprocessors, on_one in SHARING:
         x, routing, weights = sharing_layer(tokens, on_one)
         counts = routing.offsets.diff().tolist()
-        shared, routed = (module._new_hidden(tokens, weight) for weight in (weights.shared_w2, weights.w2))
+        shared, routed = reference.moe_gate_up(x, routing, weights)
         gate_up = functools.partial(module.moe_gate_up, x, routing, weights)
         down = functools.partial(module.moe_down, shared, routed, routing, weights)
         for op, call, tiles_of in (("gate_up", gate_up, moe_balance.gate_up_tiles), ("down", down, moe_balance.down_tiles)):

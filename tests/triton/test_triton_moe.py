@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import llama4_kernels.reference.moe as reference
 from llama4_kernels.bench.inputs import mapped, relative_error
+from llama4_kernels.bench.tune import CANDIDATES
 from llama4_kernels.counters import tickets
 from llama4_kernels.ops.types import MoEWeights, Quantized
 from llama4_kernels.reference import quantization
@@ -67,13 +68,11 @@ def test_halves(form, shared_form, device, expert_ids, hidden, width):
 
 
 @pytest.mark.parametrize("splits", [1, 2, 4])
-def test_splits_of_k(device, monkeypatch, splits):
-    monkeypatch.setitem(config._INTERPRETER, "moe_gate_up", {"BLOCK_S": 16, "BLOCK_R": 32, "SPLITS": splits})
-    config._choose.cache_clear()
+def test_splits_of_k(device, splits):
     x = torch.randn(35, 200, generator=generator(1)).bfloat16()
-    check_halves(device, x, routing_of([3, 0, 1, 1, 3] * 7, 4), moe_weights("bf16", "bf16", experts=4, hidden=200, inner=130))
-    config._choose.cache_clear()
-    assert not tickets(device, 1).any()
+    with config.trial("moe_gate_up", CANDIDATES["moe_gate_up"][0] | {"BLOCK_S": 16, "BLOCK_R": 32, "SPLITS": splits}) as trial:
+        check_halves(device, x, routing_of([3, 0, 1, 1, 3] * 7, 4), moe_weights("bf16", "bf16", experts=4, hidden=200, inner=130))
+    assert trial.tokens == 64 and not tickets(device, 1).any()
 
 
 def test_128_experts_and_7_tokens(device):
