@@ -1,7 +1,5 @@
 """One decoder layer on one rank, without its all-reduces."""
 
+from measurement import test_a_measurement_makes_sense  # noqa: F401
+
 OPS = ("decoder_layer",)
-
-
-def test_decoder_layer(measured):
-    assert measured.status == "ok"

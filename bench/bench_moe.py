@@ -1,7 +1,5 @@
-"""The two halves of the MoE layer."""
+"""The MoE layer, and its two halves."""
 
-OPS = ("moe_gate_up", "moe_down")
+from measurement import test_a_measurement_makes_sense  # noqa: F401
 
-
-def test_moe(measured):
-    assert measured.status == "ok"
+OPS = ("moe_gate_up", "moe_down", "fused_moe")

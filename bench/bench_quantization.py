@@ -1,7 +1,5 @@
 """FP8 quantisation per token."""
 
+from measurement import test_a_measurement_makes_sense  # noqa: F401
+
 OPS = ("quantize_per_token",)
-
-
-def test_quantization(measured):
-    assert measured.status == "ok"

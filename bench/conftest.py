@@ -19,8 +19,8 @@ from llama4_kernels.bench.plan import plan
 from llama4_kernels.bench.runner import JOB_SECONDS, Runner
 from llama4_kernels.ops.backend import default_device
 
-
-sys.path.append(str(Path(__file__).parents[1]))  # for bench/, after whatever holds the installed package
+# For bench.calibration, of which --doctest-modules imports each module; after whatever holds the installed package
+sys.path.append(str(Path(__file__).parents[1]))
 
 
 class Clock:

@@ -165,7 +165,7 @@ else
         switch=()
         if [ "$trial" != as-they-are ]; then switch=("LLAMA4_KERNELS_$trial"); fi
         step "$name" env "${switch[@]}" "${bench[@]}" -k cuda --records "$out/trials.json" --workloads 'fused_moe/fp8/*/tp8/t1' \
-            --workloads 'fused_moe/fp8/*/tp8/t16' --workloads 'fused_moe/fp8/*/tp8/t64' bench/bench_moe_layer.py
+            --workloads 'fused_moe/fp8/*/tp8/t16' --workloads 'fused_moe/fp8/*/tp8/t64' bench/bench_moe.py
     done
     step calibration "$python" -m bench.calibration --out "$out/calibration"
     if [ -n "${PEERS:-}" ]; then

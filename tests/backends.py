@@ -5,20 +5,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import hypothesis
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama4_kernels import BackendError, available_backends, ops, use_backend
+from llama4_kernels.bench.inputs import mapped
 from llama4_kernels.ops import Linear
 from llama4_kernels.ops.backend import BACKENDS, OPS
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = torch.cuda.is_available() and not INTERPRETING
-WITHOUT_SCHEMA = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")  # torch's test_schema compares no fp8
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 def available(stem: str) -> list[str]:
@@ -56,40 +60,101 @@ def where_it_computes(backend: str) -> Iterator[None]:
         hypothesis.reject() if hypothesis.currently_in_test_context() else pytest.skip(str(error))
 
 
-def to(value, device: torch.device):
+def to(value, device: torch.device, *, copy: bool = False):
     """A tensor, or a structure of tensors and other values, on `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if dataclasses.is_dataclass(value):
-        return type(value)(*(to(getattr(value, field.name), device) for field in dataclasses.fields(value)))
-    if isinstance(value, (list, tuple)):
-        return type(value)(to(item, device) for item in value)
-    return {name: to(item, device) for name, item in value.items()} if isinstance(value, dict) else value
+    return mapped(lambda tensor: tensor.to(device, copy=copy), value)
 
 
-def assert_replays(backend: str, op: str, *args, meanwhile: Callable[[], object] = lambda: None, **kwargs) -> None:
-    """The op, captured in a CUDA graph, gives the bits of a plain call, twice, whatever `meanwhile` does before."""
-    args, kwargs = to(args, torch.device("cuda")), to(kwargs, torch.device("cuda"))
+Call = tuple[Sequence, Mapping]  # of an op: its arguments, by place and by name
+
+
+def assert_replays(backend: str, op: str, given: Call, others: Call, *, meanwhile: Callable[[], object] = lambda: None) -> None:
+    """The op, captured in a CUDA graph with the tensors of `given`, returns the bits of a plain call and leaves its arguments as that does,
+    whatever `meanwhile` does before: for given's values, for those of `others`, of the same shapes, and for given's again. A backend on the
+    CPU has no graph: there it is called anew on the tensors that were captured."""
+    device = device_of(backend)
     with where_it_computes(backend):
-        plain = getattr(ops, op)(*args, **kwargs)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = getattr(ops, op)(*args, **kwargs)
-    given = {tensor.data_ptr() for tensor in tensors([args, kwargs])}
-    results = [tensor for tensor in tensors(captured) if tensor.data_ptr() not in given]  # a static scale is given and given back
-    for _ in range(2):
-        meanwhile()
-        for tensor in results:
-            tensor.view(torch.uint8).fill_(0xA5)
-        graph.replay()
-        torch.cuda.synchronize()
-        assert_same_bits(captured, plain)
+        plain = [(arguments := to(each, device, copy=True), call(op, arguments)) for each in (given, others)]
+        assert not same_bits(plain[0][1], plain[1][1]), "others give the same: a replay that computes from the captured values would pass"
+        for capture in (in_a_graph, in_a_graph_on_a_warm_stream) if device.type == "cuda" else (called_anew,):
+            static = to(given, device, copy=True)
+            captured, replay = capture(partial(call, op, static))
+            own = {tensor.data_ptr() for tensor in tensors(static)}
+            results = [tensor for tensor in tensors(captured) if tensor.data_ptr() not in own]  # a static scale is given and given back
+            for values, want in zip((given, given, others, given), (plain[0], plain[0], plain[1], plain[0])):
+                meanwhile()
+                copy_values(static, values)
+                for tensor in results:
+                    tensor.view(torch.uint8).fill_(0xA5)
+                replay()
+                assert_same_bits([static, captured], want)
+
+
+def call(op: str, arguments: Call):
+    return getattr(ops, op)(*arguments[0], **arguments[1])
+
+
+def in_a_graph(function: Callable[[], object], stream: torch.cuda.Stream | None = None) -> tuple[object, Callable[[], None]]:
+    """What the function returned when it was captured, and the graph's replay. Without a stream that it has run on before, kernels get
+    counters that the graph fills with 0: see llama4_kernels.counters."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = function()
+    return captured, graph.replay
+
+
+def in_a_graph_on_a_warm_stream(function: Callable[[], object]) -> tuple[object, Callable[[], None]]:
+    """The same, where the kernels alone set their counters back to 0."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()
+    return in_a_graph(function, stream)
+
+
+def called_anew(function: Callable[[], object]) -> tuple[object, Callable[[], None]]:
+    """A graph's stand-in: what the function returned, and another call of it, whose results go to where those are."""
+    captured = function()
+    return captured, lambda: copy_values(captured, function())
+
+
+def copy_values(target, source) -> None:
+    for old, new in zip(tensors(target), tensors(source), strict=True):
+        assert old.shape == new.shape and old.dtype == new.dtype
+        old.copy_(new)
+
+
+def assert_passes_opcheck(backend: str, op: str, *args, **kwargs) -> None:
+    """The op is registered as it is computed: what it writes, its fake results, and how it is traced."""
+    with where_it_computes(backend):
+        flat = flat_arguments(op, *to(args, device_of(backend)), **to(kwargs, device_of(backend)))
+        has_fp8 = any(tensor.dtype == torch.float8_e4m3fn for tensor in tensors(flat))  # which test_schema cannot compare
+        opcheck(getattr(torch.ops.llama4_kernels, op).default, flat, test_utils=OPCHECKS[1:] if has_fp8 else OPCHECKS)
+
+
+def flat_arguments(op: str, *args, **kwargs) -> tuple:
+    """What the public op hands to the registered one."""
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append((function, args))
+            return function(*args, **(kwargs or {}))
+
+    calls = []
+    with Seen():
+        getattr(ops, op)(*args, **kwargs)
+    [flat] = [args for function, args in calls if function == getattr(torch.ops.llama4_kernels, op).default]
+    return flat
 
 
 def assert_same_bits(got, want) -> None:
-    for a, b in zip(tensors(got), tensors(want), strict=True):
-        assert a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    assert len(tensors(got)) == len(tensors(want)) and same_bits(got, want)
+
+
+def same_bits(got, want) -> bool:
+    pairs = zip(tensors(got), tensors(want), strict=True)
+    return all(a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) for a, b in pairs)
 
 
 def tensors(value) -> list[Tensor]:

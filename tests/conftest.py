@@ -49,20 +49,18 @@ def pytest_report_header() -> str:
     return f"llama4_kernels: {Path(llama4_kernels.__file__).parent}\nCUDA extension: {cuda.why_not_built() or 'built'}"
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "triton: runs Triton kernels: needs a GPU or TRITON_INTERPRET=1")
-    config.addinivalue_line("markers", "compile: compiles Triton kernels without a GPU: not with TRITON_INTERPRET=1")
-
-
 def pytest_generate_tests(metafunc):
-    """In test_<stem>.py, `backend` is each backend that computes that stem's ops here, `gpu_backend` each that a CUDA graph captures."""
+    """In test_<stem>.py, `backend` is each backend that computes that stem's ops here, `gpu_backend` each that does on a GPU, and
+    `graph_backend` these and the reference: see backends.assert_replays."""
     stem = metafunc.module.__name__.removeprefix("test_")
     if stem not in OPS.values():
         return
-    if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", backends.available(stem))
-    if "gpu_backend" in metafunc.fixturenames:
-        metafunc.parametrize("gpu_backend", [backend for backend in backends.available(stem) if backends.device_of(backend).type == "cuda"])
+    here = backends.available(stem)
+    on_gpu = [backend for backend in here if backends.device_of(backend).type == "cuda"]
+    on_gpu_or_reference = [backend for backend in here if backend in (*on_gpu, "reference")]
+    for name, values in (("backend", here), ("gpu_backend", on_gpu), ("graph_backend", on_gpu_or_reference)):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, values)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -70,7 +68,7 @@ def pytest_collection_modifyitems(config, items):
     on_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
-        backend = parameters.get("backend", parameters.get("gpu_backend"))
+        backend = next((parameters[name] for name in ("backend", "gpu_backend", "graph_backend") if name in parameters), None)
         if parameters.get("backend") == "triton":
             item.add_marker("triton")
         if backend in BACKENDS and backends.device_of(backend).type == "cuda" and on_hopper:

@@ -10,10 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.library import opcheck
 from transformers.masking_utils import chunked_causal_mask_function
 
-from backends import WITHOUT_SCHEMA, assert_replays, assert_same_bits, assert_within, compute, to, where_it_computes
+from backends import assert_passes_opcheck, assert_replays, assert_same_bits, assert_within, compute, device_of, to, where_it_computes
 from llama4_kernels import ops
 from llama4_kernels.reference import attention as reference
 from weights import FP8
@@ -256,13 +255,19 @@ def test_gives_the_same_bits_twice_in_bfloat16(gpu_backend, holds, page_size, ca
     assert_same_bits(*(compute(gpu_backend, "chunked_attention", *arguments, **options) for _ in range(2)))
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("cache_dtype", [None, FP8])
-@pytest.mark.parametrize("lengths", [[(700, 1), (30, 1)], [(700, 100), (9, 1)]])
-def test_replays_in_a_cuda_graph(gpu_backend, lengths, cache_dtype):
-    arguments, options = batch(lengths, chunk_size=512, page_size=16, heads=(5, 1, 128), dtype=torch.bfloat16, cache_dtype=cache_dtype,
-                               padding=2)  # fmt: skip
-    assert_replays(gpu_backend, "chunked_attention", *arguments, **options)
+@pytest.mark.parametrize("holds", ["pages", "slots"])
+@pytest.mark.parametrize("queries", ["few", "many"])
+def test_replays_in_a_cuda_graph(graph_backend, queries, holds, cache_dtype):
+    """For other lengths of as many queries in all, so that requests come and go."""
+    most, many, chunk_size, head_dim = (700, 100, 512, 128) if device_of(graph_backend).type == "cuda" else (100, 12, 64, 16)
+    lengths = {
+        "few": ([(most, 1), (30, 1)], [(0, 0), (most, 2)]),
+        "many": ([(most, many), (9, 1)], [(9, 9), (most, many - 8)]),
+    }[queries]
+    how = dict(chunk_size=chunk_size, page_size=16, holds=holds, heads=(5, 1, head_dim), dtype=torch.bfloat16, cache_dtype=cache_dtype,
+               padding=2, rows=True, slot_map=holds == "slots")  # fmt: skip
+    assert_replays(graph_backend, "chunked_attention", *(batch(each, **how) for each in lengths))
 
 
 @pytest.mark.gpu
@@ -281,9 +286,10 @@ def test_in_as_many_splits_as_a_gpu_makes(gpu_backend, lengths, cache_dtype):
 @pytest.mark.gpu
 def test_a_graph_of_many_requests_replays_after_a_launch_of_few(gpu_backend):
     """In CUDA they are launches of one kernel with more and with less shared memory."""
-    (arguments, options), few = (batch([(9, 1)] * requests, chunk_size=8, heads=(5, 1, 128), dtype=torch.bfloat16) for requests in (900, 2))
+    lengths = [(9, 1)] * 900, [(9, 1), (5, 1)] * 450, [(9, 1)] * 2
+    many, others, few = (batch(each, chunk_size=8, heads=(5, 1, 128), dtype=torch.bfloat16) for each in lengths)
     launch_few = partial(compute, gpu_backend, "chunked_attention", *few[0], **few[1])
-    assert_replays(gpu_backend, "chunked_attention", *arguments, meanwhile=launch_few, **options)
+    assert_replays(gpu_backend, "chunked_attention", many, others, meanwhile=launch_few)
 
 
 @pytest.mark.gpu
@@ -302,17 +308,15 @@ def test_a_new_thread_computes_the_same(gpu_backend):
     assert_same_bits(got, want)
 
 
-@pytest.mark.parametrize("cache_dtype", [torch.float32, FP8])
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype"), [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, FP8)]
+)
 @pytest.mark.parametrize("holds", ["pages", "slots"])
-def test_opcheck(holds, cache_dtype):
-    (q, k_cache, v_cache), options = batch([(20, 3)], chunk_size=8, holds=holds, cache_dtype=cache_dtype)
-    k_cache, v_cache = (cache.float().nan_to_num().to(cache_dtype) for cache in (k_cache, v_cache))
-    arguments = (
-        q, k_cache, v_cache, options["page_table"], options["seq_lens"], options["query_start_loc"], 8, 0.3, None, holds, None,
-        options.get("k_scale"), options.get("v_scale"),
-    )  # fmt: skip
-    utils = {"test_utils": WITHOUT_SCHEMA} if cache_dtype == FP8 else {}
-    opcheck(torch.ops.llama4_kernels.chunked_attention.default, arguments, **utils)
+def test_opcheck(backend, holds, dtype, cache_dtype):
+    (q, *caches), options = batch([(20, 3)], chunk_size=8, holds=holds, heads=(4, 2, 64), dtype=dtype, cache_dtype=cache_dtype,
+                                  rows=holds == "slots", slot_map=holds == "slots")  # fmt: skip
+    caches = [cache.float().nan_to_num().to(cache_dtype) for cache in caches]
+    assert_passes_opcheck(backend, "chunked_attention", q, *caches, **options)
 
 
 CACHE = torch.ones(4, 2, 2, 8)

@@ -27,6 +27,8 @@ def made(tmp_path_factory):
     folders = {}
 
     def make(like="scout", dequantised=False, **arguments):
+        if arguments.get("vision"):
+            pytest.importorskip("torchvision", reason="torchvision, which transformers' image processor needs, is not installed")
         key = (like, *sorted(arguments.items()))
         if key not in folders:
             folders[key] = checkpoint.make(tmp_path_factory.mktemp("checkpoint"), like, **arguments)

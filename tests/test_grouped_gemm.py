@@ -7,9 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.library import opcheck
 
-from backends import WITHOUT_SCHEMA, assert_product, assert_replays, assert_same_bits, compute, sums_in_short, to
+from backends import assert_passes_opcheck, assert_product, assert_replays, assert_same_bits, compute, device_of, sums_in_short, to
 from llama4_kernels import ops
 from llama4_kernels.ops import Linear, Quantized
 from llama4_kernels.reference import grouped_gemm as reference
@@ -102,11 +101,16 @@ def test_gives_the_same_bits_twice(backend):
     assert_same_bits(*(compute(backend, "grouped_gemm", a, b, offsets) for _ in range(2)))
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-def test_replays_in_a_cuda_graph(gpu_backend, form):
-    dtype = torch.float32 if form == "fp32" else torch.bfloat16
-    assert_replays(gpu_backend, "grouped_gemm", torch.randn(70, 512).to(dtype), linear(form, 3, 256, 512), int32(0, 1, 40, 70))
+def test_replays_in_a_cuda_graph(graph_backend, form, gathered):
+    rows, n, k = (70, 256, 512) if device_of(graph_backend).type == "cuda" else (20, 24, 128)
+
+    def given(*offsets: int) -> tuple[tuple, dict]:
+        a = torch.randn(rows, k).to(torch.float32 if form == "fp32" else torch.bfloat16)
+        return (a, linear(form, 3, n, k), int32(*offsets)), {"rows": torch.randint(0, rows, (rows,)).int()} if gathered else {}
+
+    assert_replays(graph_backend, "grouped_gemm", given(0, 1, rows // 2, rows), given(0, rows - 3, rows - 3, rows))
 
 
 @pytest.mark.gpu
@@ -127,13 +131,16 @@ def test_the_scale_of_a_row_that_is_not_read_does_not_matter(rows):
     assert (out[0] == 0).all() and out[1].isnan().all()
 
 
-@pytest.mark.parametrize("rows", [None, int32(0, 0, 1)])
-def test_opcheck(rows):
-    op = torch.ops.llama4_kernels.grouped_gemm.default
-    a, b, offsets = torch.randn(3, 40), linear("fp32", 2, 24, 40), int32(0, 1, 3)
-    opcheck(op, (a, None, b.weight, None, None, offsets, rows, torch.bfloat16))
-    b = linear("tensor static", 2, 24, 40)
-    opcheck(op, (a, None, b.weight, b.scale, b.input_scale, offsets, rows, torch.bfloat16), test_utils=WITHOUT_SCHEMA)
+@pytest.mark.parametrize(("form", "rows"), [("bf16", None), *((form, int32(0, 0, 1)) for form in FORMS)])
+def test_opcheck(backend, form, rows):
+    a = torch.randn(3, 128).to(torch.float32 if form == "fp32" else torch.bfloat16)
+    assert_passes_opcheck(backend, "grouped_gemm", a, linear(form, 2, 24, 128), int32(0, 1, 3), rows=rows)
+
+
+@pytest.mark.parametrize("per", ["tensor", "row", "block"])
+def test_opcheck_of_quantized_activations(backend, per):
+    a = Quantized(torch.randn(3, 128).to(FP8), torch.rand({"tensor": (), "row": (3,), "block": (3, 1)}[per]))
+    assert_passes_opcheck(backend, "grouped_gemm", a, linear("channel", 2, 24, 128), int32(0, 1, 3), out_dtype=torch.float32)
 
 
 F8 = torch.ones(2, 4, 8).to(FP8)

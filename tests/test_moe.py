@@ -9,26 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.library import opcheck
 from transformers import Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
-from backends import WITHOUT_SCHEMA, assert_replays, assert_same_bits, assert_within, compute, sum_error, sums_in_short
+from backends import assert_passes_opcheck, assert_replays, assert_same_bits, assert_within, compute, device_of, sum_error, sums_in_short
 from llama4_kernels import ops
 from llama4_kernels.ops import Linear, MoEWeights, Quantized, Routing
-from llama4_kernels.ops import moe as flat
-from llama4_kernels.ops.types import scale_of, values_of
-from weights import FORMS, FP8, activation_value, linear, moe_weights, quantized_value, value
+from weights import FP8, PAIRS, activation_value, linear, moe_weights, quantized_value, random_routing, value
 
 DTYPES = [torch.bfloat16, torch.float32]
-MIXES = [(form, form) for form in FORMS] + [("channel", "bf16"), ("tensor static", "bf16"), ("bf16", "channel")]
-
-
-def random_routing(tokens: int, experts: int, on_one: bool = False) -> Routing:
-    """Experts drawn at random, or all tokens on the last expert but one."""
-    ids = torch.full((tokens,), max(experts - 2, 0)) if on_one else torch.randint(0, experts, (tokens,))
-    offsets = torch.tensor([0, *torch.bincount(ids, minlength=experts).tolist()]).cumsum(0)
-    return Routing(ids.int(), 0.1 + 0.9 * torch.rand(tokens), ids.argsort(stable=True).int(), offsets.int())
 
 
 def gate_up_oracle(
@@ -90,7 +79,7 @@ def down_oracle(shared: Tensor, routed: Tensor, routing: Routing, weights: MoEWe
     tokens=st.sampled_from([0, 1, 7, 40]),
     experts=st.sampled_from([1, 4, 128]),
     shape=st.sampled_from([(16, 8, 24), (136, 130, 130), (40, 136, 8)]),
-    forms=st.sampled_from(MIXES),
+    forms=st.sampled_from(PAIRS),
     dtype=st.sampled_from(DTYPES),
     on_one=st.booleans(),
 )
@@ -147,7 +136,7 @@ def test_layer(backend, tokens, experts, form, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("forms", [forms for forms in MIXES if forms[0] not in ("bf16", "fp32")])
+@pytest.mark.parametrize("forms", [forms for forms in PAIRS if forms[0] not in ("bf16", "fp32")])
 def test_layer_in_fp8_is_its_two_halves(backend, forms, dtype):
     weights = moe_weights(*forms, experts=4, hidden=200, inner=136)
     x = torch.randn(33, 200).to(dtype)
@@ -211,7 +200,7 @@ def test_gives_the_same_bits_twice(backend, forms):
 
 @pytest.mark.gpu
 @pytest.mark.small
-@pytest.mark.parametrize("forms", [forms for forms in MIXES if "fp32" not in forms])
+@pytest.mark.parametrize("forms", [forms for forms in PAIRS if "fp32" not in forms])
 @pytest.mark.parametrize("tokens", [3, 40, 130])
 def test_gives_the_same_bits_twice_in_bfloat16(gpu_backend, tokens, forms):
     """In tiles of each size that CUDA has."""
@@ -220,30 +209,38 @@ def test_gives_the_same_bits_twice_in_bfloat16(gpu_backend, tokens, forms):
     assert_same_bits(*(compute(gpu_backend, "fused_moe", x, weights) for _ in range(2)))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("forms", MIXES)
+@pytest.mark.parametrize("forms", PAIRS)
 @pytest.mark.parametrize("tokens", [1, 100])
-def test_replays_in_a_cuda_graph(gpu_backend, forms, tokens):
+def test_replays_in_a_cuda_graph(graph_backend, forms, tokens):
     dtype = torch.float32 if "fp32" in forms else torch.bfloat16
-    weights = moe_weights(*forms, experts=16, hidden=256, inner=128)
-    x, routing = torch.randn(tokens, 256).to(dtype), random_routing(tokens, 16)
-    assert_replays(gpu_backend, "fused_moe", x, weights)
-    assert_replays(gpu_backend, "moe_gate_up", x, routing, weights)
-    shared, routed = compute(gpu_backend, "moe_gate_up", x, routing, weights)
-    assert_replays(gpu_backend, "moe_down", shared, routed, routing, weights)
+    experts, hidden, inner = (16, 256, 128) if device_of(graph_backend).type == "cuda" else (3, 32, 16)
+    layers, gate_ups, downs = [], [], []
+    for on_one in (False, True):
+        x, routing = torch.randn(tokens, hidden).to(dtype), random_routing(tokens, experts, on_one)
+        weights = moe_weights(*forms, experts=experts, hidden=hidden, inner=inner)
+        layers.append(((x, weights), {}))
+        gate_ups.append(((x, routing, weights), {}))
+        downs.append(((*compute(graph_backend, "moe_gate_up", x, routing, weights), routing, weights), {}))
+    assert_replays(graph_backend, "fused_moe", *layers)
+    assert_replays(graph_backend, "moe_gate_up", *gate_ups)
+    assert_replays(graph_backend, "moe_down", *downs)
 
 
-@pytest.mark.parametrize("forms", [("fp32", "fp32"), ("channel", "fp32"), ("tensor static", "block")])
-def test_opcheck(forms):
-    weights = moe_weights(*forms, experts=4, hidden=48, inner=20)
-    x, routing = torch.randn(7, 48), random_routing(7, 4)
-    shared, routed = ops.moe_gate_up(x, routing, weights)
-    namespace, routing, weights = torch.ops.llama4_kernels, flat._flat_routing(routing), flat._flat_weights(weights)
-    utils = {} if forms == ("fp32", "fp32") else {"test_utils": WITHOUT_SCHEMA}
-    opcheck(namespace.moe_gate_up.default, (x, None, routing, weights), **utils)
-    halves = [part for hidden in (shared, routed) for part in (values_of(hidden), scale_of(hidden))]
-    opcheck(namespace.moe_down.default, (*halves, routing, weights, torch.float32), **utils)
-    opcheck(namespace.fused_moe.default, (x, weights), **utils)
+@pytest.mark.parametrize("forms", [("fp32", "fp32"), ("channel", "bf16"), ("tensor static", "block")])
+def test_opcheck(backend, forms):
+    dtype = torch.float32 if forms == ("fp32", "fp32") else torch.bfloat16
+    weights = moe_weights(*forms, experts=4, hidden=48, inner=32)
+    x, routing = torch.randn(7, 48).to(dtype), random_routing(7, 4)
+    hidden = compute(backend, "moe_gate_up", x, routing, weights)
+    assert_passes_opcheck(backend, "moe_gate_up", x, routing, weights)
+    assert_passes_opcheck(backend, "moe_down", *hidden, routing, weights, out_dtype=dtype)
+    assert_passes_opcheck(backend, "fused_moe", x, weights)
+
+
+def test_opcheck_of_quantized_x(backend):
+    x = Quantized(torch.randn(7, 48).to(FP8), torch.rand(7))
+    weights = moe_weights("channel", "channel", experts=4, hidden=48, inner=32)
+    assert_passes_opcheck(backend, "moe_gate_up", x, random_routing(7, 4), weights)
 
 
 X = torch.ones(3, 8)

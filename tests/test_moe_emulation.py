@@ -14,15 +14,14 @@ import planted
 import pytest
 import torch
 from guards import Guarded
-from test_moe import assert_hidden, gate_up_oracle, random_routing
+from test_moe import assert_hidden, gate_up_oracle
 from torch import Tensor
 
 from backends import assert_same_bits
 from llama4_kernels.ops import Linear, MoEWeights, Quantized, Routing
-from llama4_kernels.ops.types import new_hidden
 from llama4_kernels.reference import moe as reference
 from llama4_kernels.reference.routing import route_top1
-from weights import FORMS, FP8, linear, moe_weights
+from weights import FORMS, FP8, linear, moe_weights, random_routing
 
 pytestmark = pytest.mark.skipif(bool(emulation.why_not()), reason=emulation.why_not() or "-")
 
@@ -119,7 +118,7 @@ def test_every_kind_of_cut_is_among_the_shared_tiles(module):
     for tokens, multiprocessors, on_one in SHARING:
         x, routing, weights = sharing_layer(tokens, on_one)
         counts = routing.offsets.diff().tolist()
-        shared, routed = (new_hidden(tokens, weight, torch.bfloat16) for weight in (weights.shared_w2, weights.w2))
+        shared, routed = reference.moe_gate_up(x, routing, weights)
         gate_up = functools.partial(module.moe_gate_up, x, routing, weights)
         down = functools.partial(module.moe_down, shared, routed, routing, weights)
         for op, call, tiles_of in (("gate_up", gate_up, moe_balance.gate_up_tiles), ("down", down, moe_balance.down_tiles)):

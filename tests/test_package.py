@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -20,6 +21,7 @@ from llama4_kernels.cli import doctor
 
 ROOT = Path(__file__).parents[1]
 NOT_BUILT = cuda.why_not_built()
+SETUPTOOLS = int(importlib.metadata.version("setuptools").partition(".")[0]) if importlib.util.find_spec("setuptools") else 0
 built = pytest.mark.skipif(bool(NOT_BUILT), reason=NOT_BUILT or "-")
 
 
@@ -239,6 +241,29 @@ def test_pytest_imports_the_package_of_the_path_before_that_of_the_clone(tmp_pat
     ]
     ran = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
     assert ran.returncode == 0 and str(tmp_path / "llama4_kernels/__init__.py") in ran.stdout, ran.stdout + ran.stderr
+
+
+def files_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.skipif(SETUPTOOLS < 77, reason=f"setuptools is of release {SETUPTOOLS}, needs 77")
+def test_a_source_distribution_holds_all_sources_tests_and_docs_and_nothing_built(tmp_path):
+    clone = tmp_path / "clone"
+    for folder in ("llama4_kernels", "csrc", "tests", "bench", "docs", "scripts"):
+        shutil.copytree(ROOT / folder, clone / folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.so", "not_built.txt"))
+    for file in ("README.md", "LICENSE", "MANIFEST.in", "CMakeLists.txt", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / file, clone)
+    sources = files_in(clone)
+    for built in ("llama4_kernels/cuda/_C.so", "llama4_kernels/cuda/not_built.txt", "tests/__pycache__/a.pyc", "csrc/__pycache__/a.txt"):
+        (clone / built).parent.mkdir(exist_ok=True)
+        (clone / built).touch()
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=clone, check=True, capture_output=True)
+    [archive] = (clone / "dist").iterdir()
+    shutil.unpack_archive(archive, tmp_path / "unpacked", filter="data")
+    [unpacked] = (tmp_path / "unpacked").iterdir()
+    made = {file for file in files_in(unpacked) if file in ("PKG-INFO", "setup.cfg") or file.startswith("llama4_kernels.egg-info/")}
+    assert files_in(unpacked) - made == sources
 
 
 def in_subprocess(code: str) -> dict:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.library import opcheck
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from backends import assert_replays, assert_same_bits, compute, to
-from llama4_kernels import ops
+from backends import assert_passes_opcheck, assert_replays, assert_same_bits, compute, to, where_it_computes
+from llama4_kernels import cuda, ops
 from llama4_kernels.reference import quantization as reference
 from weights import activation_value, e4m3, linear, quantized_value, value
 
@@ -57,13 +57,81 @@ def test_rows_without_columns(backend):
     assert quantized.codes.shape == (3, 0) and quantized.scale.tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(65, 300), (64, 5120)])
+def test_replays_in_a_cuda_graph(graph_backend, rows, columns):
+    given, others = (((torch.randn(rows, columns).bfloat16(),), {}) for _ in range(2))
+    assert_replays(graph_backend, "quantize_per_token", given, others)
+
+
+def of_every_magnitude(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return (torch.randn(rows, columns) * torch.logspace(-6, 6, max(rows, 1))[:rows, None]).to(dtype)
+
+
+def assert_like_the_reference(backend: str, x: Tensor) -> None:
+    """Bit for bit, NaN aside, of which there are many."""
+    with where_it_computes(backend):
+        got, want = ops.quantize_per_token(x), reference.quantize_per_token(x.cpu())
+    torch.testing.assert_close(got.scale.cpu(), want.scale, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(got.codes.float().cpu(), want.codes.float(), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.gpu
-def test_replays_in_a_cuda_graph(gpu_backend):
-    assert_replays(gpu_backend, "quantize_per_token", torch.randn(65, 300).bfloat16())
+@pytest.mark.small
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "columns"), [(0, 128), (1, 1), (3, 17), (64, 5120), (2, 8208), (2, 16384), (1, 32769)])
+def test_equals_the_reference_bit_for_bit(gpu_backend, rows, columns, dtype):
+    assert_like_the_reference(gpu_backend, of_every_magnitude(rows, columns, dtype).cuda())
 
 
-def test_opcheck():
-    opcheck(torch.ops.llama4_kernels.quantize_per_token.default, (torch.randn(7, 48),))
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_the_reference_on_a_prefill(gpu_backend, dtype):
+    assert_like_the_reference(gpu_backend, of_every_magnitude(8192, 5120, dtype).cuda())
+
+
+@pytest.mark.gpu
+@pytest.mark.small
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_input_may_begin_anywhere(gpu_backend, dtype):
+    storage = torch.randn(3 * 256 + 1).to(dtype).cuda()
+    assert_like_the_reference(gpu_backend, storage[1:].view(3, 256))
+
+
+@pytest.mark.gpu
+@pytest.mark.small
+def test_rows_of_special_values_touch_no_other_row(gpu_backend):
+    x = of_every_magnitude(5, 160, torch.float32)
+    x[1] = 0
+    x[2, 100] = float("nan")
+    x[3, 0], x[3, 1] = float("inf"), float("-inf")
+    assert_like_the_reference(gpu_backend, x.cuda())
+
+
+@pytest.mark.gpu
+def test_runs_on_the_current_stream(gpu_backend):
+    x = torch.zeros(4096, 16384, device="cuda")
+    stream = torch.cuda.Stream()
+    with where_it_computes(gpu_backend):
+        ops.quantize_per_token(x)  # compiling would take longer than the sleep
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+            x.fill_(1.0)
+            quantized = ops.quantize_per_token(x)
+    stream.synchronize()
+    assert (quantized.codes.float() == 448).all()
+
+
+@pytest.mark.skipif(bool(cuda.why_not_built()), reason=cuda.why_not_built() or "-")
+def test_a_launch_of_too_many_blocks_is_refused():
+    from llama4_kernels.cuda import _C
+
+    with pytest.raises(ValueError, match="blocks exceed CUDA's grid"):
+        _C.quantize_per_token(x=0, dtype=_C.Dtype.float32, rows=2**31, columns=1, codes=0, scale=0, stream=0)
+
+
+def test_opcheck(backend):
+    assert_passes_opcheck(backend, "quantize_per_token", torch.randn(7, 48))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,11 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.library import opcheck
 from transformers import Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4TextL2Norm, Llama4TextRotaryEmbedding, apply_rotary_emb
 
-from backends import WITHOUT_SCHEMA, assert_replays, assert_same_bits, assert_within, compute
+from backends import assert_passes_opcheck, assert_replays, assert_same_bits, assert_within, compute, device_of
 from llama4_kernels import ops
 from weights import FP8, e4m3
 
@@ -169,6 +170,29 @@ def test_cache_write(backend, cache_dtype, with_scale, with_map):
         assert ((lower <= got.double()) & (got.double() <= upper)).all()
 
 
+def assert_a_slot_named_twice_holds_one_of_its_tokens(op: Callable, cache_dtype: torch.dtype) -> None:
+    """Element by element, in a slot of two tokens and in one of sixty. op: writes to the caches that it is given."""
+    qkv, positions = torch.randn(64, 9 * 20), torch.arange(64)
+    options = dict(num_heads=5, num_kv_heads=2, head_dim=20, cos_sin=cos_sin_table(64, 20), qk_norm_eps=1e-5)
+
+    def caches_after(slots: Tensor) -> list[Tensor]:
+        caches = [torch.zeros(16, 4, 2, 20).to(cache_dtype) for _ in range(2)]
+        op(qkv, positions, **options, k_cache=caches[0], v_cache=caches[1], slots=slots)
+        return [cache.flatten(0, 1).float() for cache in caches]
+
+    slots = torch.tensor([3, 3, 5, *[7] * 60, -1])
+    for apart, together in zip(caches_after(torch.arange(64)), caches_after(slots), strict=True):
+        for slot in (3, 5, 7):
+            assert (together[slot] == apart[slots == slot]).any(0).all()
+        assert together.any(-1).any(-1).nonzero().flatten().tolist() == [3, 5, 7]
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float32, FP8])
+def test_a_slot_named_twice_holds_one_of_its_tokens(backend, cache_dtype):
+    assert_a_slot_named_twice_holds_one_of_its_tokens(partial(compute, backend, "rope_qk_norm"), cache_dtype)
+
+
 def test_fp8_caches_saturate(backend):
     k_cache, v_cache = torch.zeros(1, 1, 1, 2).to(FP8), torch.zeros(1, 1, 1, 2).to(FP8)
     qkv = torch.tensor([[0.0, 0.0, 1000.0, -1000.0, 449.0, -2.0]])
@@ -188,26 +212,33 @@ def test_gives_the_same_bits_twice(backend, cache_dtype):
     assert_same_bits(*(compute(backend, "rope_qk_norm", qkv, positions, **options) for _ in range(2)))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("cache_dtype", [None, torch.bfloat16, FP8])
-def test_replays_in_a_cuda_graph(gpu_backend, cache_dtype):
-    options = dict(num_heads=5, num_kv_heads=1, head_dim=128, cos_sin=cos_sin_table(64, 128), qk_norm_eps=1e-5)
-    if cache_dtype is not None:
-        cache = torch.zeros(5, 16, 1, 128).to(cache_dtype)
-        options |= dict(k_cache=cache, v_cache=cache.clone(), slots=torch.arange(64))
-    assert_replays(gpu_backend, "rope_qk_norm", torch.randn(64, 7 * 128).bfloat16(), torch.arange(64), **options)
+@pytest.mark.parametrize(
+    ("cache_dtype", "with_map"), [(None, False), (torch.bfloat16, False), (torch.bfloat16, True), (FP8, False), (FP8, True)]
+)
+def test_replays_in_a_cuda_graph(graph_backend, cache_dtype, with_map):
+    tokens = 64 if device_of(graph_backend).type == "cuda" else 8
+
+    def given(written: float) -> tuple[tuple, dict]:
+        options = dict(num_heads=5, num_kv_heads=1, head_dim=128, cos_sin=cos_sin_table(64, 128), qk_norm_eps=1e-5)
+        if cache_dtype is not None:
+            slots = torch.where(torch.rand(tokens) < written, torch.randperm(5 * 16)[:tokens], -1)
+            options |= dict(zip(("k_cache", "v_cache"), torch.randn(2, 5, 16, 1, 128).to(cache_dtype)), slots=slots)
+            options |= {"slot_map": torch.randperm(5 * 16)} if with_map else {}
+            options |= {"k_scale": torch.rand(()), "v_scale": torch.rand(1)} if cache_dtype == FP8 else {}
+        return (torch.randn(tokens, 7 * 128).bfloat16(), torch.randint(0, 64, (tokens,))), options
+
+    assert_replays(graph_backend, "rope_qk_norm", given(written=1.0), given(written=0.5))
 
 
 @pytest.mark.parametrize("cache_dtype", [None, torch.float32, FP8])
-def test_opcheck(cache_dtype):
-    caches = [None] * 6
+def test_opcheck(backend, cache_dtype):
+    options = dict(num_heads=4, num_kv_heads=2, head_dim=8, cos_sin=torch.randn(9, 8), interleaved=True, qk_norm_eps=1e-5,
+                   temperature=(0.1, 8192))  # fmt: skip
     if cache_dtype is not None:
         cache = torch.zeros(3, 4, 2, 8).to(cache_dtype)
-        scale = torch.tensor(0.5) if cache_dtype == FP8 else None
-        caches = [cache, cache.clone(), torch.arange(7) - 1, None, scale, scale]
-    arguments = (torch.randn(7, 64), torch.arange(7), 4, 2, 8, torch.randn(9, 8), True, 1e-5, 0.1, 8192, *caches)
-    utils = {"test_utils": WITHOUT_SCHEMA} if cache_dtype == FP8 else {}
-    opcheck(torch.ops.llama4_kernels.rope_qk_norm.default, arguments, **utils)
+        options |= dict(k_cache=cache, v_cache=cache.clone(), slots=torch.arange(7) - 1, slot_map=torch.arange(12))
+        options |= dict.fromkeys(("k_scale", "v_scale"), torch.tensor(0.5)) if cache_dtype == FP8 else {}
+    assert_passes_opcheck(backend, "rope_qk_norm", torch.randn(7, 64), torch.arange(7), **options)
 
 
 CACHE = torch.zeros(2, 4, 1, 8)

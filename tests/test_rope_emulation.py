@@ -7,7 +7,7 @@ import planted
 import pytest
 import torch
 from guards import Guarded
-from test_rope import bound, cos_sin_table, far_rope, oracle
+from test_rope import assert_a_slot_named_twice_holds_one_of_its_tokens, bound, cos_sin_table, far_rope, oracle
 from torch import Tensor
 
 from backends import assert_same_bits, assert_within
@@ -109,6 +109,11 @@ def test_caches(op, dtype, fp8, head_dim, page_size, map_dtype):
     given = caches(9, 2, head_dim, FP8 if fp8 else dtype, page_size=page_size, map_dtype=map_dtype)
     qkv, positions = torch.randn(9, 10 * head_dim).to(dtype), torch.arange(9)
     assert_like_reference(op, qkv, positions, num_heads=6, num_kv_heads=2, head_dim=head_dim, cos_sin=cos_sin_table(9, head_dim), **given)
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float32, FP8])
+def test_a_slot_named_twice_holds_one_of_its_tokens(op, cache_dtype):
+    assert_a_slot_named_twice_holds_one_of_its_tokens(op, cache_dtype)
 
 
 def test_no_tokens(op):

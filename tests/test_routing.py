@@ -7,11 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.library import opcheck
 from transformers import Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4Router
 
-from backends import assert_replays, assert_same_bits, compute
+from backends import assert_passes_opcheck, assert_replays, assert_same_bits, compute, device_of
 from llama4_kernels import ops
 from weights import activation_value, quantized_value
 
@@ -107,10 +106,11 @@ def test_gives_the_same_bits_twice(backend, tokens, experts, dtype):
     assert_same_bits(*runs)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 64, 1000])
-def test_replays_in_a_cuda_graph(gpu_backend, tokens):
-    assert_replays(gpu_backend, "route_top1", torch.randn(tokens, 512).bfloat16(), torch.randn(128, 512).bfloat16(), quantize=True)
+def test_replays_in_a_cuda_graph(graph_backend, tokens):
+    tokens, hidden = (tokens, 512) if device_of(graph_backend).type == "cuda" else (min(tokens, 130), 40)
+    given, others = (((torch.randn(tokens, hidden).bfloat16(), torch.randn(128, hidden).bfloat16()), {"quantize": True}) for _ in range(2))
+    assert_replays(graph_backend, "route_top1", given, others)
 
 
 @pytest.mark.gpu
@@ -128,8 +128,8 @@ def test_gives_the_same_bits_many_times_at_llama4s_width(gpu_backend, tokens, ex
 
 
 @pytest.mark.parametrize("quantize", [False, True])
-def test_opcheck(quantize):
-    opcheck(torch.ops.llama4_kernels.route_top1.default, (torch.randn(7, 48), torch.randn(4, 48), quantize))
+def test_opcheck(backend, quantize):
+    assert_passes_opcheck(backend, "route_top1", torch.randn(7, 48), torch.randn(4, 48), quantize=quantize)
 
 
 @pytest.mark.parametrize(

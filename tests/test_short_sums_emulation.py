@@ -8,10 +8,10 @@ import emulation
 import pytest
 import torch
 from test_grouped_gemm import assert_groups, offsets_of
-from test_moe import assert_hidden, down_oracle, gate_up_oracle, random_routing
+from test_moe import assert_hidden, down_oracle, gate_up_oracle
 
 from backends import assert_within, sum_error
-from weights import activation_value, linear, moe_weights, quantized_value
+from weights import activation_value, linear, moe_weights, quantized_value, random_routing
 
 pytestmark = pytest.mark.skipif(bool(emulation.why_not()), reason=emulation.why_not() or "-")
 

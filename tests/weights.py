@@ -1,14 +1,16 @@
-"""Random weights in every form that checkpoints have, and their values in float64, by formulas of their own."""
+"""Random weights in every form that checkpoints have, and their values in float64, by formulas of their own; and routings."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from llama4_kernels.ops import Linear, MoEWeights, Quantized
+from llama4_kernels.ops import Linear, MoEWeights, Quantized, Routing
 
 FP8 = torch.float8_e4m3fn
 FORMS = ("bf16", "fp32", "tensor", "tensor static", "channel", "block")
+# Of routed and shared weights, which a checkpoint may hold in different forms
+PAIRS = [(form, form) for form in FORMS] + [("channel", "bf16"), ("tensor static", "bf16"), ("bf16", "channel"), ("block", "channel")]
 
 
 def linear(form: str, *shape: int) -> Linear:
@@ -26,12 +28,24 @@ def linear(form: str, *shape: int) -> Linear:
 def moe_weights(routed: str, shared: str, *, experts: int, hidden: int, inner: int, shared_inner: int | None = None) -> MoEWeights:
     other = inner if shared_inner is None else shared_inner
     return MoEWeights(
-        torch.randn(experts, hidden),
+        torch.randn(experts, hidden).to(torch.float32 if routed == "fp32" else torch.bfloat16),
         linear(routed, experts, 2 * inner, hidden),
         linear(routed, experts, hidden, inner),
         linear(shared, 2 * other, hidden),
         linear(shared, hidden, other),
     )
+
+
+def routing_of(expert_ids: list[int] | Tensor, experts: int) -> Routing:
+    """The routing of tokens to these experts, with random scores."""
+    ids = torch.as_tensor(expert_ids, dtype=torch.int32)
+    offsets = torch.nn.functional.pad(torch.bincount(ids, minlength=experts).cumsum(0), (1, 0))
+    return Routing(ids, 0.1 + 0.9 * torch.rand(len(ids)), ids.argsort(stable=True).int(), offsets.int())
+
+
+def random_routing(tokens: int, experts: int, on_one: bool = False) -> Routing:
+    """Experts drawn at random, or all tokens on the last expert but one."""
+    return routing_of(torch.full((tokens,), max(experts - 2, 0)) if on_one else torch.randint(0, experts, (tokens,)), experts)
 
 
 def spread(scale: Tensor, *shape: int) -> Tensor:

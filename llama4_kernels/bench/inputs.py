@@ -117,11 +117,11 @@ def ops_quantised(x: Tensor) -> Quantized:
 
 
 def relative_error(got: Tensor | Quantized, expected: Tensor | Quantized) -> float:
-    """‖got − expected‖ / ‖expected‖ in float64; NaN where `got` holds one, infinite where the shapes differ."""
+    """‖got − expected‖ / ‖expected‖ in float64; NaN where `got` holds one, infinite where the shapes differ, 0 for no elements."""
     got, expected = dequantize(got).double(), dequantize(expected).double()
     if got.shape != expected.shape:
         return math.inf
-    return float((got - expected).norm() / expected.norm())
+    return float((got.to(expected.device) - expected).norm() / expected.norm()) if expected.numel() else 0.0
 
 
 class Random:

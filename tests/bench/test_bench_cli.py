@@ -15,10 +15,12 @@ import pytest
 import synthetic
 from typer.testing import CliRunner
 
+from bench import measurement
 from llama4_kernels import available_backends
 from llama4_kernels.bench import formats, machine, plan, readme, record
 from llama4_kernels.bench.measure import Job
 from llama4_kernels.cli.main import app
+from llama4_kernels.ops.backend import OPS as STEMS
 
 ROOT = Path(__file__).parents[2]
 TINY = "fused_moe/fp8/tiny/tp1/t4"
@@ -197,11 +199,30 @@ def test_pytest_bench_runs_anywhere_and_gives_samples_and_records(tmp_path):
     assert shown["stats"]["rounds"] == done.timing.rounds and shown["extra_info"]["workload"] == TINY
 
 
-def test_every_op_of_the_workloads_has_a_benchmark_file():
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"check": None},
+        {"floor": record.Floor(60.0, "memory", float("nan"))},
+        {"floor": record.Floor(60.0, "memory", 1.36)},
+        {"launches": 0},
+        {"timing": dataclasses.replace(synthetic.benchmark().timing, samples_us=(80.0, 0.0))},
+    ],
+    ids=["not checked", "no ratio", "under the floor", "no launch", "no time"],
+)
+def test_pytest_bench_refuses_what_makes_no_sense(fault):
+    sound = synthetic.benchmark()
+    measurement.test_a_measurement_makes_sense(sound)
+    with pytest.raises(AssertionError):
+        measurement.test_a_measurement_makes_sense(dataclasses.replace(sound, **fault))
+
+
+def test_every_op_of_the_workloads_has_a_benchmark_file_of_its_stem():
     from llama4_kernels.bench.workloads import OPS
 
-    named = [op for path in (ROOT / "bench").glob("bench_*.py") for op in OPS if f'"{op}"' in path.read_text()]
-    assert sorted(named) == sorted(OPS)
+    named = [(op, path.stem) for path in (ROOT / "bench").glob("bench_*.py") for op in OPS if f'"{op}"' in path.read_text()]
+    assert sorted(op for op, _ in named) == sorted(OPS)
+    assert {(op, f"bench_{stem}") for op, stem in STEMS.items()} <= set(named)
 
 
 def test_the_whole_chain_from_measurement_to_formats_readme_and_site(tmp_path):

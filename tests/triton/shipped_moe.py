@@ -16,7 +16,7 @@ HIDDEN, INTERMEDIATE = 5120, 8192
 EXPERTS = {"scout": 16, "maverick": 128}
 TENSOR_PARALLEL = (1, 2, 4, 8)
 TOKENS = (1, 16, 64, 256, 1024, 8192)
-FORMS = ("bfloat16", "per tensor", "per channel", "per block")
+FORMS = ("bf16", "tensor static", "channel", "block")
 
 WGMMA = {"_grouped_gemm", "_gate_up_kernel", "_down_kernel"}
 
@@ -27,10 +27,10 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def linear(*shape: int, form: str) -> Linear:
     *stack, n, k = shape
-    if form == "bfloat16":
+    if form == "bf16":
         return Linear(empty(*shape, dtype=torch.bfloat16))
-    scale = {"per tensor": stack, "per channel": (*stack, n), "per block": (*stack, -(-n // 128), -(-k // 128))}[form]
-    static = empty() if form == "per tensor" else None
+    scale = {"tensor static": stack, "channel": (*stack, n), "block": (*stack, -(-n // 128), -(-k // 128))}[form]
+    static = empty() if form == "tensor static" else None
     return Linear(empty(*shape, dtype=torch.float8_e4m3fn), empty(*scale), static)
 
 
@@ -49,7 +49,7 @@ def calls(architecture: str) -> Iterator[Callable[[], object]]:
     for experts, ranks, tokens, form in itertools.product(EXPERTS.values(), TENSOR_PARALLEL, TOKENS, forms):
         x = empty(tokens, HIDDEN, dtype=torch.bfloat16)
         offsets, rows = empty(experts + 1, dtype=torch.int32), empty(tokens, dtype=torch.int32)
-        for shared_form in {form, "bfloat16"}:
+        for shared_form in {form, "bf16"}:
             weights = layer(experts, INTERMEDIATE // ranks, form, shared_form)
             yield functools.partial(fused_moe, x, weights)
         yield functools.partial(grouped_gemm, x, weights.w13, offsets, rows=rows)

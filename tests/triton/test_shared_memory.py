@@ -37,10 +37,10 @@ def product(tokens: int, form: str):
 def calls(has_fp8: bool):
     yield from (routing(tokens, 512, FP32, FP32) for tokens in (64, 65))
     yield from (routing(65, 512, BF16, router_dtype) for router_dtype in (BF16, FP32))
-    forms = ("bfloat16", "per channel") if has_fp8 else ("bfloat16",)
+    forms = ("bf16", "channel") if has_fp8 else ("bf16",)
     for form in forms:
         yield from (product(tokens, form) for tokens in (64, 8192))
-        yield from (moe(tokens, 16, form, "bfloat16") for tokens in (64, 8192))
+        yield from (moe(tokens, 16, form, "bf16") for tokens in (64, 8192))
     yield from (functools.partial(attention, *batch, 1, BF16, "pages", 64, False, head_dim=512) for batch in ((1, 8192), (8, 64), (64, 64)))
 
 

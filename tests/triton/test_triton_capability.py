@@ -1,11 +1,13 @@
 """What Triton refuses: e4m3 before compute capability 8.9, which goes to another backend while all else stays, and heads too wide."""
 
+import importlib
+
 import pytest
 import torch
 
 from llama4_kernels import ops
-from llama4_kernels.ops import backend
-from llama4_kernels.triton import config
+from llama4_kernels.ops.backend import OPS
+from llama4_kernels.triton import attention, config
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 
@@ -34,10 +36,11 @@ def arguments(op: str, fp8: bool) -> tuple[tuple, dict]:
 
 def refusal(op: str, fp8: bool) -> str:
     args, kwargs = arguments(op, fp8)
-    return backend._refusal("triton", op)(*args, **kwargs)
+    module = importlib.import_module(f"llama4_kernels.triton.{OPS[op]}")
+    return getattr(module, f"why_not_{op}")(*args, **kwargs)
 
 
-@pytest.mark.parametrize("op", list(backend.OPS))
+@pytest.mark.parametrize("op", OPS)
 def test_only_e4m3_is_refused_before_8_9(monkeypatch, op):
     assert refusal(op, fp8=True) == ""
     monkeypatch.setattr(config, "capability", lambda device: (8, 0))
@@ -48,4 +51,4 @@ def test_only_e4m3_is_refused_before_8_9(monkeypatch, op):
 @pytest.mark.parametrize("head_dim, refused", [(512, ""), (576, "heads have 576 dimensions, more than 512")])
 def test_heads_whose_smallest_tiles_do_not_fit_are_refused(head_dim, refused):
     q, cache = torch.zeros(3, 1, head_dim, dtype=BF16), torch.zeros(4, 1, 1, head_dim, dtype=BF16)
-    assert backend._refusal("triton", "chunked_attention")(q, cache, cache) == refused
+    assert attention.why_not_chunked_attention(q, cache, cache) == refused

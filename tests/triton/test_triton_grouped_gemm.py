@@ -2,15 +2,17 @@
 
 import pytest
 import torch
-from cases import FORMS, few_examples, generator, linear, mapped, relative_error, same_bits
+from cases import few_examples, generator, same_bits
 from guards import Guarded
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llama4_kernels.bench.inputs import mapped, relative_error
 from llama4_kernels.ops.types import Quantized
 from llama4_kernels.reference import quantization
 from llama4_kernels.reference.grouped_gemm import grouped_gemm as reference
 from llama4_kernels.triton.grouped_gemm import grouped_gemm
+from weights import FORMS, linear
 
 pytestmark = pytest.mark.triton
 
@@ -36,7 +38,7 @@ def check(device, a, b, group_sizes, rows=None, out_dtype=torch.bfloat16):
 @few_examples
 def test_every_form(form, device, group_sizes, n, k, gathered, unused):
     rows_in_all = sum(group_sizes) + unused
-    b = linear(len(group_sizes), n, k, form=form)
+    b = linear(form, len(group_sizes), n, k)
     if gathered:
         a = torch.randn(9, k, generator=generator(k)).bfloat16()
         rows = torch.randint(0, 9, (rows_in_all,), generator=generator(n)).int()
@@ -47,20 +49,20 @@ def test_every_form(form, device, group_sizes, n, k, gathered, unused):
 
 
 @pytest.mark.parametrize("quantize", ["quantize_per_token", "quantize_per_block", "static"])
-@pytest.mark.parametrize("form", ["per tensor", "per channel", "per block"])
+@pytest.mark.parametrize("form", ["tensor", "channel", "block"])
 def test_quantised_activations(device, quantize, form):
     x = torch.randn(21, 200, generator=generator(0))
     a = quantization.quantize_static(x, torch.tensor(0.02)) if quantize == "static" else getattr(quantization, quantize)(x)
-    check(device, a, linear(3, 70, 200, form=form), [4, 0, 17])
+    check(device, a, linear(form, 3, 70, 200), [4, 0, 17])
 
 
 @pytest.mark.parametrize("group_sizes", [[1] * 7 + [0] * 121, [0] * 77 + [40] + [0] * 50, [0] * 128])
 def test_128_groups(device, group_sizes):
-    check(device, torch.randn(sum(group_sizes) + 2, 64, generator=generator(1)), linear(128, 64, 64, form="per channel"), group_sizes)
+    check(device, torch.randn(sum(group_sizes) + 2, 64, generator=generator(1)), linear("channel", 128, 64, 64), group_sizes)
 
 
 def test_nan_in_rows_of_no_group_goes_nowhere(device):
     codes = quantization.quantize_per_token(torch.randn(12, 64, generator=generator(2)))
     codes.codes[9:] = torch.nan
     codes.scale[9:] = torch.nan
-    check(device, Quantized(codes.codes, codes.scale), linear(2, 64, 64, form="per channel"), [4, 5])
+    check(device, Quantized(codes.codes, codes.scale), linear("channel", 2, 64, 64), [4, 5])

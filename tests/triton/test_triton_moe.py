@@ -4,20 +4,29 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import PAIRS, expert_lists, few_examples, generator, layer, linear, mapped, relative_error, routing_of, same_bits
+from cases import few_examples, generator, same_bits
 from guards import Guarded
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import llama4_kernels.reference.moe as reference
+from llama4_kernels.bench.inputs import mapped, relative_error
+from llama4_kernels.bench.tune import CANDIDATES
 from llama4_kernels.counters import tickets
 from llama4_kernels.ops.types import MoEWeights, Quantized
 from llama4_kernels.reference import quantization
 from llama4_kernels.triton import config, moe
+from weights import PAIRS, linear, moe_weights, routing_of
 
 pytestmark = pytest.mark.triton
 
 BOUND = 4e-3
+
+
+def expert_lists(experts: int, most: int) -> st.SearchStrategy[list[int]]:
+    """Experts of up to `most` tokens: any, or all the same."""
+    expert = st.integers(0, experts - 1)
+    return st.lists(expert, max_size=most) | st.tuples(expert, st.integers(1, most)).map(lambda pair: [pair[0]] * pair[1])
 
 
 def hidden_error(got, expected):
@@ -55,40 +64,39 @@ def check_halves(device, x, routing, weights):
 @settings(few_examples, max_examples=4)
 def test_halves(form, shared_form, device, expert_ids, hidden, width):
     x = torch.randn(len(expert_ids), hidden, generator=generator(hidden)).bfloat16()
-    check_halves(device, x, routing_of(expert_ids, 4), layer(4, hidden, width, form, shared_form))
+    check_halves(device, x, routing_of(expert_ids, 4), moe_weights(form, shared_form, experts=4, hidden=hidden, inner=width))
 
 
 @pytest.mark.parametrize("splits", [1, 2, 4])
-def test_splits_of_k(device, monkeypatch, splits):
-    monkeypatch.setitem(config._INTERPRETER, "moe_gate_up", {"BLOCK_S": 16, "BLOCK_R": 32, "SPLITS": splits})
-    config._choose.cache_clear()
+def test_splits_of_k(device, splits):
     x = torch.randn(35, 200, generator=generator(1)).bfloat16()
-    check_halves(device, x, routing_of([3, 0, 1, 1, 3] * 7, 4), layer(4, 200, 130, "bfloat16", "bfloat16"))
-    config._choose.cache_clear()
-    assert not tickets(device, 1).any()
+    with config.trial("moe_gate_up", CANDIDATES["moe_gate_up"][0] | {"BLOCK_S": 16, "BLOCK_R": 32, "SPLITS": splits}) as trial:
+        check_halves(device, x, routing_of([3, 0, 1, 1, 3] * 7, 4), moe_weights("bf16", "bf16", experts=4, hidden=200, inner=130))
+    assert trial.tokens == 64 and not tickets(device, 1).any()
 
 
 def test_128_experts_and_7_tokens(device):
     x = torch.randn(7, 64, generator=generator(2)).bfloat16()
-    check_halves(device, x, routing_of([127, 0, 3, 64, 3, 126, 0], 128), layer(128, 64, 32, "per channel", "per channel"))
+    weights = moe_weights("channel", "channel", experts=128, hidden=64, inner=32)
+    check_halves(device, x, routing_of([127, 0, 3, 64, 3, 126, 0], 128), weights)
 
 
 @pytest.mark.parametrize("quantize", ["quantize_per_token", "quantize_per_block"])
 def test_quantised_input(device, quantize):
     x = getattr(quantization, quantize)(torch.randn(5, 200, generator=generator(3)))
-    check_halves(device, x, routing_of([1, 0, 1, 1, 0], 2), layer(2, 200, 64, "per channel", "per block"))
+    check_halves(device, x, routing_of([1, 0, 1, 1, 0], 2), moe_weights("channel", "block", experts=2, hidden=200, inner=64))
 
 
 def test_experts_of_different_width(device):
     """The shared expert may be narrower or wider than a routed one."""
-    weights = layer(2, 64, 96, "bfloat16", "bfloat16")
-    wide = MoEWeights(weights.router, weights.w13, weights.w2, linear(2 * 160, 64, form="per channel"), linear(64, 160, form="per channel"))
+    weights = moe_weights("bf16", "bf16", experts=2, hidden=64, inner=96)
+    wide = MoEWeights(weights.router, weights.w13, weights.w2, linear("channel", 2 * 160, 64), linear("channel", 64, 160))
     check_halves(device, torch.randn(5, 64, generator=generator(4)), routing_of([1, 0, 1, 1, 0], 2), wide)
 
 
 @pytest.mark.parametrize("form, shared_form", PAIRS)
 def test_fused(form, shared_form, device):
-    weights = layer(4, 136, 130, form, shared_form)
+    weights = moe_weights(form, shared_form, experts=4, hidden=136, inner=130)
     x = torch.randn(19, 136, generator=generator(5)).bfloat16()
     with Guarded() as guarded:
         inside = mapped(lambda tensor: guarded(tensor.to(device)), weights)
@@ -98,7 +106,7 @@ def test_fused(form, shared_form, device):
 
 
 def test_a_token_of_nan_stays_alone(device):
-    weights = layer(3, 64, 64, "per channel", "bfloat16")
+    weights = moe_weights("channel", "bf16", experts=3, hidden=64, inner=64)
     x = torch.randn(20, 64, generator=generator(6)).bfloat16()
     expected = reference.fused_moe(x, weights)
     x[4] = torch.nan
@@ -110,10 +118,10 @@ def test_a_token_of_nan_stays_alone(device):
 
 @pytest.mark.parametrize(
     "form, tokens, launches",
-    [("bfloat16", 1, 3), ("per channel", 64, 3), ("per tensor", 64, 3), ("per channel", 65, 4), ("per block", 8, 4), ("static", 8, 5)],
+    [("bf16", 1, 3), ("channel", 64, 3), ("tensor", 64, 3), ("channel", 65, 4), ("block", 8, 4), ("tensor static", 8, 5)],
 )
 def test_launches(form, tokens, launches, device):
-    weights = mapped(lambda tensor: tensor.to(device), layer(2, 64, 32, form, form))
+    weights = mapped(lambda tensor: tensor.to(device), moe_weights(form, form, experts=2, hidden=64, inner=32))
     kernel = type(moe._down_kernel)
     with mock.patch.object(kernel, "run", autospec=True, side_effect=kernel.run) as run:
         moe.fused_moe(torch.randn(tokens, 64, device=device).bfloat16(), weights)
@@ -123,7 +131,7 @@ def test_launches(form, tokens, launches, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 33, 300])
 def test_cuda_graph_replays_with_other_tokens(tokens):
-    weights = mapped(lambda tensor: tensor.cuda(), layer(16, 256, 256, "per channel", "per channel"))
+    weights = mapped(lambda tensor: tensor.cuda(), moe_weights("channel", "channel", experts=16, hidden=256, inner=256))
     x = torch.randn(tokens, 256, device="cuda").bfloat16()
     moe.fused_moe(x, weights)
     torch.cuda.synchronize()
