@@ -8,8 +8,9 @@
 #include "attention.h"
 
 #include "attention_attend.cuh"
+#include "attention_draws.cuh"
 #include "attention_load.cuh"
-#include "attention_work.cuh"
+#include "attention_schedule.cuh"
 #include "device.h"
 #include "hopper/registers.cuh"
 
@@ -49,15 +50,16 @@ __global__ void __launch_bounds__(THREADS, 1)
         hopper::prefetch_tensor_map(k_map);
         hopper::prefetch_tensor_map(v_map);
     }
-    count_all_items(a, shared.item_ends, shared.runs);
+    Schedule schedule(a, shared.entries, shared.runs);
+    schedule.make();
 
-    const int items = a.requests ? shared.item_ends[a.requests - 1] * a.num_kv_heads : 0;
+    const int items = schedule.items();
     int item = blockIdx.x, taken = 0;
     if (threadIdx.x < WARPGROUP) {
         hopper::decrease_registers<LOAD_REGISTERS>();
         Loader<HEAD_DIM, Element> loader(a, k, v, reinterpret_cast<uint8_t*>(&shared) + codes_start<HEAD_DIM>(a.requests));
         while (item < items) {
-            const unsigned drawn = loader.load_item(item_of(a, shared.item_ends, item), items, k_map, v_map);
+            const unsigned drawn = loader.load_item(schedule.item(item), items, k_map, v_map);
             shared.drawn.wait_empty(taken);
             if (draws()) shared.drawn.put(taken, int(gridDim.x + drawn));
             item = shared.drawn.take(taken++);
@@ -68,7 +70,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         int count = 0;  // pairs of tiles of this block so far
         Attend<HEAD_DIM, Element> attend(a, shared, k, v);
         while (item < items) {
-            attend.attend(item_of(a, shared.item_ends, item), count);
+            attend.attend(schedule.item(item), count);
             item = shared.drawn.take(taken++);
         }
         attend.finish();

@@ -2,8 +2,11 @@
 #pragma once
 
 #include "attention.h"
+#include "attention_draws.cuh"
+#include "attention_item.cuh"
 #include "attention_load.cuh"
-#include "attention_work.cuh"
+#include "attention_schedule.cuh"
+#include "attention_workspace.cuh"
 #include "hopper/math.cuh"
 #include "hopper/memory.cuh"
 #include "hopper/wgmma.cuh"
@@ -44,13 +47,13 @@ struct alignas(1024) SharedMemory {
     float scale;            // of scores in logarithms of base 2
     float v_scale;
     Run runs[ATTENTION_MAX_RUN];  // as they are weighed before the first item
-    int item_ends[1];         // [requests], and then the loading warps' codes, to the end of the shared memory
+    ScheduleEntry entries[1];     // [requests], and then the loading warps' codes, to the end of the shared memory
 };
 
 // Where in the shared memory the codes begin.
 template <int HEAD_DIM>
 __host__ __device__ constexpr size_t codes_start(int requests) {
-    return (sizeof(SharedMemory<HEAD_DIM>) + requests * sizeof(int) + 15) / 16 * 16;
+    return (sizeof(SharedMemory<HEAD_DIM>) + requests * sizeof(ScheduleEntry) + 15) / 16 * 16;
 }
 
 // ---- barriers: 0 is __syncthreads, 1 and 2 those of a warpgroup, 3 and 4 IssueTurns'
@@ -92,7 +95,7 @@ public:
         } else {
             begin_rows();
             attend_all(count, kept.keys.first_tile, kept.keys.tiles);
-            kept.splits > 1 ? leave_part(kept, kept.split) : write_output(kept);
+            kept.splits > 1 ? leave_part(kept, kept.first_split) : write_output(kept);
         }
         if (kept.few || kept.splits > 1) finish_run(kept);
         count += kept.keys.tiles;
@@ -202,7 +205,7 @@ private:
                 hopper::wgmma_wait<0>();
                 release<ATTENDING>(v.empty, count + tile);
             }
-            leave_part(item, item.split + start / item.split_tiles);
+            leave_part(item, item.first_split + start / item.split_tiles);
         }
     }
 

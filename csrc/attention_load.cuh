@@ -8,10 +8,12 @@
 #include <cuda_bf16.h>
 #include <cuda_fp8.h>
 
-#include "attention_work.cuh"
+#include "attention_draws.cuh"
+#include "attention_item.cuh"
 #include "hopper/barrier.cuh"
 #include "hopper/cp_async.cuh"
 #include "hopper/tma.cuh"
+#include "indices.cuh"
 #include "warp.cuh"
 
 namespace llama4_kernels {

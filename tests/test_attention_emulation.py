@@ -22,7 +22,8 @@ BF16 = torch.bfloat16
 SCOUT = dict(heads=(5, 1, 128), dtype=BF16)
 TILE = 128
 
-LOAD, WORK, ATTEND, MAIN = "attention_load.cuh", "attention_work.cuh", "attention_attend.cuh", "attention.cu"
+LOAD, ATTEND, MAIN = "attention_load.cuh", "attention_attend.cuh", "attention.cu"
+GEOMETRY, SCHEDULE, DRAWS = "attention_geometry.cuh", "attention_schedule.cuh", "attention_draws.cuh"
 FENCE = "if (Loader<HEAD_DIM, Element>::IS_FP8 || ring.is_gathered(count)) hopper::fence_async_proxy();"
 GIVE_BACK = "        if (threadIdx.x % 32 == 0) empty[count % SLOTS].arrive();\n"
 SEEN = f"        const int item = items[count % SLOTS];\n        __syncwarp();\n{GIVE_BACK}        return item;\n"
@@ -44,25 +45,27 @@ PLANTED = {
     "no proxy fence": (ATTEND, FENCE, ""),
     "no proxy fence for gathered rows": (ATTEND, FENCE, FENCE.replace("|| ring.is_gathered(count)", "")),
     "gathered rows of which nobody tells": (LOAD, "= «!consecutive»;", "false"),
-    "runs that leave out the last split": (WORK, "«divide_up(splits, items)» : 1;", "max(divide_up(splits, items) - 1, 1)"),
-    "positions without the prefix": (WORK, "before = a.seq_lens[request] - queries;", "before = 0;"),
+    "runs that leave out the last split": (
+        SCHEDULE, "«divide_up(splits.count, items)» : 1;", "max(divide_up(splits.count, items) - 1, 1)"
+    ),
+    "positions without the prefix": (GEOMETRY, "before = a.seq_lens[request] - queries;", "before = 0;"),
     "masks of boundary tiles left out": (ATTEND, "if (start < seen_by_all_from || start + ATTENTION_TILE > seen_by_all_to) mask(start);", ""),
     "old output not corrected": (ATTEND, "            «correct_output();»\n            pack_weights();", ""),
     "parts unweighted": (ATTEND, "«hopper::exp2_approximate(part_weights[part] - highest)»;", "1.0f"),
     "tiles of few queries given back by one warpgroup for itself": (ATTEND, RELEASE_FOR_BOTH, RELEASE_FOR_BOTH.replace("ATTENDING", "1")),
     "ticket not given back": (ATTEND, "*ticket = 0;", ""),
-    "counter of draws not turned back": (WORK, "«unsigned(items) - 1»);", "~0u"),
-    "counter of draws turned back one draw late": (WORK, "«unsigned(items) - 1»);", "unsigned(items)"),
-    "counter of draws turned back one draw early": (WORK, "«unsigned(items) - 1»);", "unsigned(max(items - 2, 0))"),
+    "counter of draws not turned back": (DRAWS, "«unsigned(items) - 1»);", "~0u"),
+    "counter of draws turned back one draw late": (DRAWS, "«unsigned(items) - 1»);", "unsigned(items)"),
+    "counter of draws turned back one draw early": (DRAWS, "«unsigned(items) - 1»);", "unsigned(max(items - 2, 0))"),
     "turns of the warpgroups not passed on": (ATTEND, "turns.pass();", ""),
     "turns where the warpgroups visit different tiles": (ATTEND, RELEASE_FOR_BOTH, f"{RELEASE_FOR_BOTH} turns.take(), turns.pass();"),
     "nobody passes the first turn": ("issue_turns.cuh", "if (warpgroup_ == 1) pass();", ";"),
     "nobody takes the last turn": (MAIN, "attend.finish();", ""),
     "draws that overtake the block's warps": (MAIN, "shared.drawn.wait_empty(taken);", ""),
-    "a draw given back before slow lanes have seen it": (WORK, SEEN, GIVE_BACK + SLOW_LANES + SEEN.replace(GIVE_BACK, "")),
+    "a draw given back before slow lanes have seen it": (DRAWS, SEEN, GIVE_BACK + SLOW_LANES + SEEN.replace(GIVE_BACK, "")),
 }  # fmt: skip
 RUN_OF_ALL = "__ffs(__ballot_sync(ALL_LANES, time == __reduce_min_sync(ALL_LANES, time)))"
-CHANGES = PLANTED | {"splits alone": (WORK, RUN_OF_ALL, "1"), "slow lanes": (WORK, SEEN, SLOW_LANES + SEEN), "v first": (LOAD, LOAD_K + LOAD_V, LOAD_V + LOAD_K)}
+CHANGES = PLANTED | {"splits alone": (SCHEDULE, RUN_OF_ALL, "1"), "slow lanes": (DRAWS, SEEN, SLOW_LANES + SEEN), "v first": (LOAD, LOAD_K + LOAD_V, LOAD_V + LOAD_K)}
 
 
 def op_of(kernels, together: int = 3):
