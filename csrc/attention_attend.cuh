@@ -29,7 +29,7 @@ constexpr float LOG2_E = 1.44269504088896f;
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 constexpr float SMALLEST = std::numeric_limits<float>::min();
 
-static_assert(ATTENTION_PARTS == ATTENDING && ATTENTION_ROWS == ATTENDING * ROWS && ATTENTION_FEW_ROWS == ROWS);
+static_assert(ATTENTION_FEW_PARTS == ATTENDING && ATTENTION_MANY_ROWS == ATTENDING * ROWS && ATTENTION_FEW_ROWS == ROWS);
 
 // ---- shared memory
 
@@ -342,7 +342,7 @@ private:
     __device__ void leave_part(const Item& item, int split) {
         divide_output();
         const Parts parts(a, item);
-        const int part = item.few ? split * ATTENTION_PARTS + warpgroup : split, first = item.few ? 0 : warpgroup * ROWS;
+        const int part = item.few ? split * ATTENTION_FEW_PARTS + warpgroup : split, first = item.few ? 0 : warpgroup * ROWS;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int row = first + hopper::accumulator_row(thread, 2 * r);
@@ -373,11 +373,11 @@ private:
         constexpr int DIMS = 4;                           // of a lane
         constexpr int TOGETHER = WARP * DIMS / HEAD_DIM;  // parts that a warp reads at once
         constexpr int READS = 16;                         // under way
-        static_assert(sizeof(float) * ATTENTION_MAX_SPLITS * ATTENTION_PARTS * WARPGROUP / WARP <= sizeof(shared.q[0]));
+        static_assert(sizeof(float) * ATTENTION_FEW_MAX_SPLITS * ATTENTION_FEW_PARTS * WARPGROUP / WARP <= sizeof(shared.q[0]));
         const Parts all(a, item);
         const int parts = item.splits * parts_per_split(item), dim = lane * DIMS % HEAD_DIM, own = lane * DIMS / HEAD_DIM;
         // where q is no longer needed
-        float* part_weights = reinterpret_cast<float*>(shared.q[warpgroup]) + thread / WARP * ATTENTION_MAX_SPLITS * ATTENTION_PARTS;
+        float* part_weights = reinterpret_cast<float*>(shared.q[warpgroup]) + thread / WARP * ATTENTION_FEW_MAX_SPLITS * ATTENTION_FEW_PARTS;
         for (int row = warpgroup * (WARPGROUP / WARP) + thread / WARP; row < item.rows; row += ATTENDING * WARPGROUP / WARP) {
             const int64_t start = all.start(a, item, row);
             float highest = -INFINITE, sum = 0.0f, result[DIMS] = {};

@@ -95,7 +95,7 @@ public:
     // Gives, in the thread that draws, what it drew: before the last tile, so that nobody has to wait for it.
     __device__ unsigned load_item(const Item& item, int items, const hopper::TensorMap& k_map, const hopper::TensorMap& v_map) {
         const int64_t table_row = a.page_table_rows.values ? at(a.page_table_rows, item.request.index) : item.request.index;
-        const int* row = a.page_table + table_row * a.row_stride;
+        const int* row = a.page_table + table_row * a.page_table_stride;
         const int first = item.keys.first_tile * ATTENTION_TILE + warp * ATTENTION_WARP_KEYS + lane;
         const int tiles = item.keys.tiles;
         const auto entry = [&](int i) { return i < tiles ? entry_of(a, row, first + i * ATTENTION_TILE, item.keys) : -1; };

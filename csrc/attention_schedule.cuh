@@ -98,10 +98,10 @@ public:
         const int group = group_size(a);
         const Request request(a, b);
         const bool few = has_few_queries(a, request.queries);
-        const int of_rows = few ? 1 : row_splits(a, request);
+        const int of_rows = few ? 1 : many_splits(a, request);
         const int block = few ? 0 : (items - 1 - place) / of_rows;  // the last rows see the most keys: their items come first
-        const int first_row = block * ATTENTION_ROWS;
-        const int rows = min(request.queries * group - first_row, ATTENTION_ROWS);
+        const int first_row = block * ATTENTION_MANY_ROWS;
+        const int rows = min(request.queries * group - first_row, ATTENTION_MANY_ROWS);
         KeyRange keys(a, request, first_row / group, (first_row + rows - 1) / group);
         const Splits splits = few ? few_splits(a, keys.tiles) : Splits{of_rows, divide_up(keys.tiles, of_rows)};
         const int run = few ? divide_up(splits.count, items) : 1;  // the chosen one, made even: of 33 splits, 17 and 16 in place of 32 and 1

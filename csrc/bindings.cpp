@@ -114,36 +114,36 @@ PYBIND11_MODULE(_C, module) {
         py::arg("v_scale"), py::arg("stream"));
 
     module.attr("ATTENTION_TILE") = ATTENTION_TILE;
-    module.attr("ATTENTION_SPLIT_TILES") = ATTENTION_SPLIT_TILES;
-    module.attr("ATTENTION_MAX_SPLITS") = ATTENTION_MAX_SPLITS;
-    module.attr("ATTENTION_PARTS") = ATTENTION_PARTS;
-    module.attr("ATTENTION_ROWS") = ATTENTION_ROWS;
-    module.attr("ATTENTION_ROW_SPLIT_TILES") = ATTENTION_ROW_SPLIT_TILES;
-    module.attr("ATTENTION_MAX_ROW_SPLITS") = ATTENTION_MAX_ROW_SPLITS;
+    module.attr("ATTENTION_FEW_SPLIT_TILES") = ATTENTION_FEW_SPLIT_TILES;
+    module.attr("ATTENTION_FEW_MAX_SPLITS") = ATTENTION_FEW_MAX_SPLITS;
+    module.attr("ATTENTION_FEW_PARTS") = ATTENTION_FEW_PARTS;
+    module.attr("ATTENTION_MANY_ROWS") = ATTENTION_MANY_ROWS;
+    module.attr("ATTENTION_MANY_SPLIT_TILES") = ATTENTION_MANY_SPLIT_TILES;
+    module.attr("ATTENTION_MANY_MAX_SPLITS") = ATTENTION_MANY_MAX_SPLITS;
     module.attr("ATTENTION_FEW_QUERIES") = ATTENTION_FEW_QUERIES;
     module.attr("ATTENTION_MAX_REQUESTS") = ATTENTION_MAX_REQUESTS;
     module.attr("ATTENTION_NO_CHUNK") = ATTENTION_NO_CHUNK;
     module.def(
         "chunked_attention",
         [](uintptr_t q, uintptr_t k_cache, uintptr_t v_cache, Dtype kv_dtype, uintptr_t out, int tokens, int num_heads, int num_kv_heads, int head_dim,
-           int64_t slots, int page_size, bool holds_slots, uintptr_t page_table, int64_t row_stride, int requests, Indices page_table_rows,
+           int64_t slots, int page_size, bool holds_slots, uintptr_t page_table, int64_t page_table_stride, int requests, Indices page_table_rows,
            Indices slot_map, uintptr_t seq_lens, uintptr_t query_start_loc, int chunk_size, float scale, uintptr_t k_scale, uintptr_t v_scale,
-           uintptr_t partial, uintptr_t lse, uintptr_t tickets, uintptr_t row_partial, uintptr_t row_lse, uintptr_t row_tickets, int max_row_splits,
-           uintptr_t drawn, int max_splits, uintptr_t stream) {
+           uintptr_t few_partial, uintptr_t few_lse, uintptr_t few_tickets, int few_max_splits, uintptr_t many_partial, uintptr_t many_lse,
+           uintptr_t many_tickets, int many_max_splits, uintptr_t drawn, uintptr_t stream) {
             const AttentionArguments arguments{
                 pointer<void>(q), pointer<void>(k_cache), pointer<void>(v_cache), kv_dtype, pointer<void>(out), tokens, num_heads, num_kv_heads,
-                head_dim, slots, page_size, holds_slots, pointer<int>(page_table), row_stride, requests, page_table_rows, slot_map,
+                head_dim, slots, page_size, holds_slots, pointer<int>(page_table), page_table_stride, requests, page_table_rows, slot_map,
                 pointer<int>(seq_lens), pointer<int>(query_start_loc), chunk_size, scale, pointer<float>(k_scale), pointer<float>(v_scale),
-                pointer<float>(partial), pointer<float>(lse), pointer<unsigned>(tickets), pointer<float>(row_partial),
-                pointer<float>(row_lse), pointer<unsigned>(row_tickets), max_row_splits, pointer<unsigned>(drawn), max_splits};
+                pointer<float>(few_partial), pointer<float>(few_lse), pointer<unsigned>(few_tickets), few_max_splits, pointer<float>(many_partial),
+                pointer<float>(many_lse), pointer<unsigned>(many_tickets), many_max_splits, pointer<unsigned>(drawn)};
             chunked_attention(arguments, pointer<CUstream_st>(stream));
         },
         py::kw_only(), py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("kv_dtype"), py::arg("out"), py::arg("tokens"),
         py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("slots"), py::arg("page_size"), py::arg("holds_slots"),
-        py::arg("page_table"), py::arg("row_stride"), py::arg("requests"), py::arg("page_table_rows"), py::arg("slot_map"), py::arg("seq_lens"),
-        py::arg("query_start_loc"), py::arg("chunk_size"), py::arg("scale"), py::arg("k_scale"), py::arg("v_scale"), py::arg("partial"),
-        py::arg("lse"), py::arg("tickets"), py::arg("row_partial"), py::arg("row_lse"), py::arg("row_tickets"), py::arg("max_row_splits"),
-        py::arg("drawn"), py::arg("max_splits"), py::arg("stream"));
+        py::arg("page_table"), py::arg("page_table_stride"), py::arg("requests"), py::arg("page_table_rows"), py::arg("slot_map"), py::arg("seq_lens"),
+        py::arg("query_start_loc"), py::arg("chunk_size"), py::arg("scale"), py::arg("k_scale"), py::arg("v_scale"), py::arg("few_partial"),
+        py::arg("few_lse"), py::arg("few_tickets"), py::arg("few_max_splits"), py::arg("many_partial"), py::arg("many_lse"), py::arg("many_tickets"),
+        py::arg("many_max_splits"), py::arg("drawn"), py::arg("stream"));
 
     module.attr("ROUTE_MAX_EXPERTS") = ROUTE_MAX_EXPERTS;
     module.attr("ROUTE_MAX_HIDDEN") = ROUTE_MAX_HIDDEN;

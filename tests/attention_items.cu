@@ -47,8 +47,8 @@ extern "C" __attribute__((visibility("default"))) int attention_items(int reques
     a.head_dim = 128;
     a.kv_dtype = fp8 ? Dtype::float8_e4m3fn : Dtype::bfloat16;
     a.chunk_size = chunk_size;
-    a.max_splits = max_splits;
-    a.max_row_splits = ATTENTION_MAX_ROW_SPLITS;
+    a.few_max_splits = max_splits;
+    a.many_max_splits = ATTENTION_MANY_MAX_SPLITS;
     Result result{tiles, capacity, 0};
     const size_t shared_bytes = ATTENTION_MAX_RUN * sizeof(Run) + ATTENTION_MAX_REQUESTS * sizeof(ScheduleEntry);
     launch(LaunchConfig{"attention_items", dim3(unsigned(blocks)), dim3(64), shared_bytes, nullptr}, &count_kernel, a, run, &result);

@@ -195,7 +195,7 @@ def test_many_queries_after_a_long_prefix(op, cache_dtype, splits):
     arguments, options = batch(
         [(300, 20), (prefix + 50, 50), (prefix, 1)], chunk_size=None, page_size=64, heads=heads, dtype=BF16, cache_dtype=cache_dtype
     )
-    assert op.__globals__["max_row_splits"](71 * 2, 64, options["page_table"].shape[1] * 64, 1 << 30) == splits
+    assert op.__globals__["max_many_splits"](71 * 2, 64, options["page_table"].shape[1] * 64, 1 << 30) == splits
     together = run(op, arguments, options)
     assert_attention(op, arguments, options)
     assert_same_bits(run(op, *alone(arguments, options, 1)), together[20:70])
@@ -213,7 +213,7 @@ def test_a_launch_asks_for_every_counter_that_it_counts_in():
     [(5 << 13, 1 << 20, 1 << 30, 4), (5 << 13, 1 << 20, 8192, 1), (5 << 13, 1 << 14, 1 << 30, 2), (40 << 13, 1 << 20, 1 << 30, 1), (0, 1 << 20, 1 << 30, 4)],
 )  # fmt: skip
 def test_how_many_splits_many_queries_may_have(op, rows, table_keys, chunk_size, want):
-    assert op.__globals__["max_row_splits"](rows, 128, table_keys, chunk_size) == want
+    assert op.__globals__["max_many_splits"](rows, 128, table_keys, chunk_size) == want
 
 
 @pytest.mark.parametrize("slow_lanes", [False, True])
@@ -249,7 +249,7 @@ def test_fewer_splits_where_memory_is_short(op, monkeypatch):
     [(1, 1, 8192, 1), (1, 1 << 20, 8192, 33), (1, 1 << 20, 1 << 30, 128), (1 << 11, 1 << 20, 1 << 30, 64)],
 )
 def test_how_many_splits_there_may_be(op, rows, most_keys, chunk_size, want):
-    assert op.__globals__["max_splits"](rows, 128, most_keys, chunk_size) == want
+    assert op.__globals__["max_few_splits"](rows, 128, most_keys, chunk_size) == want
 
 
 def test_nan_that_a_request_sees_stays_in_it(op):
@@ -343,9 +343,9 @@ for head_dim in (64, 128):
                 q=zeros(tokens * 6 * head_dim * 2), k_cache=zeros(cache), v_cache=zeros(cache), kv_dtype=getattr(kernels.Dtype, dtype),
                 out=zeros(tokens * 6 * head_dim * 2), tokens=tokens, num_heads=6, num_kv_heads=2, head_dim=head_dim, slots=width,
                 page_size=page_size, holds_slots=holds_slots, page_table=ints(*range(columns), *[2**30] * columns, *range(columns), *range(columns)),
-                row_stride=columns, requests=requests, page_table_rows=none, slot_map=none, seq_lens=ints(300, 9, 200, 1),
+                page_table_stride=columns, requests=requests, page_table_rows=none, slot_map=none, seq_lens=ints(300, 9, 200, 1),
                 query_start_loc=ints(0, 5, 5, 17, 18), chunk_size=190, scale=0.1, k_scale=zeros(4), v_scale=zeros(4),
-                partial=zeros(tokens * 6 * splits * kernels.ATTENTION_PARTS * head_dim * 4),
-                lse=zeros(tokens * 6 * splits * kernels.ATTENTION_PARTS * 4), tickets=zeros(requests * 2 * 4), row_partial=0, row_lse=0, row_tickets=0,
-                max_row_splits=1, drawn=zeros(4), max_splits=splits, stream=0)
+                few_partial=zeros(tokens * 6 * splits * kernels.ATTENTION_FEW_PARTS * head_dim * 4),
+                few_lse=zeros(tokens * 6 * splits * kernels.ATTENTION_FEW_PARTS * 4), few_tickets=zeros(requests * 2 * 4),
+                few_max_splits=splits, many_partial=0, many_lse=0, many_tickets=0, many_max_splits=1, drawn=zeros(4), stream=0)
 """
