@@ -155,9 +155,9 @@ __global__ void __launch_bounds__(THREADS) rope_qk_norm_kernel(const RopeArgumen
     }
 
     float factor = 1.0f;
-    if (a.has_norm) {
+    if (a.qk_norm_eps.has_value) {
         for (int distance = lanes / 2; distance > 0; distance /= 2) squares += __shfl_xor_sync(ALL_LANES, squares, distance);
-        if (!is_v) factor = rsqrtf(squares / a.head_dim + a.qk_norm_eps);
+        if (!is_v) factor = rsqrtf(squares / a.head_dim + a.qk_norm_eps.value);
     }
     if (a.floor_scale && is_q) factor *= 1.0f + a.attn_scale * log1pf(float((position + 1) / a.floor_scale));
 
