@@ -148,6 +148,7 @@ PYBIND11_MODULE(_C, module) {
         using S = MoeHidden;
         def_struct<S>(module, "MoeHidden", FIELD(values), FIELD(dtype), FIELD(scale), FIELD(is_static), FIELD(width));
     }
+    module.attr("MAX_MOE_EXPERTS") = MAX_MOE_EXPERTS;
     module.attr("MOE_GATE_UP_COLUMNS") = MOE_GATE_UP_COLUMNS;
     module.attr("MOE_MIN_RUN") = MOE_MIN_RUN;
     module.attr("MOE_MANY_ROUNDS") = MOE_MANY_ROUNDS;
@@ -160,7 +161,7 @@ PYBIND11_MODULE(_C, module) {
         using S = MoeGateUpArguments;
         def_launcher(module, "moe_gate_up", &moe_gate_up, FIELD(x_shared), FIELD(x_routed), FIELD(w_shared), FIELD(w_routed),
                      FIELD(h_shared), FIELD(h_routed), FIELD(routing), FIELD(tokens), FIELD(hidden), FIELD(experts), FIELD(sharing),
-                     FIELD(prefetch_shared), FIELD(prefetch), FIELD(prefetch_bytes), FIELD(dependent));
+                     FIELD(prefetch_w_shared), FIELD(prefetch_address), FIELD(prefetch_bytes), FIELD(dependent));
     }
     {
         using S = MoeDownArguments;

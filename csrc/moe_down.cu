@@ -57,6 +57,9 @@ public:
         return (2 * a.experts + 1 + (whole_tiles(rows * columns, a.sharing.blocks) ? 0 : rows + 1)) * sizeof(int);
     }
 
+    // Where tiles are shared there are less than MOE_MANY_ROUNDS for each block, and no more blocks than multiprocessors, 144 on the chip.
+    static constexpr size_t MOST_LIST_BYTES = (2 * MAX_MOE_EXPERTS + 1 + MOE_MANY_ROUNDS * 144) * sizeof(int);
+
     // By one warp, before a barrier of the block.
     __device__ void fill() {
         const MoeDownArguments& a = problem_.a;
@@ -223,6 +226,7 @@ template <class Shape>
 void launch_shape(const MoeDownArguments& a, cudaStream_t stream) {
     const Problem problem{
         a, moe_path(a.h_shared, a.w_shared, a.hidden, a.k_shared), moe_path(a.h_routed, a.w_routed, a.hidden, a.k_routed)};
+    static_assert(sizeof(SharedMemory<Shape>) + Tiles<Shape>::MOST_LIST_BYTES <= 227 << 10, "a block's shared memory");
     const size_t shared_bytes = sizeof(SharedMemory<Shape>) + Tiles<Shape>::list_bytes(a);
     const LaunchConfig config{"moe_down", grid_of(a.sharing.blocks), dim3(Shape::THREADS), shared_bytes, stream, 1, a.dependent};
     const TensorMap shared_map = weight_map<Shape>("shared_w2", problem.shared, 1);

@@ -158,8 +158,8 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) gate_up_kernel(const __grid
     if (threadIdx.x >= Shape::CONSUMERS) {
         const int thread = threadIdx.x - Shape::CONSUMERS;
         const int64_t w_bytes = int64_t(problem.shared.n) * problem.shared.k * (problem.shared.fp8 ? 1 : 2);
-        if (a.prefetch_shared) prefetch_share(a.w_shared.values, w_bytes, thread, Shape::LOADERS);
-        if (a.prefetch) prefetch_share(a.prefetch, a.prefetch_bytes, thread, Shape::LOADERS);
+        if (a.prefetch_w_shared) prefetch_share(a.w_shared.values, w_bytes, thread, Shape::LOADERS);
+        if (a.prefetch_address) prefetch_share(a.prefetch_address, a.prefetch_bytes, thread, Shape::LOADERS);
     }
     wait_for_dependencies();
     launch_dependents();  // now, so that moe_down finds the routing complete before it waits
@@ -206,6 +206,7 @@ template <class Shape>
 void launch_shape(const MoeGateUpArguments& a, cudaStream_t stream) {
     const MoePath shared = moe_path(a.x_shared, a.w_shared, 2 * a.h_shared.width, a.hidden);
     const MoePath routed = moe_path(a.x_routed, a.w_routed, 2 * a.h_routed.width, a.hidden);
+    static_assert(sizeof(SharedMemory<Shape>) + (MAX_MOE_EXPERTS + 1) * sizeof(int) <= 227 << 10, "a block's shared memory");
     const size_t shared_bytes = sizeof(SharedMemory<Shape>) + (a.experts + 1) * sizeof(int);
     const LaunchConfig config{"moe_gate_up", grid_of(a.sharing.blocks), dim3(Shape::THREADS), shared_bytes, stream, 1, a.dependent};
     const TensorMap shared_map = weight_map<Shape>("shared_w13", shared, 1), routed_map = weight_map<Shape>("w13", routed, a.experts);

@@ -338,7 +338,7 @@ for tokens, blocks in ((1, 2), (20, 7), (70, 1), (70, 5), (200, 30)):
         h_shared=kernels.MoeHidden(values=h_shared, dtype=bf16, scale=0, is_static=False, width=inner),
         h_routed=kernels.MoeHidden(values=h_routed, dtype=fp8, scale=h_scale, is_static=False, width=inner), routing=routing, tokens=tokens,
         hidden=hidden, experts=experts, sharing=sharing(2 * (row_tiles + min(tokens, row_tiles + experts)), kernels.moe_gate_up_part(tokens)),
-        prefetch_shared=True, prefetch=0, prefetch_bytes=0, dependent=False, stream=0)
+        prefetch_w_shared=True, prefetch_address=0, prefetch_bytes=0, dependent=False, stream=0)
     kernels.moe_down(
         h_shared=operand(h_shared), h_routed=operand(h_routed, h_scale, 2, 1), w_shared=shared(inner, hidden), w_routed=routed(inner, hidden),
         k_shared=inner, k_routed=inner, routing=routing, tokens=tokens, hidden=hidden, experts=experts, out=rows(tokens, 2 * hidden),
