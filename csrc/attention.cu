@@ -17,7 +17,7 @@
 namespace llama4_kernels {
 namespace {
 
-// Rows past the last request.
+// Zeros for the tokens past the last request.
 __device__ inline void zero_padding(const AttentionArguments& a) {
     const int64_t per_token = int64_t(a.num_heads) * a.head_dim / 8;
     uint4* out = static_cast<uint4*>(a.out);
@@ -99,8 +99,9 @@ void launch_for(const AttentionArguments& a, cudaStream_t stream) {
         k_map = cache_map("k_cache", a.k_cache, a);
         v_map = cache_map("v_cache", a.v_cache, a);
     }
-    static_assert(codes_start<HEAD_DIM>(ATTENTION_MAX_REQUESTS) + Loader<HEAD_DIM, Element>::CODE_BYTES <= 227 << 10, "a block's shared memory");
-    const size_t shared_bytes = codes_start<HEAD_DIM>(a.requests) + Loader<HEAD_DIM, Element>::CODE_BYTES;
+    constexpr size_t CODE_BYTES = Loader<HEAD_DIM, Element>::CODE_BYTES;
+    static_assert(codes_start<HEAD_DIM>(ATTENTION_MAX_REQUESTS) + CODE_BYTES <= 227 << 10, "a block's shared memory");
+    const size_t shared_bytes = codes_start<HEAD_DIM>(a.requests) + CODE_BYTES;
     const LaunchConfig config{"chunked_attention", dim3(unsigned(multiprocessors())), dim3(THREADS), shared_bytes, stream};
     launch(config, &chunked_attention_kernel<HEAD_DIM, Element>, k_map, v_map, a);
 }

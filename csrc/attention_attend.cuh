@@ -64,7 +64,7 @@ __device__ inline void sync_warpgroup(int warpgroup) { hopper::named_barrier_syn
 
 // ---- rows
 
-// Byte of the 16-byte chunk that holds dims 8 · chunk on of a row, in a warpgroup's q.
+// Where a row's dims 8 · chunk to 8 · chunk + 7 begin in a warpgroup's q, in bytes.
 __device__ inline uint32_t chunk_in_q(int row, int chunk) {
     return chunk / 8 * (ROWS * ATTENTION_SPAN) + hopper::swizzled(Swizzle::bytes_128, uint32_t(row * ATTENTION_SPAN + chunk % 8 * 16));
 }
@@ -76,7 +76,7 @@ __device__ inline uint32_t bfloat16_pair(float low, float high) {
 
 // ---- attending
 
-// One attending warpgroup's thread: its part of scores, weights and output, in wgmma's layout, of the two rows ROW and ROW + 8.
+// A thread of an attending warpgroup. Of scores, weights and output it holds what wgmma's layout gives it: parts of two rows, 8 apart.
 template <int HEAD_DIM, class Element>
 class Attend {
 public:
@@ -158,8 +158,8 @@ private:
         for (float& element : output) element = 0.0f;
     }
 
-    // The tensor cores compute a tile's scores, then multiply the weights of the one before with V; the softmax of the new scores runs
-    // beside that. Behind it stands a wait for the V that is there, which keeps ptxas from moving the wait for the products before it.
+    // The tensor cores compute a tile's scores, then multiply the weights of the tile before with V. Beside these products runs the softmax
+    // of the new scores. v.wait_full behind it waits for nothing: it keeps ptxas from moving the wait for the products above the softmax.
     __device__ void attend_all(int count, int first_tile, int tiles) {
         wait_for_operand(k, count);
         begin_scores(count);
@@ -209,13 +209,13 @@ private:
         }
     }
 
-    // For so many warpgroups.
+    // Give a tile back to the loaders, for so many warpgroups.
     template <int WARPGROUPS>
     __device__ void release(hopper::Barrier* empty, int count) const {
         if (lane < WARPGROUPS) empty[count % ATTENTION_STAGES].arrive();
     }
 
-    // The wait shows this thread what load warps copied and stored; what is not TMA's, the fence shows to its wgmma.
+    // Behind the wait this thread sees what load warps brought, and its wgmma what came by TMA; for anything else wgmma needs the fence.
     __device__ void wait_for_operand(const Ring<HEAD_DIM>& ring, int count) const {
         ring.wait_full(count);
         if (Loader<HEAD_DIM, Element>::IS_FP8 || ring.is_gathered(count)) hopper::fence_async_proxy();
@@ -368,16 +368,18 @@ private:
         if (shared.earlier_runs + 1 == unsigned(item.runs)) combine(item);
     }
 
-    // The parts of each row in order, weighted by their sums, many of them on their way at once. A part of −∞ has seen no key, and holds NaN.
+    // Each row's parts are added up in order, weighted by their softmax sums, with many reads under way at once. A part whose lse is −∞ has
+    // seen no key and holds NaN; its weight is 0, and it is left out.
     __device__ void combine(const Item& item) const {
         constexpr int DIMS = 4;                           // of a lane
         constexpr int TOGETHER = WARP * DIMS / HEAD_DIM;  // parts that a warp reads at once
         constexpr int READS = 16;                         // under way
-        static_assert(sizeof(float) * ATTENTION_FEW_MAX_SPLITS * ATTENTION_FEW_PARTS * WARPGROUP / WARP <= sizeof(shared.q[0]));
+        constexpr int MOST_PARTS = ATTENTION_FEW_MAX_SPLITS * ATTENTION_FEW_PARTS;
+        static_assert(sizeof(float) * MOST_PARTS * WARPGROUP / WARP <= sizeof(shared.q[0]));
         const Parts all(a, item);
         const int parts = item.splits * parts_per_split(item), dim = lane * DIMS % HEAD_DIM, own = lane * DIMS / HEAD_DIM;
-        // where q is no longer needed
-        float* part_weights = reinterpret_cast<float*>(shared.q[warpgroup]) + thread / WARP * ATTENTION_FEW_MAX_SPLITS * ATTENTION_FEW_PARTS;
+        // in the place of q, which is no longer needed
+        float* part_weights = reinterpret_cast<float*>(shared.q[warpgroup]) + thread / WARP * MOST_PARTS;
         for (int row = warpgroup * (WARPGROUP / WARP) + thread / WARP; row < item.rows; row += ATTENDING * WARPGROUP / WARP) {
             const int64_t start = all.start(a, item, row);
             float highest = -INFINITE, sum = 0.0f, result[DIMS] = {};
@@ -386,7 +388,9 @@ private:
                 highest = fmaxf(highest, part_weights[part]);
             }
 #pragma unroll
-            for (int distance = WARP / 2; distance > 0; distance /= 2) highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, distance));
+            for (int distance = WARP / 2; distance > 0; distance /= 2) {
+                highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, distance));
+            }
             for (int part = lane; part < parts; part += WARP) {
                 part_weights[part] = hopper::exp2_approximate(part_weights[part] - highest);
                 sum += part_weights[part];
@@ -417,7 +421,8 @@ private:
             }
             if (own > 0) continue;
             __nv_bfloat16* to = static_cast<__nv_bfloat16*>(a.out) + row_start(a, item, item.first_row + row) + dim;
-            *reinterpret_cast<uint2*>(to) = {bfloat16_pair(result[0] / sum, result[1] / sum), bfloat16_pair(result[2] / sum, result[3] / sum)};
+            const uint32_t low = bfloat16_pair(result[0] / sum, result[1] / sum), high = bfloat16_pair(result[2] / sum, result[3] / sum);
+            *reinterpret_cast<uint2*>(to) = {low, high};
         }
     }
 };

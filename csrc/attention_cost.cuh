@@ -1,5 +1,5 @@
-// How long a batch takes, in terms of how many splits an item of few queries takes: a split leaves the same part whoever computes it, but what
-// an item costs beside its keys is paid less often where items are few, and then blocks are left idle.
+// How long a batch takes, by the number of splits that an item of few queries takes. Each split leaves the same part, whoever computes it;
+// but what an item costs beside its keys is paid less often where items are few, and then blocks are left idle.
 #pragma once
 
 #include "attention.h"

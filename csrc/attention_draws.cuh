@@ -7,11 +7,11 @@
 
 namespace llama4_kernels {
 
-// Whether this thread draws for its block, one of those that load.
+// Whether this thread, one of those that load, draws for its block.
 __device__ inline bool draws() { return threadIdx.x == 0; }
 
-// Once for each item of the block: so there are as many draws as items, and the last one turns the counter back to 0. (atomicAdd would
-// make the thread wait at once, for the shuffle that ptxas puts behind it.) What the block does next is item gridDim.x + draw.
+// A block draws once for each of its items, to know the next: item gridDim.x + draw. So the grid makes as many draws as there are items,
+// and the last one turns the counter back to 0. (atomicAdd would make the thread wait at once, for the shuffle that ptxas puts behind it.)
 __device__ inline unsigned draw(const AttentionArguments& a, int items) { return atomicInc(a.drawn, unsigned(items) - 1); }
 
 // Drawn items on their way from the thread that draws to the block's warps, which take each in turn.

@@ -1,8 +1,8 @@
 // From pages to shared memory: four warps bring the tiles of K and V of each item in turn, 32 keys of a tile each.
 //
-// A warp whose 32 keys stand in consecutive slots takes them by TMA, one box per 64 dims; another gathers their rows by cp.async, which arrive
-// at the tile's barrier by themselves. Codes of fp8 are gathered beside the tiles, and become bfloat16 on their way into them. A key that no
-// query of the item sees is not read, nor its entry of the page table; it is zeros.
+// A warp whose 32 keys stand in consecutive slots takes them by TMA, one box per 64 dims. Any other gathers their rows by cp.async, whose
+// copies arrive at the tile's barrier by themselves. Codes of fp8 are gathered beside the tiles, and become bfloat16 on their way into
+// them. A key that no query of the item sees becomes zeros: neither it nor its entry of the page table is read.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -19,7 +19,7 @@
 namespace llama4_kernels {
 
 constexpr int ATTENTION_STAGES = 2;
-constexpr int ATTENTION_SPAN = 128;            // bytes of a row of a tile: 64 dims of bfloat16, swizzled
+constexpr int ATTENTION_SPAN = 128;  // bytes of a row of a tile: 64 dims of bfloat16, swizzled
 constexpr int ATTENTION_LOAD_WARPS = 4;
 constexpr int ATTENTION_WARP_KEYS = ATTENTION_TILE / ATTENTION_LOAD_WARPS;
 
@@ -43,7 +43,7 @@ struct Ring {
     }
 };
 
-// Byte, within a tile, of the 16-byte chunk that holds dims 8 · chunk on of a key.
+// Where a key's dims 8 · chunk to 8 · chunk + 7 begin in a tile, in bytes.
 template <int HEAD_DIM>
 __device__ inline uint32_t chunk_in_tile(int key, int chunk) {
     const uint32_t in_half = hopper::swizzled(hopper::Swizzle::bytes_128, uint32_t(key * ATTENTION_SPAN + chunk % 8 * 16));
@@ -75,8 +75,8 @@ __device__ inline int64_t slot_of(const AttentionArguments& a, int64_t entry, in
     return a.holds_slots || entry < 0 ? entry : entry * a.page_size + position % a.page_size;
 }
 
-// One load warp. `Element`: of the caches. Tiles come in the order in which they are needed: the next of K before one of V. Codes of fp8
-// alternate, as the place of one is free again when the second after it comes.
+// One load warp. `Element`: of the caches. Tiles come in the order in which they are needed: in bfloat16 K of tile i + 1 before V of tile
+// i; in fp8 K of a tile and then its V, while the codes of two tiles before are on their way.
 template <int HEAD_DIM, class Element>
 class Loader {
 public:
@@ -92,7 +92,7 @@ public:
     __device__ Loader(const AttentionArguments& a, const Ring<HEAD_DIM>& k, const Ring<HEAD_DIM>& v, uint8_t* codes)
         : a(a), k(k), v(v), codes(codes + warp * (CODE_STAGES * WARP_CODE_BYTES)) {}
 
-    // Gives, in the thread that draws, what it drew: before the last tile, so that nobody has to wait for it.
+    // Gives, in the thread that draws, the draw. It is made before the last tile is loaded, so that nobody waits for it.
     __device__ unsigned load_item(const Item& item, int items, const hopper::TensorMap& k_map, const hopper::TensorMap& v_map) {
         const int64_t table_row = a.page_table_rows.values ? at(a.page_table_rows, item.request.index) : item.request.index;
         const int* row = a.page_table + table_row * a.page_table_stride;
@@ -144,9 +144,11 @@ private:
         return static_cast<const uint8_t*>(cache) + row + lane % CHUNKS * 16;
     }
 
-    __device__ int64_t slot_of_step(int64_t slot, int step) const { return __shfl_sync(ALL_LANES, slot, step * (WARP / CHUNKS) + lane / CHUNKS); }
+    __device__ int64_t slot_of_step(int64_t slot, int step) const {
+        return __shfl_sync(ALL_LANES, slot, step * (WARP / CHUNKS) + lane / CHUNKS);
+    }
 
-    // Byte, in a tile, of a chunk of this lane's key of a step. The swizzle repeats every 8 keys: few offsets to keep in registers.
+    // Where a chunk of this lane's key of a step begins in a tile, in bytes. The swizzle repeats every 8 keys: few offsets for registers.
     __device__ uint32_t chunk_of_step(int step, int chunk) const {
         constexpr int PERIOD = 8 * CHUNKS / WARP;
         const int key = warp * ATTENTION_WARP_KEYS + step % PERIOD * (WARP / CHUNKS) + lane / CHUNKS;
@@ -155,7 +157,8 @@ private:
 
     // ---- bfloat16
 
-    __device__ void load(const Ring<HEAD_DIM>& ring, const hopper::TensorMap& map, const void* cache, int64_t slot, int kv_head, int count) {
+    __device__ void load(const Ring<HEAD_DIM>& ring, const hopper::TensorMap& map, const void* cache, int64_t slot, int kv_head,
+                         int count) {
         hopper::Barrier& full = ring.full[count % ATTENTION_STAGES];
         ring.wait_empty(count);
         const int64_t first_slot = __shfl_sync(ALL_LANES, slot, 0);

@@ -104,11 +104,12 @@ public:
         const int rows = min(request.queries * group - first_row, ATTENTION_MANY_ROWS);
         KeyRange keys(a, request, first_row / group, (first_row + rows - 1) / group);
         const Splits splits = few ? few_splits(a, keys.tiles) : Splits{of_rows, divide_up(keys.tiles, of_rows)};
-        const int run = few ? divide_up(splits.count, items) : 1;  // the chosen one, made even: of 33 splits, 17 and 16 in place of 32 and 1
+        const int run = few ? divide_up(splits.count, items) : 1;  // the chosen one, made even: of 33 splits 17 and 16, not 32 and 1
         const int first_split = few ? place * run : place % of_rows;
         keys.first_tile += first_split * splits.tiles;
         keys.tiles = min(run * splits.tiles, keys.tiles - first_split * splits.tiles);
-        return {request, number % a.num_kv_heads, few, first_row, rows, keys, first_split, splits.tiles, splits.count, few ? items : of_rows};
+        const int runs = few ? items : of_rows;
+        return {request, number % a.num_kv_heads, few, first_row, rows, keys, first_split, splits.tiles, splits.count, runs};
     }
 
 private:

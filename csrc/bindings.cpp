@@ -61,8 +61,8 @@ PYBIND11_MODULE(_C, module) {
         .value("float32", Dtype::float32)
         .value("float8_e4m3fn", Dtype::float8_e4m3fn);
     py::class_<Indices>(module, "Indices", py::module_local())
-        .def(py::init([](uintptr_t values, bool is_int64) { return Indices{reinterpret_cast<const void*>(values), is_int64}; }), py::arg("values"),
-             py::arg("is_int64"));
+        .def(py::init([](uintptr_t values, bool is_int64) { return Indices{reinterpret_cast<const void*>(values), is_int64}; }),
+             py::arg("values"), py::arg("is_int64"));
 
     {
         using S = QuantizeArguments;
@@ -171,7 +171,8 @@ PYBIND11_MODULE(_C, module) {
     }
 
 #ifdef LLAMA4_KERNELS_EMULATION
-    module.def("moe_run_begins", &moe_run_begins, "The first stage of each block's run, and the end of the last.", py::arg("stages"), py::arg("grid"));
+    module.def("moe_run_begins", &moe_run_begins, "The first stage of each block's run, and the end of the last.", py::arg("stages"),
+               py::arg("grid"));
     module.def("launches_of", &launches_of, "What `call` launches on a GPU of so many multiprocessors; no kernel runs.", py::arg("call"),
                py::arg("multiprocessors"));
     module.def(
@@ -186,7 +187,8 @@ PYBIND11_MODULE(_C, module) {
                "From now on launches are held, to begin as early as programmatic dependent launch allows in run_held_launches.");
     module.def("run_held_launches", [] { emulation::stream.finish(); }, "All memory that they were given must still be there.");
     module.def("keep_e4m3_sum_bits", [](int bits) { emulation::e4m3_sum_bits = bits; },
-               "From now on wgmma's sums of e4m3 products keep so many bits of the mantissa; 0: all of fp32's, as without this.", py::arg("bits"));
+               "From now on wgmma's sums of e4m3 products keep so many bits of the mantissa; 0: all of fp32's, as without this.",
+               py::arg("bits"));
     module.def("run_together", [](unsigned clusters) { emulation::clusters_together = clusters; },
                "From now on so many clusters of a grid, or blocks where it has none, take turns; 1 without this.", py::arg("clusters"));
 #endif

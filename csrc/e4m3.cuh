@@ -17,8 +17,8 @@ __device__ inline float quotient(float value, float scale, float reciprocal) {
     return fmaf(fmaf(-product, scale, value), reciprocal, product);
 }
 
-// The same, infinite where the quotient is too large for a float. With reciprocal_of(scale), what a scale below the least normal number belongs
-// to becomes 0.
+// The same, but infinite where the quotient is too large for a float. With reciprocal_of's reciprocal, 0 where the scale is below the least
+// normal number.
 __device__ inline float divide(float value, float scale, float reciprocal) {
     const float product = value * reciprocal;
     return magnitude(product) == 0x7f800000u ? product : quotient(value, scale, reciprocal);

@@ -27,7 +27,7 @@ __device__ inline void scale_channels(float (&sums)[VALUES], float low_channel, 
     for (int i = 0; i < VALUES; ++i) sums[i] *= i / 2 % 2 ? high_channel : low_channel;
 }
 
-// And by the scales of the TOKENS tokens, which stand in shared memory.
+// Multiply this thread's accumulators by the scales of the tile's tokens, which stand in shared memory.
 template <int VALUES>
 __device__ inline void scale_tokens(float (&sums)[VALUES], const float* token_scales) {
 #pragma unroll

@@ -1,6 +1,6 @@
-// moe_down: the down projections of both experts in one sum. A tile is TOKENS sorted rows, whoever their experts are, by SETS · 128 channels:
-// it is multiplied with the shared expert's weight and then with that of each expert that has rows there, whose products reach these rows
-// only. So every weight is read once per tile of rows, and every row is written once, to its token's place.
+// moe_down: the down projections of both experts in one sum. A tile is TOKENS sorted rows, whoever their experts are, by SETS · 128
+// channels. It is multiplied with the shared expert's weight and then with that of each expert that has rows in it, whose products are
+// added to these rows only. So every weight is read once per tile of rows, and every row is written once, to its token's place.
 
 #include "hopper/dependent_launch.cuh"
 #include "hopper/registers.cuh"
@@ -40,8 +40,8 @@ struct Tile {
     int first_present;  // of the experts with rows in it
 };
 
-// Tiles by rows, and then by channels. Lists in shared memory: the experts that have tokens, the first row of each and the end of the last,
-// and, where tiles are shared, the first step of each tile of rows, if each had one tile of channels, and the end of the last.
+// Tiles by rows, and then by channels. Lists in shared memory: the experts that have tokens; the first row of each, and the end of the
+// last; and where tiles are shared the first step of each row tile, as if it had a single column tile, and the end of the last.
 template <class Shape>
 class Tiles {
 public:

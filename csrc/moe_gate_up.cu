@@ -1,6 +1,6 @@
 // moe_gate_up: the gate and up projections of the shared expert, for all tokens in sorted order, and of the routed ones, each for its own
-// tokens, in one launch. A stage holds 128 gate channels and the same 128 up channels, so that SwiGLU and the scales of 128 columns of h stay
-// inside the block. Rows of x are gathered by routing.order as they are loaded.
+// tokens, in one launch. A stage holds 128 gate channels and the same 128 up channels, so that SwiGLU and the scales of 128 columns of h
+// stay inside the block. Rows of x are gathered by routing.order as they are loaded.
 
 #include "e4m3.cuh"
 #include "hopper/dependent_launch.cuh"
@@ -132,7 +132,8 @@ __device__ void store_hidden(SharedMemory<Shape>& shared, const MoeHidden& h, co
     auto* out = static_cast<uint8_t*>(h.values) + first;
     const auto code = [&](int, int i) {
         const int token = Consumer::token_of(i);
-        return uint8_t(__nv_cvt_float_to_fp8(divide(total[0][i], shared.h_scale[token], shared.h_reciprocal[token]), __NV_SATFINITE, __NV_E4M3));
+        const float scaled = divide(total[0][i], shared.h_scale[token], shared.h_reciprocal[token]);
+        return uint8_t(__nv_cvt_float_to_fp8(scaled, __NV_SATFINITE, __NV_E4M3));
     };
     store_rows<Shape, 1, uint8_t>(shared.staging, rows, columns, code, [&](int token) { return out + int64_t(token) * h.width; });
 }
@@ -174,9 +175,10 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) gate_up_kernel(const __grid
     if (threadIdx.x >= Shape::CONSUMERS) {
         decrease_registers<Shape::LOADER_REGISTERS>();
         StageLoader<Shape> loader(shared.stages);
-        const auto path_of = [&](const Piece& piece) -> const MoePath& { return tiles.is_shared(piece.tile) ? problem.shared : problem.routed; };
-        const auto map_of = [&](const Piece& piece) -> const TensorMap& { return tiles.is_shared(piece.tile) ? shared_weights : routed_weights; };
-        if constexpr (Shape::TOKENS <= 64) {  // they need not wait for the rows' order; of more tokens ptxas would spill
+        const auto is_shared = [&](const Piece& piece) { return tiles.is_shared(piece.tile); };
+        const auto path_of = [&](const Piece& piece) -> const MoePath& { return is_shared(piece) ? problem.shared : problem.routed; };
+        const auto map_of = [&](const Piece& piece) -> const TensorMap& { return is_shared(piece) ? shared_weights : routed_weights; };
+        if constexpr (Shape::TOKENS <= 64) {  // weights need not wait for the rows' order; with more tokens ptxas would spill
             shared.stages.work.for_first_piece(tiles, [&](const Piece& piece) {
                 loader.load_weights_ahead(path_of(piece), map_of(piece), tiles[piece.tile].segment, piece.begin, piece.end);
             });

@@ -1,4 +1,5 @@
-// How stages of a tile of the MoE layer are filled: weights by TMA, rows of activations by cp.async, gathered, or made into codes on the way.
+// How stages of a tile of the MoE layer are filled: weights by TMA; rows of activations gathered by cp.async, or made into codes on the
+// way.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -157,8 +158,8 @@ private:
         }
     }
 
-    // Copies arrive by themselves once they have landed, and the loaders go on, or end: the consumers wait for every stage. That says nothing
-    // of plain stores, of scales and of codes: who stores them arrives once more.
+    // Copies arrive by themselves once they have landed, and the loaders go on, or end: the consumers wait for every stage. That says
+    // nothing of plain stores, of scales and of codes: who stores them arrives once more.
     __device__ void arrive() {
         hopper::Barrier& full = stages_.pipeline.full[at_.stage];
         __syncwarp();  // so that a warp's lanes arrive at once, not one after the other

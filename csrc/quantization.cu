@@ -1,6 +1,6 @@
-// quantize_per_token: one block per row, or for many rows of 128, as the blocks of 128 columns of longer rows are. A row is read once, 16
-// elements ("a piece") per thread and step, and held in registers between the maximum and the division; only what exceeds THREADS · 4 pieces is
-// read again. Divisions are IEEE, so codes equal the reference's bit for bit.
+// quantize_per_token: one block per row; rows of 128 elements, which blocks of 128 columns are too, take 8 lanes each instead. A row is
+// read once, 16 elements ("a piece") per thread and step, and held in registers between the maximum and the division; only what exceeds
+// THREADS · 4 pieces is read again. Divisions are IEEE, so codes equal the reference's bit for bit.
 
 #include "quantization.h"
 

@@ -1,7 +1,7 @@
-// route_top1 for few tokens of bfloat16. The grid's first cluster multiplies all of them with a slice of the experts on the tensor cores, an
-// eighth of the columns in each block; every other block writes the codes of one token. Both warpgroups multiply, each every second step of
-// the columns, and store their sums straight into the shared memory of the block that owns the token: nothing waits for a barrier of the
-// cluster but what waits for the data itself. Sums have one fixed order, the same for every expert.
+// route_top1 for few tokens of bfloat16. The grid's first cluster multiplies all of them with a slice of the experts on the tensor cores,
+// an eighth of the columns in each block; every other block writes the codes of one token. Both warpgroups multiply, each every second step
+// of the columns, and store their sums straight into the shared memory of the block that owns the token, where they arrive at a barrier:
+// only who reads them waits, and no barrier of the cluster is needed. Sums have one fixed order, the same for every expert.
 #pragma once
 
 #include <cuda_bf16.h>

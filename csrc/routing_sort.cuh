@@ -13,7 +13,7 @@ namespace llama4_kernels::routing {
 
 using hopper::WARP;
 
-constexpr int IDS_AT_ONCE = 8;  // that a thread asks L2 for
+constexpr int IDS_AT_ONCE = 8;  // expert ids that a thread has under way from L2
 
 // Whether this block is the last of `blocks`, in all of its threads. What the sort reads is written before, by thread 0 or ahead of a
 // barrier of the block. flag: in shared memory.
@@ -35,7 +35,7 @@ struct alignas(16) SortEntries {
     int values[ROUTE_FEW_TOKENS];
 };
 
-// What lies below an entry is its place, and what lies below an expert's first is its offset.
+// A token's place is how many entries are below its own, and an expert's offset how many are below the expert's first.
 __device__ inline void place_few_tokens(const SortEntries& entries, const RouteArguments& a) {
     constexpr int AT_ONCE = 4;  // of four entries
     for (int i = threadIdx.x; i <= ROUTE_FEW_TOKENS + a.experts; i += blockDim.x) {
