@@ -7,18 +7,17 @@
 #include "attention_load.cuh"
 #include "attention_schedule.cuh"
 #include "attention_workspace.cuh"
+#include "floats.cuh"
 #include "hopper/math.cuh"
-#include "hopper/memory.cuh"
 #include "hopper/wgmma.cuh"
 #include "issue_turns.cuh"
+#include "tickets.cuh"
 #include "warp.cuh"
 
 namespace llama4_kernels {
 
 using hopper::Swizzle;
 
-constexpr int WARP = 32;
-constexpr int WARPGROUP = 128;
 constexpr int ATTENDING = 2;  // warpgroups
 constexpr int THREADS = (1 + ATTENDING) * WARPGROUP;
 constexpr int LOAD_REGISTERS = 72;
@@ -43,7 +42,7 @@ struct alignas(1024) SharedMemory {
     DrawnItems drawn;
     Item items[ATTENDING];  // of each warpgroup, kept here while it needs its registers
     int first_seen[ATTENDING][ROWS], position[ATTENDING][ROWS];  // the keys that a row sees
-    unsigned earlier_runs;  // that were done before this block's
+    int is_last;  // whether this block's run of splits is the last of all to be done
     float scale;            // of scores in logarithms of base 2
     float v_scale;
     Run runs[ATTENTION_MAX_RUN];  // as they are weighed before the first item
@@ -67,11 +66,6 @@ __device__ inline void sync_warpgroup(int warpgroup) { hopper::named_barrier_syn
 // Where a row's dims 8 · chunk to 8 · chunk + 7 begin in a warpgroup's q, in bytes.
 __device__ inline uint32_t chunk_in_q(int row, int chunk) {
     return chunk / 8 * (ROWS * ATTENTION_SPAN) + hopper::swizzled(Swizzle::bytes_128, uint32_t(row * ATTENTION_SPAN + chunk % 8 * 16));
-}
-
-__device__ inline uint32_t bfloat16_pair(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
 // ---- attending
@@ -359,13 +353,9 @@ private:
 
     __device__ void finish_run(const Item& item) {
         hopper::named_barrier_sync(BOTH_ATTENDING, ATTENDING * WARPGROUP);
-        if (threadIdx.x == WARPGROUP) {
-            unsigned* ticket = ticket_of(a, item);
-            shared.earlier_runs = hopper::add_acquire_release(ticket, 1);
-            if (shared.earlier_runs + 1 == unsigned(item.runs)) *ticket = 0;
-        }
+        if (threadIdx.x == WARPGROUP) shared.is_last = is_last_ticket(ticket_of(a, item), item.runs);
         hopper::named_barrier_sync(BOTH_ATTENDING, ATTENDING * WARPGROUP);
-        if (shared.earlier_runs + 1 == unsigned(item.runs)) combine(item);
+        if (shared.is_last) combine(item);
     }
 
     // Each row's parts are added up in order, weighted by their softmax sums, with many reads under way at once. A part whose lse is −∞ has

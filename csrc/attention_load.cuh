@@ -50,14 +50,15 @@ __device__ inline uint32_t chunk_in_tile(int key, int chunk) {
     return chunk / 8 * Ring<HEAD_DIM>::HALF_BYTES + in_half;
 }
 
-__device__ inline uint32_t bfloat16_pair(__nv_fp8x2_storage_t codes) {
+__device__ inline uint32_t bfloat16_pair_of_codes(__nv_fp8x2_storage_t codes) {
     const float2 values = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(codes, __NV_E4M3)));
     const __nv_bfloat162 pair = __float22bfloat162_rn(values);
     return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
 __device__ inline uint4 bfloat16_of_8_codes(uint32_t low, uint32_t high) {
-    return {bfloat16_pair(low & 0xffff), bfloat16_pair(low >> 16), bfloat16_pair(high & 0xffff), bfloat16_pair(high >> 16)};
+    return {bfloat16_pair_of_codes(low & 0xffff), bfloat16_pair_of_codes(low >> 16), bfloat16_pair_of_codes(high & 0xffff),
+            bfloat16_pair_of_codes(high >> 16)};
 }
 
 // The slot of a position in three steps, a tile apart, so that none waits for what the one before has read: an entry of the page table,
@@ -82,7 +83,6 @@ class Loader {
 public:
     static constexpr bool IS_FP8 = sizeof(Element) == 1;
     static constexpr int CHUNKS = HEAD_DIM * sizeof(Element) / 16;  // of 16 bytes in a key's row, and steps of WARP / CHUNKS keys
-    static constexpr int WARP = 32;
     static constexpr int ARRIVALS = IS_FP8 ? 1 : 1 + WARP;  // of a warp at a full tile: of what it writes itself, and of each lane's copies
     static constexpr int CODE_STAGES = IS_FP8 ? 3 : 0;  // tiles of codes: one being converted, two on their way
     static constexpr int WARP_CODE_BYTES = ATTENTION_WARP_KEYS * HEAD_DIM;

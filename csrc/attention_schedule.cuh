@@ -7,12 +7,13 @@
 #include "attention_cost.cuh"
 #include "attention_item.cuh"
 #include "attention_splits.cuh"
+#include "search.cuh"
 #include "warp.cuh"
 
 namespace llama4_kernels {
 
 constexpr int ATTENTION_MAX_RUN = 32;  // splits that an item of few queries takes at most
-static_assert(ATTENTION_MAX_RUN == hopper::WARP, "a lane weighs each length of a run");
+static_assert(ATTENTION_MAX_RUN == WARP, "a lane weighs each length of a run");
 
 // Of each request; there is no room for both.
 union ScheduleEntry {
@@ -103,8 +104,8 @@ public:
         const int first_row = block * ATTENTION_MANY_ROWS;
         const int rows = min(request.queries * group - first_row, ATTENTION_MANY_ROWS);
         KeyRange keys(a, request, first_row / group, (first_row + rows - 1) / group);
-        const Splits splits = few ? few_splits(a, keys.tiles) : Splits{of_rows, divide_up(keys.tiles, of_rows)};
-        const int run = few ? divide_up(splits.count, items) : 1;  // the chosen one, made even: of 33 splits 17 and 16, not 32 and 1
+        const Splits splits = few ? few_splits(a, keys.tiles) : Splits{of_rows, ceil_div(keys.tiles, of_rows)};
+        const int run = few ? ceil_div(splits.count, items) : 1;  // the chosen one, made even: of 33 splits 17 and 16, not 32 and 1
         const int first_split = few ? place * run : place % of_rows;
         keys.first_tile += first_split * splits.tiles;
         keys.tiles = min(run * splits.tiles, keys.tiles - first_split * splits.tiles);
@@ -113,20 +114,12 @@ public:
     }
 
 private:
-    static constexpr int WARP = hopper::WARP;
-
     __device__ static int lane() { return threadIdx.x % WARP; }
     __device__ static int warp() { return threadIdx.x / WARP; }
 
     // The first whose items end behind this one.
     __device__ int request_of(int index) const {
-        int low = 0, high = a.requests - 1;
-        while (low < high) {
-            const int middle = (low + high) / 2;
-            if (entries[middle].items_end > index) high = middle;
-            else low = middle + 1;
-        }
-        return low;
+        return count_first(a.requests - 1, [&](int b) { return entries[b].items_end <= index; });
     }
 
     const AttentionArguments& a;

@@ -5,17 +5,15 @@
 
 namespace llama4_kernels {
 
-__device__ inline int divide_up(int a, int b) { return (a + b - 1) / b; }
-
 struct Splits {
     int count, tiles;  // tiles of each, save for the last
 };
 
 // Of few queries, whose tiles are a multiple of ATTENTION_FEW_PARTS.
 __device__ inline Splits few_splits(const AttentionArguments& a, int tiles) {
-    const int even_split = divide_up(tiles, a.few_max_splits * ATTENTION_FEW_PARTS) * ATTENTION_FEW_PARTS;
+    const int even_split = ceil_div(tiles, a.few_max_splits * ATTENTION_FEW_PARTS) * ATTENTION_FEW_PARTS;
     const int split_tiles = max(ATTENTION_FEW_SPLIT_TILES, even_split);
-    return {divide_up(tiles, split_tiles), split_tiles};
+    return {ceil_div(tiles, split_tiles), split_tiles};
 }
 
 // Splits of the keys of each block of rows of many queries. Only where all blocks of rows see many keys: then the items are few and equally
@@ -41,7 +39,7 @@ struct RequestWork {
         const Request request(a, index);
         if (request.queries <= 0) return {0};
         if (!has_few_queries(a, request.queries)) {
-            return {unsigned(divide_up(request.queries * group_size(a), ATTENTION_MANY_ROWS) * many_splits(a, request))};
+            return {unsigned(ceil_div(request.queries * group_size(a), ATTENTION_MANY_ROWS) * many_splits(a, request))};
         }
         return encode(few_splits(a, KeyRange(a, request, 0, request.queries - 1).tiles));
     }
@@ -52,7 +50,7 @@ struct RequestWork {
     __device__ Splits splits() const { return {int(bits & MOST_SPLITS), int((bits & ~FEW) >> SPLIT_BITS) * ATTENTION_FEW_PARTS}; }
 
     // Where an item of few queries takes up to `run` splits.
-    __device__ int items(int run) const { return has_few() ? divide_up(splits().count, run) : int(bits); }
+    __device__ int items(int run) const { return has_few() ? ceil_div(splits().count, run) : int(bits); }
 
 private:
     static constexpr unsigned FEW = 1u << 31;

@@ -39,7 +39,7 @@ struct GemmShape {
     // sets there are registers for the sums of one of them alone, and the ring keeps the stages of a promotion until both have had them.
     static constexpr int PROMOTE_STEPS = KIND != GemmKind::fp8 ? 1 : SETS == 1 ? 4 : 2;
 
-    static __host__ __device__ int steps(int64_t k) { return int((k + STAGE_K - 1) / STAGE_K); }
+    static __host__ __device__ int steps(int64_t k) { return int(ceil_div(k, STAGE_K)); }
 };
 
 // This thread's accumulators of one tile, per set.
@@ -85,7 +85,7 @@ public:
 private:
     static constexpr int CHUNKS = Shape::ROW_BYTES / 16;
     static constexpr int ROWS_AT_ONCE = Shape::LOADERS / CHUNKS;
-    static constexpr int SHARE = (Shape::TOKENS + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+    static constexpr int SHARE = ceil_div(Shape::TOKENS, ROWS_AT_ONCE);
 
     static __device__ int row_of(int i) { return int(threadIdx.x) % Shape::LOADERS / CHUNKS + i * ROWS_AT_ONCE; }
 

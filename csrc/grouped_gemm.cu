@@ -19,8 +19,6 @@ namespace {
 
 using namespace hopper;
 
-constexpr int SCALE_BLOCK = 128;
-
 struct Scale {
     const float* values;
     ScaleForm form;
@@ -72,7 +70,7 @@ class BlockTiles {
 public:
     // first_tile: shared memory of groups + 1 elements, for fill.
     __device__ BlockTiles(const Problem& problem, int* first_tile)
-        : offsets_(problem.offsets), tiles_(problem.offsets, problem.groups, (problem.n + WIDTH - 1) / WIDTH, first_tile) {}
+        : offsets_(problem.offsets), tiles_(problem.offsets, problem.groups, ceil_div(problem.n, WIDTH), first_tile) {}
 
     // By all lanes of one warp, before a barrier of the block.
     __device__ void fill() { tiles_.fill(); }
@@ -143,7 +141,7 @@ __device__ void load_with_tma(SharedMemory<Shape>& shared, const BlockTiles<Shap
                               const TensorMap& tokens, const Problem& problem) {
     GemmStages<Shape>& stages = shared.stages;
     constexpr L2 WEIGHT_HINT = Shape::TOKENS <= 16 ? L2::evict_first : L2::normal;
-    constexpr int SHARE = Shape::KIND == GemmKind::fp8 ? (Shape::TOKENS + WARP - 1) / WARP : 0;  // a lane's tokens
+    constexpr int SHARE = Shape::KIND == GemmKind::fp8 ? ceil_div(Shape::TOKENS, WARP) : 0;  // a lane's tokens
     const int lane = threadIdx.x % WARP;
     PipelinePosition<Shape::STAGES> at;
     for (int64_t index = tiles.first(); index < tiles.count(); index += tiles.step()) {
@@ -205,7 +203,7 @@ template <class Shape>
 __device__ inline float weight_step_scale(const Problem& problem, int group, int channel, int step) {
     if (problem.b_scale.form != ScaleForm::per_block) return 1.0f;
     static_assert(!Shape::FP8 || Shape::STAGE_K == SCALE_BLOCK);
-    const int blocks = (problem.n + SCALE_BLOCK - 1) / SCALE_BLOCK;
+    const int blocks = ceil_div(problem.n, SCALE_BLOCK);
     const int block = min(channel / SCALE_BLOCK, blocks - 1);  // a tile may end past the last one
     return problem.b_scale.values[(int64_t(group) * blocks + block) * problem.steps + step];
 }

@@ -6,6 +6,7 @@
 #include "hopper/registers.cuh"
 #include "moe_load.cuh"
 #include "moe_tile.cuh"
+#include "search.cuh"
 
 namespace llama4_kernels {
 namespace {
@@ -30,7 +31,7 @@ struct SharedMemory {
 
 template <class Shape>
 __device__ inline int column_tiles(int hidden) {
-    return (hidden + Shape::SETS * Shape::SET_CHANNELS - 1) / (Shape::SETS * Shape::SET_CHANNELS);
+    return ceil_div(hidden, Shape::SETS * Shape::SET_CHANNELS);
 }
 
 template <class Shape>
@@ -131,22 +132,13 @@ public:
     }
 
 private:
-    __device__ int row_tiles() const { return (problem_.a.tokens + Shape::TOKENS - 1) / Shape::TOKENS; }
+    __device__ int row_tiles() const { return ceil_div(problem_.a.tokens, Shape::TOKENS); }
     __device__ int columns() const { return column_tiles<Shape>(problem_.a.hidden); }
     __device__ int end_row(int first_row) const { return min(first_row + Shape::TOKENS, problem_.a.tokens); }
 
     // How many of `count` ascending numbers are less than `bound`.
     static __device__ int below(const int* numbers, int count, int bound) {
-        int low = 0;
-        while (low < count) {
-            const int middle = (low + count) / 2;
-            if (numbers[middle] < bound) {
-                low = middle + 1;
-            } else {
-                count = middle;
-            }
-        }
-        return low;
+        return count_first(count, [&](int i) { return numbers[i] < bound; });
     }
 
     __device__ int experts_before(int row) const { return below(starts_ + 1, experts_, row + 1); }

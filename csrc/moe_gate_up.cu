@@ -44,9 +44,9 @@ struct Tiles {
     const MoeGateUpArguments& a;
     GroupTiles<Shape::TOKENS> routed_tiles;
 
-    __device__ static int column_tiles(const MoeHidden& h) { return (h.width + H_COLUMNS - 1) / H_COLUMNS; }
+    __device__ static int column_tiles(const MoeHidden& h) { return ceil_div(h.width, H_COLUMNS); }
 
-    __device__ int shared_tiles() const { return (a.tokens + Shape::TOKENS - 1) / Shape::TOKENS * column_tiles(a.h_shared); }
+    __device__ int shared_tiles() const { return ceil_div(a.tokens, Shape::TOKENS) * column_tiles(a.h_shared); }
     __device__ int count() const { return shared_tiles() + int(routed_tiles.count()); }
     __device__ bool is_shared(int tile) const { return tile < shared_tiles(); }
     __device__ int steps(int tile) const { return (is_shared(tile) ? problem.shared : problem.routed).steps; }
@@ -122,7 +122,7 @@ __device__ void store_hidden(SharedMemory<Shape>& shared, const MoeHidden& h, co
             unsigned largest = 0;
             for (int warp = 0; warp < Shape::CONSUMER_WARPS; ++warp) largest = max(largest, shared.warp_largest[warp][threadIdx.x]);
             scale = __uint_as_float(largest) / E4M3_MAX;
-            const int blocks = (h.width + SCALE_BLOCK - 1) / SCALE_BLOCK;
+            const int blocks = ceil_div(h.width, SCALE_BLOCK);
             if (int(threadIdx.x) < rows) h.scale[int64_t(first_row + threadIdx.x) * blocks + tile.column_tile] = scale;
         }
         shared.h_scale[threadIdx.x] = scale;

@@ -18,7 +18,7 @@ struct StageRuns {
     int longer;  // of them, by one stage
 
     __host__ __device__ static StageRuns of(int stages, int grid) {
-        const int blocks = min(grid, (stages + MOE_MIN_RUN - 1) / MOE_MIN_RUN), length = stages / blocks;
+        const int blocks = min(grid, ceil_div(stages, MOE_MIN_RUN)), length = stages / blocks;
         return {length, blocks, stages - length * blocks};
     }
 

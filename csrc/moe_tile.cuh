@@ -20,11 +20,10 @@
 #include "moe.h"
 #include "moe_runs.cuh"
 #include "pipeline.cuh"
+#include "tickets.cuh"
 #include "warp.cuh"
 
 namespace llama4_kernels {
-
-constexpr int SCALE_BLOCK = 128;
 
 template <int TOKENS_, int SETS_>
 struct MoeShape {
@@ -100,7 +99,7 @@ __device__ inline void prepare(MoeStages<Shape>& stages, const hopper::TensorMap
 // Scale of one channel of the weight for one step.
 __device__ inline float weight_scale(const MoePath& path, int group, int channel, int step) {
     const int row = min(channel, path.n - 1);
-    const int64_t blocks = (path.n + SCALE_BLOCK - 1) / SCALE_BLOCK;
+    const int64_t blocks = ceil_div(path.n, SCALE_BLOCK);
     switch (path.form) {
         case ScaleForm::per_tensor: return path.w.scale[group];
         case ScaleForm::per_row: return path.w.scale[int64_t(group) * path.n + row];
@@ -329,10 +328,7 @@ __device__ bool combine_pieces(MoeStages<Shape>& stages, const MoeSharing& shari
         if (wanted(i)) own[i * Shape::CONSUMERS] = total[i / VALUES][i % VALUES];
     }
     consumers_sync<Shape>();
-    if (threadIdx.x == 0) {
-        stages.is_last = hopper::add_acquire_release(sharing.tickets + piece.tile, 1) == unsigned(last - first);
-        if (stages.is_last) sharing.tickets[piece.tile] = 0;
-    }
+    if (threadIdx.x == 0) stages.is_last = is_last_ticket(sharing.tickets + piece.tile, last - first + 1);
     consumers_sync<Shape>();
     if (!stages.is_last) return false;
 

@@ -15,7 +15,6 @@ namespace {
 constexpr int PIECE = 16;
 constexpr int THREADS = 512;
 constexpr int SHORT_ROW = 8;  // pieces, a lane each
-constexpr int WARP = 32;
 
 template <class T>
 struct alignas(16) Piece {

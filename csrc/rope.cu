@@ -12,7 +12,6 @@ namespace llama4_kernels {
 namespace {
 
 constexpr int THREADS = 128;
-constexpr int WARP = 32;
 constexpr int WIDE = 8;  // pairs that are read and written as vectors, where head_dim and the pointers allow
 
 // ---- elements

@@ -71,7 +71,7 @@ __device__ inline void load_tiles(FewMemory<Shape>& shared, const FewProblem& pr
     static_assert(Shape::TOKENS == 2 * ROWS && Shape::LOGITS <= ROWS && ROWS % 8 == 0, "rows of a thread, which the swizzle moves alike");
     const RouteArguments& a = problem.a;
     const int row = threadIdx.x / Shape::CHUNKS, chunk = threadIdx.x % Shape::CHUNKS, expert = slice * Shape::LOGITS + row;
-    const int column = first_column + chunk * 8, steps_inside = (a.hidden - column + Shape::STEP - 1) / Shape::STEP;
+    const int column = first_column + chunk * 8, steps_inside = ceil_div(a.hidden - column, Shape::STEP);
     const auto* x = static_cast<const __nv_bfloat16*>(a.x) + int64_t(row) * a.hidden + column;
     const auto* further_x = x + int64_t(ROWS) * a.hidden;
     const auto* router = static_cast<const __nv_bfloat16*>(a.router) + int64_t(expert) * a.hidden + column;
@@ -171,7 +171,7 @@ __device__ inline void route_few(FewMemory<Shape>& shared, const FewProblem& pro
         __syncthreads();
         place_few_tokens(shared.entries, a);
     } else {
-        const int owners = max((a.tokens + Shape::OWN_TOKENS - 1) / Shape::OWN_TOKENS, 1);
+        const int owners = max(ceil_div(a.tokens, Shape::OWN_TOKENS), 1);
         if (rank >= owners) return;
         __syncthreads();
         if (is_last_block(a.tickets, shared.is_last, owners * problem.slices)) sort_few_tokens(shared.entries, a, problem.slices);

@@ -46,14 +46,16 @@ PLANTED = {
     "no proxy fence for gathered rows": (ATTEND, FENCE, FENCE.replace("|| ring.is_gathered(count)", "")),
     "gathered rows of which nobody tells": (LOAD, "= «!consecutive»;", "false"),
     "runs that leave out the last split": (
-        SCHEDULE, "«divide_up(splits.count, items)» : 1;", "max(divide_up(splits.count, items) - 1, 1)"
+        SCHEDULE, "«ceil_div(splits.count, items)» : 1;", "max(ceil_div(splits.count, items) - 1, 1)"
     ),
     "positions without the prefix": (GEOMETRY, "before = a.seq_lens[request] - queries;", "before = 0;"),
     "masks of boundary tiles left out": (ATTEND, "if (start < seen_by_all_from || start + ATTENTION_TILE > seen_by_all_to) mask(start);", ""),
     "old output not corrected": (ATTEND, "            «correct_output();»\n            pack_weights();", ""),
     "parts unweighted": (ATTEND, "«hopper::exp2_approximate(part_weights[part] - highest)»;", "1.0f"),
     "tiles of few queries given back by one warpgroup for itself": (ATTEND, RELEASE_FOR_BOTH, RELEASE_FOR_BOTH.replace("ATTENDING", "1")),
-    "ticket not given back": (ATTEND, "*ticket = 0;", ""),
+    "ticket not given back": (
+        ATTEND, "«is_last_ticket(ticket_of(a, item), item.runs)»;", "hopper::add_acquire_release(ticket_of(a, item), 1) + 1 == unsigned(item.runs)"
+    ),
     "counter of draws not turned back": (DRAWS, "«unsigned(items) - 1»);", "~0u"),
     "counter of draws turned back one draw late": (DRAWS, "«unsigned(items) - 1»);", "unsigned(items)"),
     "counter of draws turned back one draw early": (DRAWS, "«unsigned(items) - 1»);", "unsigned(max(items - 2, 0))"),
