@@ -3,6 +3,7 @@
 // stay inside the block. Rows of x are gathered by routing.order as they are loaded.
 
 #include "e4m3.cuh"
+#include "floats.cuh"
 #include "hopper/dependent_launch.cuh"
 #include "hopper/registers.cuh"
 #include "moe_load.cuh"
@@ -133,7 +134,7 @@ __device__ void store_hidden(SharedMemory<Shape>& shared, const MoeHidden& h, co
     const auto code = [&](int, int i) {
         const int token = Consumer::token_of(i);
         const float scaled = divide(total[0][i], shared.h_scale[token], shared.h_reciprocal[token]);
-        return uint8_t(__nv_cvt_float_to_fp8(scaled, __NV_SATFINITE, __NV_E4M3));
+        return from_float<__nv_fp8_storage_t>(scaled);
     };
     store_rows<Shape, 1, uint8_t>(shared.staging, rows, columns, code, [&](int token) { return out + int64_t(token) * h.width; });
 }

@@ -6,6 +6,7 @@
 #include <cuda_fp8.h>
 
 #include "e4m3.cuh"
+#include "floats.cuh"
 #include "hopper/cp_async.cuh"
 #include "moe_tile.cuh"
 
@@ -149,8 +150,7 @@ private:
                 codes[j] = 0;
 #pragma unroll
                 for (int byte = 0; byte < 4; ++byte) {
-                    const float scaled = scale == 0.0f ? 0.0f : values[j * 4 + byte] / scale;
-                    codes[j] |= uint32_t(__nv_cvt_float_to_fp8(scaled, __NV_SATFINITE, __NV_E4M3)) << byte * 8;
+                    codes[j] |= uint32_t(from_float<__nv_fp8_storage_t>(divide(values[j * 4 + byte], scale))) << byte * 8;
                 }
             }
             *reinterpret_cast<uint4*>(chunk_at(i)) = make_uint4(codes[0], codes[1], codes[2], codes[3]);

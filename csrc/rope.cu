@@ -4,6 +4,7 @@
 #include "rope.h"
 
 #include "device.h"
+#include "e4m3.cuh"
 #include "floats.cuh"
 #include "indices.cuh"
 #include "warp.cuh"
@@ -88,8 +89,8 @@ __device__ inline void store_codes(void* to, Places places, bool interleaved, Pa
     const float divisor = scale ? *scale : 1.0f;
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) {
-        pairs.first[i] = divisor == 0.0f ? 0.0f : pairs.first[i] / divisor;
-        pairs.second[i] = divisor == 0.0f ? 0.0f : pairs.second[i] / divisor;
+        pairs.first[i] = divide(pairs.first[i], divisor);
+        pairs.second[i] = divide(pairs.second[i], divisor);
     }
     store_pairs<__nv_fp8_storage_t>(to, places, interleaved, pairs);
 }
@@ -190,7 +191,7 @@ void rope_qk_norm(const RopeArguments& a, cudaStream_t stream) {
     const bool wide = a.head_dim % (2 * WIDE) == 0 && aligned_to_16;
     const int width = wide ? WIDE : 1;
     int lanes = 1;
-    while (lanes < WARP && lanes * width < a.head_dim / 2) lanes *= 2;
+    while (lanes < int(WARP) && lanes * width < a.head_dim / 2) lanes *= 2;
 
     const int64_t rows = int64_t(a.tokens) * (a.num_heads + 2 * a.num_kv_heads);
     const LaunchConfig config{"rope_qk_norm", grid_of(ceil_div(rows, THREADS / lanes)), dim3(THREADS), 0, stream};

@@ -190,13 +190,13 @@ __global__ void __launch_bounds__(EXPERT_WARPS* MAX_COLUMN_WARPS* WARP) route_fp
             const int token = i / row_fours, column = i % row_fours * 4;
             if (token % gridDim.y != blockIdx.y || first_token + token >= a.tokens || column >= columns) continue;
             const float scale = shared.scale[token];
-            const auto scaled = [&](float value) { return scale == 0.0f ? 0.0f : value / scale; };
+            const auto code = [&](float value) { return from_float<__nv_fp8_storage_t>(divide(value, scale)); };
             const float4 x = reinterpret_cast<const float4*>(shared.x)[i];
             Four<uint8_t> codes;
-            codes.values[0] = __nv_cvt_float_to_fp8(scaled(x.x), __NV_SATFINITE, __NV_E4M3);
-            codes.values[1] = __nv_cvt_float_to_fp8(scaled(x.y), __NV_SATFINITE, __NV_E4M3);
-            codes.values[2] = __nv_cvt_float_to_fp8(scaled(x.z), __NV_SATFINITE, __NV_E4M3);
-            codes.values[3] = __nv_cvt_float_to_fp8(scaled(x.w), __NV_SATFINITE, __NV_E4M3);
+            codes.values[0] = code(x.x);
+            codes.values[1] = code(x.y);
+            codes.values[2] = code(x.z);
+            codes.values[3] = code(x.w);
             uint8_t* to = a.codes + int64_t(first_token + token) * a.hidden + first_column + column;
             if constexpr (ALIGNED) {
                 *reinterpret_cast<Four<uint8_t>*>(to) = codes;
