@@ -8,15 +8,16 @@
 #include "attention.h"
 
 #include "attention_attend.cuh"
+#include "attention_draws.cuh"
 #include "attention_load.cuh"
-#include "attention_work.cuh"
+#include "attention_schedule.cuh"
 #include "device.h"
 #include "hopper/registers.cuh"
 
 namespace llama4_kernels {
 namespace {
 
-// Rows past the last request.
+// Zeros for the tokens past the last request.
 __device__ inline void zero_padding(const AttentionArguments& a) {
     const int64_t per_token = int64_t(a.num_heads) * a.head_dim / 8;
     uint4* out = static_cast<uint4*>(a.out);
@@ -49,15 +50,16 @@ __global__ void __launch_bounds__(THREADS, 1)
         hopper::prefetch_tensor_map(k_map);
         hopper::prefetch_tensor_map(v_map);
     }
-    count_all_items(a, shared.item_ends, shared.runs);
+    Schedule schedule(a, shared.entries, shared.runs);
+    schedule.make();
 
-    const int items = a.requests ? shared.item_ends[a.requests - 1] * a.num_kv_heads : 0;
+    const int items = schedule.items();
     int item = blockIdx.x, taken = 0;
     if (threadIdx.x < WARPGROUP) {
         hopper::decrease_registers<LOAD_REGISTERS>();
         Loader<HEAD_DIM, Element> loader(a, k, v, reinterpret_cast<uint8_t*>(&shared) + codes_start<HEAD_DIM>(a.requests));
         while (item < items) {
-            const unsigned drawn = loader.load_item(item_of(a, shared.item_ends, item), items, k_map, v_map);
+            const unsigned drawn = loader.load_item(schedule.item(item), items, k_map, v_map);
             shared.drawn.wait_empty(taken);
             if (draws()) shared.drawn.put(taken, int(gridDim.x + drawn));
             item = shared.drawn.take(taken++);
@@ -68,7 +70,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         int count = 0;  // pairs of tiles of this block so far
         Attend<HEAD_DIM, Element> attend(a, shared, k, v);
         while (item < items) {
-            attend.attend(item_of(a, shared.item_ends, item), count);
+            attend.attend(schedule.item(item), count);
             item = shared.drawn.take(taken++);
         }
         attend.finish();
@@ -97,8 +99,9 @@ void launch_for(const AttentionArguments& a, cudaStream_t stream) {
         k_map = cache_map("k_cache", a.k_cache, a);
         v_map = cache_map("v_cache", a.v_cache, a);
     }
-    static_assert(codes_start<HEAD_DIM>(ATTENTION_MAX_REQUESTS) + Loader<HEAD_DIM, Element>::CODE_BYTES <= 227 << 10, "a block's shared memory");
-    const size_t shared_bytes = codes_start<HEAD_DIM>(a.requests) + Loader<HEAD_DIM, Element>::CODE_BYTES;
+    constexpr size_t CODE_BYTES = Loader<HEAD_DIM, Element>::CODE_BYTES;
+    static_assert(codes_start<HEAD_DIM>(ATTENTION_MAX_REQUESTS) + CODE_BYTES <= 227 << 10, "a block's shared memory");
+    const size_t shared_bytes = codes_start<HEAD_DIM>(a.requests) + CODE_BYTES;
     const LaunchConfig config{"chunked_attention", dim3(unsigned(multiprocessors())), dim3(THREADS), shared_bytes, stream};
     launch(config, &chunked_attention_kernel<HEAD_DIM, Element>, k_map, v_map, a);
 }

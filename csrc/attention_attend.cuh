@@ -2,20 +2,22 @@
 #pragma once
 
 #include "attention.h"
+#include "attention_draws.cuh"
+#include "attention_item.cuh"
 #include "attention_load.cuh"
-#include "attention_work.cuh"
+#include "attention_schedule.cuh"
+#include "attention_workspace.cuh"
+#include "floats.cuh"
 #include "hopper/math.cuh"
-#include "hopper/memory.cuh"
 #include "hopper/wgmma.cuh"
 #include "issue_turns.cuh"
+#include "tickets.cuh"
 #include "warp.cuh"
 
 namespace llama4_kernels {
 
 using hopper::Swizzle;
 
-constexpr int WARP = 32;
-constexpr int WARPGROUP = 128;
 constexpr int ATTENDING = 2;  // warpgroups
 constexpr int THREADS = (1 + ATTENDING) * WARPGROUP;
 constexpr int LOAD_REGISTERS = 72;
@@ -26,7 +28,7 @@ constexpr float LOG2_E = 1.44269504088896f;
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 constexpr float SMALLEST = std::numeric_limits<float>::min();
 
-static_assert(ATTENTION_PARTS == ATTENDING && ATTENTION_ROWS == ATTENDING * ROWS && ATTENTION_FEW_ROWS == ROWS);
+static_assert(ATTENTION_FEW_PARTS == ATTENDING && ATTENTION_MANY_ROWS == ATTENDING * ROWS && ATTENTION_FEW_ROWS == ROWS);
 
 // ---- shared memory
 
@@ -40,17 +42,17 @@ struct alignas(1024) SharedMemory {
     DrawnItems drawn;
     Item items[ATTENDING];  // of each warpgroup, kept here while it needs its registers
     int first_seen[ATTENDING][ROWS], position[ATTENDING][ROWS];  // the keys that a row sees
-    unsigned earlier_runs;  // that were done before this block's
+    int is_last;  // whether this block's run of splits is the last of all to be done
     float scale;            // of scores in logarithms of base 2
     float v_scale;
     Run runs[ATTENTION_MAX_RUN];  // as they are weighed before the first item
-    int item_ends[1];         // [requests], and then the loading warps' codes, to the end of the shared memory
+    ScheduleEntry entries[1];     // [requests], and then the loading warps' codes, to the end of the shared memory
 };
 
 // Where in the shared memory the codes begin.
 template <int HEAD_DIM>
 __host__ __device__ constexpr size_t codes_start(int requests) {
-    return (sizeof(SharedMemory<HEAD_DIM>) + requests * sizeof(int) + 15) / 16 * 16;
+    return (sizeof(SharedMemory<HEAD_DIM>) + requests * sizeof(ScheduleEntry) + 15) / 16 * 16;
 }
 
 // ---- barriers: 0 is __syncthreads, 1 and 2 those of a warpgroup, 3 and 4 IssueTurns'
@@ -61,19 +63,14 @@ __device__ inline void sync_warpgroup(int warpgroup) { hopper::named_barrier_syn
 
 // ---- rows
 
-// Byte of the 16-byte chunk that holds dims 8 · chunk on of a row, in a warpgroup's q.
+// Where a row's dims 8 · chunk to 8 · chunk + 7 begin in a warpgroup's q, in bytes.
 __device__ inline uint32_t chunk_in_q(int row, int chunk) {
     return chunk / 8 * (ROWS * ATTENTION_SPAN) + hopper::swizzled(Swizzle::bytes_128, uint32_t(row * ATTENTION_SPAN + chunk % 8 * 16));
 }
 
-__device__ inline uint32_t bfloat16_pair(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
 // ---- attending
 
-// One attending warpgroup's thread: its part of scores, weights and output, in wgmma's layout, of the two rows ROW and ROW + 8.
+// A thread of an attending warpgroup. Of scores, weights and output it holds what wgmma's layout gives it: parts of two rows, 8 apart.
 template <int HEAD_DIM, class Element>
 class Attend {
 public:
@@ -92,7 +89,7 @@ public:
         } else {
             begin_rows();
             attend_all(count, kept.keys.first_tile, kept.keys.tiles);
-            kept.splits > 1 ? leave_part(kept, kept.split) : write_output(kept);
+            kept.splits > 1 ? leave_part(kept, kept.first_split) : write_output(kept);
         }
         if (kept.few || kept.splits > 1) finish_run(kept);
         count += kept.keys.tiles;
@@ -155,8 +152,8 @@ private:
         for (float& element : output) element = 0.0f;
     }
 
-    // The tensor cores compute a tile's scores, then multiply the weights of the one before with V; the softmax of the new scores runs
-    // beside that. Behind it stands a wait for the V that is there, which keeps ptxas from moving the wait for the products before it.
+    // The tensor cores compute a tile's scores, then multiply the weights of the tile before with V. Beside these products runs the softmax
+    // of the new scores. v.wait_full behind it waits for nothing: it keeps ptxas from moving the wait for the products above the softmax.
     __device__ void attend_all(int count, int first_tile, int tiles) {
         wait_for_operand(k, count);
         begin_scores(count);
@@ -202,17 +199,17 @@ private:
                 hopper::wgmma_wait<0>();
                 release<ATTENDING>(v.empty, count + tile);
             }
-            leave_part(item, item.split + start / item.split_tiles);
+            leave_part(item, item.first_split + start / item.split_tiles);
         }
     }
 
-    // For so many warpgroups.
+    // Give a tile back to the loaders, for so many warpgroups.
     template <int WARPGROUPS>
     __device__ void release(hopper::Barrier* empty, int count) const {
         if (lane < WARPGROUPS) empty[count % ATTENTION_STAGES].arrive();
     }
 
-    // The wait shows this thread what load warps copied and stored; what is not TMA's, the fence shows to its wgmma.
+    // Behind the wait this thread sees what load warps brought, and its wgmma what came by TMA; for anything else wgmma needs the fence.
     __device__ void wait_for_operand(const Ring<HEAD_DIM>& ring, int count) const {
         ring.wait_full(count);
         if (Loader<HEAD_DIM, Element>::IS_FP8 || ring.is_gathered(count)) hopper::fence_async_proxy();
@@ -339,7 +336,7 @@ private:
     __device__ void leave_part(const Item& item, int split) {
         divide_output();
         const Parts parts(a, item);
-        const int part = item.few ? split * ATTENTION_PARTS + warpgroup : split, first = item.few ? 0 : warpgroup * ROWS;
+        const int part = item.few ? split * ATTENTION_FEW_PARTS + warpgroup : split, first = item.few ? 0 : warpgroup * ROWS;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int row = first + hopper::accumulator_row(thread, 2 * r);
@@ -356,25 +353,23 @@ private:
 
     __device__ void finish_run(const Item& item) {
         hopper::named_barrier_sync(BOTH_ATTENDING, ATTENDING * WARPGROUP);
-        if (threadIdx.x == WARPGROUP) {
-            unsigned* ticket = ticket_of(a, item);
-            shared.earlier_runs = hopper::add_acquire_release(ticket, 1);
-            if (shared.earlier_runs + 1 == unsigned(item.runs)) *ticket = 0;
-        }
+        if (threadIdx.x == WARPGROUP) shared.is_last = is_last_ticket(ticket_of(a, item), item.runs);
         hopper::named_barrier_sync(BOTH_ATTENDING, ATTENDING * WARPGROUP);
-        if (shared.earlier_runs + 1 == unsigned(item.runs)) combine(item);
+        if (shared.is_last) combine(item);
     }
 
-    // The parts of each row in order, weighted by their sums, many of them on their way at once. A part of −∞ has seen no key, and holds NaN.
+    // Each row's parts are added up in order, weighted by their softmax sums, with many reads under way at once. A part whose lse is −∞ has
+    // seen no key and holds NaN; its weight is 0, and it is left out.
     __device__ void combine(const Item& item) const {
         constexpr int DIMS = 4;                           // of a lane
         constexpr int TOGETHER = WARP * DIMS / HEAD_DIM;  // parts that a warp reads at once
         constexpr int READS = 16;                         // under way
-        static_assert(sizeof(float) * ATTENTION_MAX_SPLITS * ATTENTION_PARTS * WARPGROUP / WARP <= sizeof(shared.q[0]));
+        constexpr int MOST_PARTS = ATTENTION_FEW_MAX_SPLITS * ATTENTION_FEW_PARTS;
+        static_assert(sizeof(float) * MOST_PARTS * WARPGROUP / WARP <= sizeof(shared.q[0]));
         const Parts all(a, item);
         const int parts = item.splits * parts_per_split(item), dim = lane * DIMS % HEAD_DIM, own = lane * DIMS / HEAD_DIM;
-        // where q is no longer needed
-        float* part_weights = reinterpret_cast<float*>(shared.q[warpgroup]) + thread / WARP * ATTENTION_MAX_SPLITS * ATTENTION_PARTS;
+        // in the place of q, which is no longer needed
+        float* part_weights = reinterpret_cast<float*>(shared.q[warpgroup]) + thread / WARP * MOST_PARTS;
         for (int row = warpgroup * (WARPGROUP / WARP) + thread / WARP; row < item.rows; row += ATTENDING * WARPGROUP / WARP) {
             const int64_t start = all.start(a, item, row);
             float highest = -INFINITE, sum = 0.0f, result[DIMS] = {};
@@ -383,7 +378,9 @@ private:
                 highest = fmaxf(highest, part_weights[part]);
             }
 #pragma unroll
-            for (int distance = WARP / 2; distance > 0; distance /= 2) highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, distance));
+            for (int distance = WARP / 2; distance > 0; distance /= 2) {
+                highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, distance));
+            }
             for (int part = lane; part < parts; part += WARP) {
                 part_weights[part] = hopper::exp2_approximate(part_weights[part] - highest);
                 sum += part_weights[part];
@@ -414,7 +411,8 @@ private:
             }
             if (own > 0) continue;
             __nv_bfloat16* to = static_cast<__nv_bfloat16*>(a.out) + row_start(a, item, item.first_row + row) + dim;
-            *reinterpret_cast<uint2*>(to) = {bfloat16_pair(result[0] / sum, result[1] / sum), bfloat16_pair(result[2] / sum, result[3] / sum)};
+            const uint32_t low = bfloat16_pair(result[0] / sum, result[1] / sum), high = bfloat16_pair(result[2] / sum, result[3] / sum);
+            *reinterpret_cast<uint2*>(to) = {low, high};
         }
     }
 };

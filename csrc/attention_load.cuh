@@ -1,23 +1,25 @@
 // From pages to shared memory: four warps bring the tiles of K and V of each item in turn, 32 keys of a tile each.
 //
-// A warp whose 32 keys stand in consecutive slots takes them by TMA, one box per 64 dims; another gathers their rows by cp.async, which arrive
-// at the tile's barrier by themselves. Codes of fp8 are gathered beside the tiles, and become bfloat16 on their way into them. A key that no
-// query of the item sees is not read, nor its entry of the page table; it is zeros.
+// A warp whose 32 keys stand in consecutive slots takes them by TMA, one box per 64 dims. Any other gathers their rows by cp.async, whose
+// copies arrive at the tile's barrier by themselves. Codes of fp8 are gathered beside the tiles, and become bfloat16 on their way into
+// them. A key that no query of the item sees becomes zeros: neither it nor its entry of the page table is read.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp8.h>
 
-#include "attention_work.cuh"
+#include "attention_draws.cuh"
+#include "attention_item.cuh"
 #include "hopper/barrier.cuh"
 #include "hopper/cp_async.cuh"
 #include "hopper/tma.cuh"
+#include "indices.cuh"
 #include "warp.cuh"
 
 namespace llama4_kernels {
 
 constexpr int ATTENTION_STAGES = 2;
-constexpr int ATTENTION_SPAN = 128;            // bytes of a row of a tile: 64 dims of bfloat16, swizzled
+constexpr int ATTENTION_SPAN = 128;  // bytes of a row of a tile: 64 dims of bfloat16, swizzled
 constexpr int ATTENTION_LOAD_WARPS = 4;
 constexpr int ATTENTION_WARP_KEYS = ATTENTION_TILE / ATTENTION_LOAD_WARPS;
 
@@ -41,21 +43,22 @@ struct Ring {
     }
 };
 
-// Byte, within a tile, of the 16-byte chunk that holds dims 8 · chunk on of a key.
+// Where a key's dims 8 · chunk to 8 · chunk + 7 begin in a tile, in bytes.
 template <int HEAD_DIM>
 __device__ inline uint32_t chunk_in_tile(int key, int chunk) {
     const uint32_t in_half = hopper::swizzled(hopper::Swizzle::bytes_128, uint32_t(key * ATTENTION_SPAN + chunk % 8 * 16));
     return chunk / 8 * Ring<HEAD_DIM>::HALF_BYTES + in_half;
 }
 
-__device__ inline uint32_t bfloat16_pair(__nv_fp8x2_storage_t codes) {
+__device__ inline uint32_t bfloat16_pair_of_codes(__nv_fp8x2_storage_t codes) {
     const float2 values = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(codes, __NV_E4M3)));
     const __nv_bfloat162 pair = __float22bfloat162_rn(values);
     return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
 __device__ inline uint4 bfloat16_of_8_codes(uint32_t low, uint32_t high) {
-    return {bfloat16_pair(low & 0xffff), bfloat16_pair(low >> 16), bfloat16_pair(high & 0xffff), bfloat16_pair(high >> 16)};
+    return {bfloat16_pair_of_codes(low & 0xffff), bfloat16_pair_of_codes(low >> 16), bfloat16_pair_of_codes(high & 0xffff),
+            bfloat16_pair_of_codes(high >> 16)};
 }
 
 // The slot of a position in three steps, a tile apart, so that none waits for what the one before has read: an entry of the page table,
@@ -73,14 +76,13 @@ __device__ inline int64_t slot_of(const AttentionArguments& a, int64_t entry, in
     return a.holds_slots || entry < 0 ? entry : entry * a.page_size + position % a.page_size;
 }
 
-// One load warp. `Element`: of the caches. Tiles come in the order in which they are needed: the next of K before one of V. Codes of fp8
-// alternate, as the place of one is free again when the second after it comes.
+// One load warp. `Element`: of the caches. Tiles come in the order in which they are needed: in bfloat16 K of tile i + 1 before V of tile
+// i; in fp8 K of a tile and then its V, while the codes of two tiles before are on their way.
 template <int HEAD_DIM, class Element>
 class Loader {
 public:
     static constexpr bool IS_FP8 = sizeof(Element) == 1;
     static constexpr int CHUNKS = HEAD_DIM * sizeof(Element) / 16;  // of 16 bytes in a key's row, and steps of WARP / CHUNKS keys
-    static constexpr int WARP = 32;
     static constexpr int ARRIVALS = IS_FP8 ? 1 : 1 + WARP;  // of a warp at a full tile: of what it writes itself, and of each lane's copies
     static constexpr int CODE_STAGES = IS_FP8 ? 3 : 0;  // tiles of codes: one being converted, two on their way
     static constexpr int WARP_CODE_BYTES = ATTENTION_WARP_KEYS * HEAD_DIM;
@@ -90,10 +92,10 @@ public:
     __device__ Loader(const AttentionArguments& a, const Ring<HEAD_DIM>& k, const Ring<HEAD_DIM>& v, uint8_t* codes)
         : a(a), k(k), v(v), codes(codes + warp * (CODE_STAGES * WARP_CODE_BYTES)) {}
 
-    // Gives, in the thread that draws, what it drew: before the last tile, so that nobody has to wait for it.
+    // Gives, in the thread that draws, the draw. It is made before the last tile is loaded, so that nobody waits for it.
     __device__ unsigned load_item(const Item& item, int items, const hopper::TensorMap& k_map, const hopper::TensorMap& v_map) {
         const int64_t table_row = a.page_table_rows.values ? at(a.page_table_rows, item.request.index) : item.request.index;
-        const int* row = a.page_table + table_row * a.row_stride;
+        const int* row = a.page_table + table_row * a.page_table_stride;
         const int first = item.keys.first_tile * ATTENTION_TILE + warp * ATTENTION_WARP_KEYS + lane;
         const int tiles = item.keys.tiles;
         const auto entry = [&](int i) { return i < tiles ? entry_of(a, row, first + i * ATTENTION_TILE, item.keys) : -1; };
@@ -142,9 +144,11 @@ private:
         return static_cast<const uint8_t*>(cache) + row + lane % CHUNKS * 16;
     }
 
-    __device__ int64_t slot_of_step(int64_t slot, int step) const { return __shfl_sync(ALL_LANES, slot, step * (WARP / CHUNKS) + lane / CHUNKS); }
+    __device__ int64_t slot_of_step(int64_t slot, int step) const {
+        return __shfl_sync(ALL_LANES, slot, step * (WARP / CHUNKS) + lane / CHUNKS);
+    }
 
-    // Byte, in a tile, of a chunk of this lane's key of a step. The swizzle repeats every 8 keys: few offsets to keep in registers.
+    // Where a chunk of this lane's key of a step begins in a tile, in bytes. The swizzle repeats every 8 keys: few offsets for registers.
     __device__ uint32_t chunk_of_step(int step, int chunk) const {
         constexpr int PERIOD = 8 * CHUNKS / WARP;
         const int key = warp * ATTENTION_WARP_KEYS + step % PERIOD * (WARP / CHUNKS) + lane / CHUNKS;
@@ -153,7 +157,8 @@ private:
 
     // ---- bfloat16
 
-    __device__ void load(const Ring<HEAD_DIM>& ring, const hopper::TensorMap& map, const void* cache, int64_t slot, int kv_head, int count) {
+    __device__ void load(const Ring<HEAD_DIM>& ring, const hopper::TensorMap& map, const void* cache, int64_t slot, int kv_head,
+                         int count) {
         hopper::Barrier& full = ring.full[count % ATTENTION_STAGES];
         ring.wait_empty(count);
         const int64_t first_slot = __shfl_sync(ALL_LANES, slot, 0);

@@ -6,6 +6,7 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #ifdef LLAMA4_KERNELS_EMULATION
 #include "emulation/device.h"
@@ -92,7 +93,10 @@ inline int multiprocessors() {
 
 #endif
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+template <class T>
+__host__ __device__ constexpr T ceil_div(T a, std::common_type_t<T> b) {
+    return (a + b - 1) / b;
+}
 
 inline bool is_aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 

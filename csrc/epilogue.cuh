@@ -3,6 +3,7 @@
 
 #include <cuda_bf16.h>
 
+#include "floats.cuh"
 #include "hopper/barrier.cuh"
 #include "hopper/matrix.cuh"
 
@@ -10,6 +11,8 @@ namespace llama4_kernels {
 
 // How an operand is scaled as a whole: activations per row, weights per output channel.
 enum class ScaleForm { none, per_tensor, per_row, per_block };
+
+constexpr int SCALE_BLOCK = 128;  // channels, and columns of K, of a block
 
 // Where a warpgroup's part of a tile goes: `rows` rows of `columns` elements in an output whose rows are `stride` elements apart. What lies
 // beyond in the tile is not written.
@@ -27,7 +30,7 @@ __device__ inline void scale_channels(float (&sums)[VALUES], float low_channel, 
     for (int i = 0; i < VALUES; ++i) sums[i] *= i / 2 % 2 ? high_channel : low_channel;
 }
 
-// And by the scales of the TOKENS tokens, which stand in shared memory.
+// Multiply this thread's accumulators by the scales of the tile's tokens, which stand in shared memory.
 template <int VALUES>
 __device__ inline void scale_tokens(float (&sums)[VALUES], const float* token_scales) {
 #pragma unroll
@@ -72,8 +75,7 @@ __device__ inline void store_tile(const float (&sums)[TOKENS / 2], OutputTile<__
 #pragma unroll
             for (int matrix = 0; matrix < 4; ++matrix) {
                 const int at = first / 2 + i * 8 + matrix * 2;
-                const __nv_bfloat162 pair = __floats2bfloat162_rn(sums[at], sums[at + 1]);
-                matrices[matrix] = *reinterpret_cast<const uint32_t*>(&pair);
+                matrices[matrix] = bfloat16_pair(sums[at], sums[at + 1]);
             }
             hopper::store_matrices<true>(chunk_at(i * 16 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2), matrices);
         }

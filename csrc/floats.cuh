@@ -9,6 +9,11 @@ namespace llama4_kernels {
 __device__ inline float to_float(float value) { return value; }
 __device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
+__device__ inline uint32_t bfloat16_pair(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
 template <class T>
 __device__ inline T from_float(float value);
 template <>

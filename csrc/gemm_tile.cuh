@@ -1,6 +1,6 @@
-// One output tile of weights · activationsᵀ by a warp-specialised block: CHANNELS rows of weights on the M side of wgmma, TOKENS rows of
-// activations on its N side, so that 16 tokens waste no more than 8. Two consumer warpgroups of SETS times 64 channels each, and a loader
-// warpgroup.
+// One output tile of weights · activationsᵀ by a warp-specialised block: CHANNELS rows of weights on wgmma's M side, which takes 64 at a
+// time, and TOKENS rows of activations on its N side, which takes as few as there are. Two consumer warpgroups of SETS times 64 channels
+// each, and a loader warpgroup.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -39,20 +39,20 @@ struct GemmShape {
     // sets there are registers for the sums of one of them alone, and the ring keeps the stages of a promotion until both have had them.
     static constexpr int PROMOTE_STEPS = KIND != GemmKind::fp8 ? 1 : SETS == 1 ? 4 : 2;
 
-    static __host__ __device__ int steps(int64_t k) { return int((k + STAGE_K - 1) / STAGE_K); }
+    static __host__ __device__ int steps(int64_t k) { return int(ceil_div(k, STAGE_K)); }
 };
 
 // This thread's accumulators of one tile, per set.
 template <class Shape>
 using GemmSums = float[Shape::SETS][Shape::TOKENS / 2];
 
-// At the start of the block's shared memory, so that tiles lie at multiples of 1024 bytes, as their swizzle has it.
+// At the start of the block's shared memory: the tiles' swizzle needs them at multiples of 1024 bytes.
 template <class Shape>
 struct GemmStages {
     static_assert(Shape::WEIGHT_BYTES % 1024 == 0 && Shape::TOKEN_BYTES % 1024 == 0);
     uint8_t weights[Shape::STAGES][Shape::WEIGHT_BYTES];
     uint8_t tokens[Shape::STAGES][Shape::TOKEN_BYTES];
-    float token_scales[Shape::STAGES][Shape::FP8 ? Shape::TOKENS : 1];  // of the step, or with a tile's last step its own
+    float token_scales[Shape::STAGES][Shape::FP8 ? Shape::TOKENS : 1];  // of the step; or of the tile, beside its last step
     Pipeline<Shape::STAGES> pipeline;
 };
 
@@ -85,7 +85,7 @@ public:
 private:
     static constexpr int CHUNKS = Shape::ROW_BYTES / 16;
     static constexpr int ROWS_AT_ONCE = Shape::LOADERS / CHUNKS;
-    static constexpr int SHARE = (Shape::TOKENS + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+    static constexpr int SHARE = ceil_div(Shape::TOKENS, ROWS_AT_ONCE);
 
     static __device__ int row_of(int i) { return int(threadIdx.x) % Shape::LOADERS / CHUNKS + i * ROWS_AT_ONCE; }
 
@@ -160,7 +160,7 @@ public:
 private:
     static constexpr int VALUES = Shape::TOKENS / 2;
 
-    // The wait shows this thread what was copied; what cp.async wrote is shown to its wgmma by the fence. TMA's writes need none.
+    // Behind the wait this thread sees what was copied, and its wgmma what came by TMA; for what came by cp.async wgmma needs the fence.
     __device__ void wait_for_operands(Position at) {
         stages_.pipeline.wait_until_full(at);
         if (GATHERED) hopper::fence_async_proxy();

@@ -19,8 +19,6 @@ namespace {
 
 using namespace hopper;
 
-constexpr int SCALE_BLOCK = 128;
-
 struct Scale {
     const float* values;
     ScaleForm form;
@@ -64,14 +62,15 @@ struct SharedMemory {
 
 // ---- which tile
 
-// The tiles of this block. A cluster of two blocks takes two tiles of a group at a time: of two row tiles, one above the other, first the
-// one column tile and then the next, and of a last row tile without a partner both column tiles at once.
+// The tiles of this block. A cluster of two blocks takes two tiles of a group at a time, in pairs of column tiles. Two row tiles are one
+// for each block, which share the weights of the first column tile and then of the second. A last row tile without a partner is both
+// blocks', with a column tile for each.
 template <class Shape>
 class BlockTiles {
 public:
     // first_tile: shared memory of groups + 1 elements, for fill.
     __device__ BlockTiles(const Problem& problem, int* first_tile)
-        : offsets_(problem.offsets), tiles_(problem.offsets, problem.groups, (problem.n + WIDTH - 1) / WIDTH, first_tile) {}
+        : offsets_(problem.offsets), tiles_(problem.offsets, problem.groups, ceil_div(problem.n, WIDTH), first_tile) {}
 
     // By all lanes of one warp, before a barrier of the block.
     __device__ void fill() { tiles_.fill(); }
@@ -134,14 +133,15 @@ __device__ inline void load_stage(SharedMemory<Shape>& shared, int stage, const 
     }
 }
 
-// One warp: weights and activations of every step by TMA, and with GemmKind::fp8 the tokens' scales beside the last. Each lane arrives for what
-// it stores, although lane 0's arrival behind __syncwarp would do: compute-sanitizer's racecheck seems to count the arriving lane's stores alone.
+// One warp: weights and activations of every step by TMA, and with GemmKind::fp8 the tokens' scales beside the last. Each lane arrives for
+// what it stores, although lane 0's arrival behind __syncwarp would do: compute-sanitizer's racecheck seems to count the arriving lane's
+// stores alone.
 template <class Shape>
-__device__ void load_with_tma(SharedMemory<Shape>& shared, const BlockTiles<Shape>& tiles, const TensorMap& weights, const TensorMap& tokens,
-                              const Problem& problem) {
+__device__ void load_with_tma(SharedMemory<Shape>& shared, const BlockTiles<Shape>& tiles, const TensorMap& weights,
+                              const TensorMap& tokens, const Problem& problem) {
     GemmStages<Shape>& stages = shared.stages;
     constexpr L2 WEIGHT_HINT = Shape::TOKENS <= 16 ? L2::evict_first : L2::normal;
-    constexpr int SHARE = Shape::KIND == GemmKind::fp8 ? (Shape::TOKENS + WARP - 1) / WARP : 0;  // a lane's tokens
+    constexpr int SHARE = Shape::KIND == GemmKind::fp8 ? ceil_div(Shape::TOKENS, WARP) : 0;  // a lane's tokens
     const int lane = threadIdx.x % WARP;
     PipelinePosition<Shape::STAGES> at;
     for (int64_t index = tiles.first(); index < tiles.count(); index += tiles.step()) {
@@ -198,12 +198,12 @@ __device__ void load_with_all_threads(SharedMemory<Shape>& shared, const BlockTi
 
 // ---- the consumer warpgroups
 
-// Of the block of channels that this channel lies in.
+// The scale of the block of channels and of K that this channel and step lie in.
 template <class Shape>
 __device__ inline float weight_step_scale(const Problem& problem, int group, int channel, int step) {
     if (problem.b_scale.form != ScaleForm::per_block) return 1.0f;
     static_assert(!Shape::FP8 || Shape::STAGE_K == SCALE_BLOCK);
-    const int blocks = (problem.n + SCALE_BLOCK - 1) / SCALE_BLOCK;
+    const int blocks = ceil_div(problem.n, SCALE_BLOCK);
     const int block = min(channel / SCALE_BLOCK, blocks - 1);  // a tile may end past the last one
     return problem.b_scale.values[(int64_t(group) * blocks + block) * problem.steps + step];
 }
@@ -270,9 +270,9 @@ __global__ void __launch_bounds__(Shape::CONSUMERS + Shape::LOADERS, 1)
     grouped_gemm_kernel(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap tokens,
                         const __grid_constant__ Problem problem) {
     constexpr bool ALL_LOAD = GATHER || Shape::KIND == GemmKind::fp8_scaled_steps;
-    // At a full stage: of who asks TMA, of each loader's copies, and of each for the scales.
+    // Arrivals at `full`: 1 (who asks TMA) + each thread that copies by cp.async + each thread that stores scales.
     constexpr int FULL_ARRIVALS = 1 + (GATHER ? Shape::LOADERS : 0) + (!Shape::FP8 ? 0 : ALL_LOAD ? Shape::LOADERS : WARP);
-    // Of the 504 that three threads, one of each warpgroup, have at launch.
+    // Of the 3 · 168 that a thread of each warpgroup has at launch, together.
     constexpr int LOADER_REGISTERS = Shape::SETS == 1 ? 56 : 40, CONSUMER_REGISTERS = (504 - LOADER_REGISTERS) / 2;
     auto& shared = *shared_memory<SharedMemory<Shape>>();
     BlockTiles<Shape> tiles(problem, shared.first_tile);

@@ -12,7 +12,8 @@ constexpr int GEMM_ROW_ALIGNMENT = 16;  // bytes
 constexpr int MAX_GEMM_GROUPS = 4096;
 
 // C[m] = a[m] · b[g]ᵀ for offsets[g] ≤ m < offsets[g + 1]; with `rows`, a[rows[m]]. a [a_rows, k] and b [groups, n, k] of `dtype`, bfloat16
-// or float8_e4m3fn; their addresses, and a row's bytes, are multiples of GEMM_ROW_ALIGNMENT; at most MAX_GEMM_GROUPS groups. out [m, n] of out_dtype, bfloat16 or float32.
+// or float8_e4m3fn; their addresses, and a row's bytes, are multiples of GEMM_ROW_ALIGNMENT; at most MAX_GEMM_GROUPS groups. out [m, n] of
+// out_dtype, bfloat16 or float32.
 struct GroupedGemmArguments {
     const void* a;
     const void* b;

@@ -35,6 +35,7 @@ struct MoeSharing {
     unsigned* tickets;  // one per tile, of less than MOE_MANY_ROUNDS · blocks; 0 before and after
 };
 
+constexpr int MAX_MOE_EXPERTS = 1024;
 constexpr int MOE_MIN_RUN = 4;      // stages: blocks beyond what this gives to each have none
 constexpr int MOE_MANY_ROUNDS = 8;  // tiles per block from which on no tile is shared
 
@@ -46,8 +47,8 @@ struct MoeRouting {
 // Hidden activations [tokens, width] in sorted order.
 struct MoeHidden {
     void* values;
-    Dtype dtype;         // bfloat16 or float8_e4m3fn
-    float* scale;        // fp8: [] given where is_static, else [tokens, ceil(width / 128)] written
+    Dtype dtype;   // bfloat16 or float8_e4m3fn
+    float* scale;  // fp8: [] given where is_static, else [tokens, ceil(width / 128)] written
     bool is_static;
     int width;
 };
@@ -59,8 +60,10 @@ struct MoeGateUpArguments {
     MoeRouting routing;
     int tokens, hidden, experts;
     MoeSharing sharing;
-    bool prefetch_shared;  // bring w_shared into L2 before the kernel ahead has ended
-    const void* prefetch;  // and these bytes, of the shared expert's second weight; or null
+    // What to bring into L2 before the kernel ahead has ended: w_shared, and prefetch_bytes from an address, of the shared expert's second
+    // weight, or null.
+    bool prefetch_w_shared;
+    const void* prefetch_address;
     int64_t prefetch_bytes;
     bool dependent;  // start before the kernel ahead has ended: programmatic dependent launch
 };

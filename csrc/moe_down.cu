@@ -1,11 +1,12 @@
-// moe_down: the down projections of both experts in one sum. A tile is TOKENS sorted rows, whoever their experts are, by SETS · 128 channels:
-// it is multiplied with the shared expert's weight and then with that of each expert that has rows there, whose products reach these rows
-// only. So every weight is read once per tile of rows, and every row is written once, to its token's place.
+// moe_down: the down projections of both experts in one sum. A tile is TOKENS sorted rows, whoever their experts are, by SETS · 128
+// channels. It is multiplied with the shared expert's weight and then with that of each expert that has rows in it, whose products are
+// added to these rows only. So every weight is read once per tile of rows, and every row is written once, to its token's place.
 
 #include "hopper/dependent_launch.cuh"
 #include "hopper/registers.cuh"
 #include "moe_load.cuh"
 #include "moe_tile.cuh"
+#include "search.cuh"
 
 namespace llama4_kernels {
 namespace {
@@ -30,7 +31,7 @@ struct SharedMemory {
 
 template <class Shape>
 __device__ inline int column_tiles(int hidden) {
-    return (hidden + Shape::SETS * Shape::SET_CHANNELS - 1) / (Shape::SETS * Shape::SET_CHANNELS);
+    return ceil_div(hidden, Shape::SETS * Shape::SET_CHANNELS);
 }
 
 template <class Shape>
@@ -40,8 +41,8 @@ struct Tile {
     int first_present;  // of the experts with rows in it
 };
 
-// Tiles by rows, and then by channels. Lists in shared memory: the experts that have tokens, the first row of each and the end of the last,
-// and, where tiles are shared, the first step of each tile of rows, if each had one tile of channels, and the end of the last.
+// Tiles by rows, and then by channels. Lists in shared memory: the experts that have tokens; the first row of each, and the end of the
+// last; and where tiles are shared the first step of each row tile, as if it had a single column tile, and the end of the last.
 template <class Shape>
 class Tiles {
 public:
@@ -56,6 +57,9 @@ public:
         const int64_t rows = ceil_div(a.tokens, Shape::TOKENS), columns = ceil_div(a.hidden, Shape::SETS * Shape::SET_CHANNELS);
         return (2 * a.experts + 1 + (whole_tiles(rows * columns, a.sharing.blocks) ? 0 : rows + 1)) * sizeof(int);
     }
+
+    // Where tiles are shared there are less than MOE_MANY_ROUNDS for each block, and no more blocks than multiprocessors, 144 on the chip.
+    static constexpr size_t MOST_LIST_BYTES = (2 * MAX_MOE_EXPERTS + 1 + MOE_MANY_ROUNDS * 144) * sizeof(int);
 
     // By one warp, before a barrier of the block.
     __device__ void fill() {
@@ -128,22 +132,13 @@ public:
     }
 
 private:
-    __device__ int row_tiles() const { return (problem_.a.tokens + Shape::TOKENS - 1) / Shape::TOKENS; }
+    __device__ int row_tiles() const { return ceil_div(problem_.a.tokens, Shape::TOKENS); }
     __device__ int columns() const { return column_tiles<Shape>(problem_.a.hidden); }
     __device__ int end_row(int first_row) const { return min(first_row + Shape::TOKENS, problem_.a.tokens); }
 
     // How many of `count` ascending numbers are less than `bound`.
     static __device__ int below(const int* numbers, int count, int bound) {
-        int low = 0;
-        while (low < count) {
-            const int middle = (low + count) / 2;
-            if (numbers[middle] < bound) {
-                low = middle + 1;
-            } else {
-                count = middle;
-            }
-        }
-        return low;
+        return count_first(count, [&](int i) { return numbers[i] < bound; });
     }
 
     __device__ int experts_before(int row) const { return below(starts_ + 1, experts_, row + 1); }
@@ -223,6 +218,7 @@ template <class Shape>
 void launch_shape(const MoeDownArguments& a, cudaStream_t stream) {
     const Problem problem{
         a, moe_path(a.h_shared, a.w_shared, a.hidden, a.k_shared), moe_path(a.h_routed, a.w_routed, a.hidden, a.k_routed)};
+    static_assert(sizeof(SharedMemory<Shape>) + Tiles<Shape>::MOST_LIST_BYTES <= 227 << 10, "a block's shared memory");
     const size_t shared_bytes = sizeof(SharedMemory<Shape>) + Tiles<Shape>::list_bytes(a);
     const LaunchConfig config{"moe_down", grid_of(a.sharing.blocks), dim3(Shape::THREADS), shared_bytes, stream, 1, a.dependent};
     const TensorMap shared_map = weight_map<Shape>("shared_w2", problem.shared, 1);

@@ -1,8 +1,9 @@
 // moe_gate_up: the gate and up projections of the shared expert, for all tokens in sorted order, and of the routed ones, each for its own
-// tokens, in one launch. A stage holds 128 gate channels and the same 128 up channels, so that SwiGLU and the scales of 128 columns of h stay
-// inside the block. Rows of x are gathered by routing.order as they are loaded.
+// tokens, in one launch. A stage holds 128 gate channels and the same 128 up channels, so that SwiGLU and the scales of 128 columns of h
+// stay inside the block. Rows of x are gathered by routing.order as they are loaded.
 
 #include "e4m3.cuh"
+#include "floats.cuh"
 #include "hopper/dependent_launch.cuh"
 #include "hopper/registers.cuh"
 #include "moe_load.cuh"
@@ -44,9 +45,9 @@ struct Tiles {
     const MoeGateUpArguments& a;
     GroupTiles<Shape::TOKENS> routed_tiles;
 
-    __device__ static int column_tiles(const MoeHidden& h) { return (h.width + H_COLUMNS - 1) / H_COLUMNS; }
+    __device__ static int column_tiles(const MoeHidden& h) { return ceil_div(h.width, H_COLUMNS); }
 
-    __device__ int shared_tiles() const { return (a.tokens + Shape::TOKENS - 1) / Shape::TOKENS * column_tiles(a.h_shared); }
+    __device__ int shared_tiles() const { return ceil_div(a.tokens, Shape::TOKENS) * column_tiles(a.h_shared); }
     __device__ int count() const { return shared_tiles() + int(routed_tiles.count()); }
     __device__ bool is_shared(int tile) const { return tile < shared_tiles(); }
     __device__ int steps(int tile) const { return (is_shared(tile) ? problem.shared : problem.routed).steps; }
@@ -122,7 +123,7 @@ __device__ void store_hidden(SharedMemory<Shape>& shared, const MoeHidden& h, co
             unsigned largest = 0;
             for (int warp = 0; warp < Shape::CONSUMER_WARPS; ++warp) largest = max(largest, shared.warp_largest[warp][threadIdx.x]);
             scale = __uint_as_float(largest) / E4M3_MAX;
-            const int blocks = (h.width + SCALE_BLOCK - 1) / SCALE_BLOCK;
+            const int blocks = ceil_div(h.width, SCALE_BLOCK);
             if (int(threadIdx.x) < rows) h.scale[int64_t(first_row + threadIdx.x) * blocks + tile.column_tile] = scale;
         }
         shared.h_scale[threadIdx.x] = scale;
@@ -132,7 +133,8 @@ __device__ void store_hidden(SharedMemory<Shape>& shared, const MoeHidden& h, co
     auto* out = static_cast<uint8_t*>(h.values) + first;
     const auto code = [&](int, int i) {
         const int token = Consumer::token_of(i);
-        return uint8_t(__nv_cvt_float_to_fp8(divide(total[0][i], shared.h_scale[token], shared.h_reciprocal[token]), __NV_SATFINITE, __NV_E4M3));
+        const float scaled = divide(total[0][i], shared.h_scale[token], shared.h_reciprocal[token]);
+        return from_float<__nv_fp8_storage_t>(scaled);
     };
     store_rows<Shape, 1, uint8_t>(shared.staging, rows, columns, code, [&](int token) { return out + int64_t(token) * h.width; });
 }
@@ -158,8 +160,8 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) gate_up_kernel(const __grid
     if (threadIdx.x >= Shape::CONSUMERS) {
         const int thread = threadIdx.x - Shape::CONSUMERS;
         const int64_t w_bytes = int64_t(problem.shared.n) * problem.shared.k * (problem.shared.fp8 ? 1 : 2);
-        if (a.prefetch_shared) prefetch_share(a.w_shared.values, w_bytes, thread, Shape::LOADERS);
-        if (a.prefetch) prefetch_share(a.prefetch, a.prefetch_bytes, thread, Shape::LOADERS);
+        if (a.prefetch_w_shared) prefetch_share(a.w_shared.values, w_bytes, thread, Shape::LOADERS);
+        if (a.prefetch_address) prefetch_share(a.prefetch_address, a.prefetch_bytes, thread, Shape::LOADERS);
     }
     wait_for_dependencies();
     launch_dependents();  // now, so that moe_down finds the routing complete before it waits
@@ -174,9 +176,10 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) gate_up_kernel(const __grid
     if (threadIdx.x >= Shape::CONSUMERS) {
         decrease_registers<Shape::LOADER_REGISTERS>();
         StageLoader<Shape> loader(shared.stages);
-        const auto path_of = [&](const Piece& piece) -> const MoePath& { return tiles.is_shared(piece.tile) ? problem.shared : problem.routed; };
-        const auto map_of = [&](const Piece& piece) -> const TensorMap& { return tiles.is_shared(piece.tile) ? shared_weights : routed_weights; };
-        if constexpr (Shape::TOKENS <= 64) {  // they need not wait for the rows' order; of more tokens ptxas would spill
+        const auto is_shared = [&](const Piece& piece) { return tiles.is_shared(piece.tile); };
+        const auto path_of = [&](const Piece& piece) -> const MoePath& { return is_shared(piece) ? problem.shared : problem.routed; };
+        const auto map_of = [&](const Piece& piece) -> const TensorMap& { return is_shared(piece) ? shared_weights : routed_weights; };
+        if constexpr (Shape::TOKENS <= 64) {  // weights need not wait for the rows' order; with more tokens ptxas would spill
             shared.stages.work.for_first_piece(tiles, [&](const Piece& piece) {
                 loader.load_weights_ahead(path_of(piece), map_of(piece), tiles[piece.tile].segment, piece.begin, piece.end);
             });
@@ -206,6 +209,7 @@ template <class Shape>
 void launch_shape(const MoeGateUpArguments& a, cudaStream_t stream) {
     const MoePath shared = moe_path(a.x_shared, a.w_shared, 2 * a.h_shared.width, a.hidden);
     const MoePath routed = moe_path(a.x_routed, a.w_routed, 2 * a.h_routed.width, a.hidden);
+    static_assert(sizeof(SharedMemory<Shape>) + (MAX_MOE_EXPERTS + 1) * sizeof(int) <= 227 << 10, "a block's shared memory");
     const size_t shared_bytes = sizeof(SharedMemory<Shape>) + (a.experts + 1) * sizeof(int);
     const LaunchConfig config{"moe_gate_up", grid_of(a.sharing.blocks), dim3(Shape::THREADS), shared_bytes, stream, 1, a.dependent};
     const TensorMap shared_map = weight_map<Shape>("shared_w13", shared, 1), routed_map = weight_map<Shape>("w13", routed, a.experts);

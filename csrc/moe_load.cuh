@@ -1,10 +1,12 @@
-// How stages of a tile of the MoE layer are filled: weights by TMA, rows of activations by cp.async, gathered, or made into codes on the way.
+// How stages of a tile of the MoE layer are filled: weights by TMA; rows of activations gathered by cp.async, or made into codes on the
+// way.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp8.h>
 
 #include "e4m3.cuh"
+#include "floats.cuh"
 #include "hopper/cp_async.cuh"
 #include "moe_tile.cuh"
 
@@ -148,8 +150,7 @@ private:
                 codes[j] = 0;
 #pragma unroll
                 for (int byte = 0; byte < 4; ++byte) {
-                    const float scaled = scale == 0.0f ? 0.0f : values[j * 4 + byte] / scale;
-                    codes[j] |= uint32_t(__nv_cvt_float_to_fp8(scaled, __NV_SATFINITE, __NV_E4M3)) << byte * 8;
+                    codes[j] |= uint32_t(from_float<__nv_fp8_storage_t>(divide(values[j * 4 + byte], scale))) << byte * 8;
                 }
             }
             *reinterpret_cast<uint4*>(chunk_at(i)) = make_uint4(codes[0], codes[1], codes[2], codes[3]);
@@ -157,8 +158,8 @@ private:
         }
     }
 
-    // Copies arrive by themselves once they have landed, and the loaders go on, or end: the consumers wait for every stage. That says nothing
-    // of plain stores, of scales and of codes: who stores them arrives once more.
+    // Copies arrive by themselves once they have landed, and the loaders go on, or end: the consumers wait for every stage. That says
+    // nothing of plain stores, of scales and of codes: who stores them arrives once more.
     __device__ void arrive() {
         hopper::Barrier& full = stages_.pipeline.full[at_.stage];
         __syncwarp();  // so that a warp's lanes arrive at once, not one after the other

@@ -1,7 +1,7 @@
-// Who multiplies which stages. All tiles' stages, one tile after the other, are cut into runs of equal length, one per block, wherever a tile
-// ends ("stream-K"): a stage is as many bytes of weights as any other, so every block draws the same from memory, and no last round is half
-// empty. Blocks whose runs meet in a tile add their sums there (combine_pieces in moe_tile.cuh). Where there are many tiles for every block,
-// each takes whole ones in turn: neighbours then run at the same time and share what L2 holds.
+// Who multiplies which stages. The stages of all tiles, one tile after the other, are cut into runs of equal length, one per block,
+// wherever tiles end ("stream-K"): a stage is as many bytes of weights as any other, so every block reads the same from memory, and no last
+// round is half empty. Blocks whose runs meet in a tile add up their sums there (combine_pieces in moe_tile.cuh). Where there are many
+// tiles for every block, each takes whole ones in turn: neighbours then run at the same time and share what L2 holds.
 #pragma once
 
 #include "device.h"
@@ -18,7 +18,7 @@ struct StageRuns {
     int longer;  // of them, by one stage
 
     __host__ __device__ static StageRuns of(int stages, int grid) {
-        const int blocks = min(grid, (stages + MOE_MIN_RUN - 1) / MOE_MIN_RUN), length = stages / blocks;
+        const int blocks = min(grid, ceil_div(stages, MOE_MIN_RUN)), length = stages / blocks;
         return {length, blocks, stages - length * blocks};
     }
 

@@ -1,9 +1,11 @@
 // What both halves of the MoE layer share: one tile of weights · activationsᵀ, summed along K over one or several segments. A segment is a
-// weight matrix, of the shared expert or of a routed one, with the activations that it is multiplied with; segments may differ in precision.
+// weight matrix, of the shared expert or of a routed one, with the activations that it is multiplied with; segments may differ in
+// precision.
 //
-// Weights are on the M side of wgmma, SETS tiles of 128 channels per stage; TOKENS rows of activations are on its N side. A loader warpgroup
-// fills a ring of stages and two consumer warpgroups multiply, each 64 channels of every set. A stage's products are scaled as they move from
-// wgmma's sums to fp32 registers: its own sums of e4m3 products keep fewer bits than fp32, and scales may change every 128 of K.
+// Weights are on the M side of wgmma, SETS tiles of 128 channels per stage; TOKENS rows of activations are on its N side. A loader
+// warpgroup fills a ring of stages and two consumer warpgroups multiply, each 64 channels of every set. A stage's products are scaled as
+// they move from wgmma's sums to fp32 registers: its own sums of e4m3 products keep fewer bits than fp32, and scales may change every 128
+// of K.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -18,11 +20,10 @@
 #include "moe.h"
 #include "moe_runs.cuh"
 #include "pipeline.cuh"
+#include "tickets.cuh"
 #include "warp.cuh"
 
 namespace llama4_kernels {
-
-constexpr int SCALE_BLOCK = 128;
 
 template <int TOKENS_, int SETS_>
 struct MoeShape {
@@ -39,7 +40,7 @@ struct MoeShape {
     static constexpr int STAGE_BYTES = SETS * SET_BYTES + TOKEN_BYTES;
     static constexpr int STAGES = (206 << 10) / (STAGE_BYTES + TOKENS * int(sizeof(float)));
     static constexpr int LOADER_REGISTERS = TOKENS > 64 ? 72 : 88, CONSUMER_REGISTERS = TOKENS > 64 ? 216 : 208;
-    // At a full stage: of who asks for its weights, of each loader's copies, and of each for what it stores.
+    // Arrivals at `full`: 1 (who asks TMA for weights) + each loader's copies by cp.async + each loader's plain stores.
     static constexpr int FULL_ARRIVALS = 1 + 2 * LOADERS;
     static constexpr hopper::Swizzle SWIZZLE = hopper::Swizzle::bytes_128;
     static constexpr int PASS = TOKENS < 32 ? TOKENS : 32;  // tokens that the epilogue transposes at a time
@@ -98,7 +99,7 @@ __device__ inline void prepare(MoeStages<Shape>& stages, const hopper::TensorMap
 // Scale of one channel of the weight for one step.
 __device__ inline float weight_scale(const MoePath& path, int group, int channel, int step) {
     const int row = min(channel, path.n - 1);
-    const int64_t blocks = (path.n + SCALE_BLOCK - 1) / SCALE_BLOCK;
+    const int64_t blocks = ceil_div(path.n, SCALE_BLOCK);
     switch (path.form) {
         case ScaleForm::per_tensor: return path.w.scale[group];
         case ScaleForm::per_row: return path.w.scale[int64_t(group) * path.n + row];
@@ -164,7 +165,7 @@ private:
         add_columns<Shape::TOKENS, Into::own_rows, FP8>(path, segment, 0, begin, end, total);
     }
 
-    // The eight of the tile's rows with which COLUMNS rows begin that are to hold the segment's.
+    // Index, in groups of 8 of the tile's rows, of a window of COLUMNS rows that covers the segment, if one does: in_window.
     template <int COLUMNS>
     static __device__ int window_of(const Segment& segment) {
         return min((segment.first_row - segment.tile_row) / 8, (Shape::TOKENS - COLUMNS) / 8);
@@ -196,7 +197,8 @@ private:
         }
     }
 
-    // wgmma's columns are COLUMNS rows of the tile from first_column on, whose sums come first in `total`; Into::sum finds zeros there.
+    // wgmma's columns are the tile's rows from first_column to first_column + COLUMNS; their sums are the first of `total`, and with
+    // Into::sum zeros on entry.
     template <int COLUMNS, Into INTO, bool FP8, int VALUES>
     __device__ void add_columns(const MoePath& path, const Segment& segment, int first_column, int begin, int end,
                                 float (&total)[Shape::SETS][VALUES]) {
@@ -206,8 +208,8 @@ private:
         float scales[Shape::SETS][2], sums[TOGETHER ? Shape::SETS : 1][COLUMNS / 2];
         for (int step = begin; step < end; ++step, at_.advance()) {
             stages_.pipeline.wait_until_full(at_);
-            hopper::fence_async_proxy();  // the wait shows this thread what loaders copied and stored, the fence shows it to its wgmma
-            if (step == begin || path.form == ScaleForm::per_block) {  // behind the fence, which would wait for them
+            hopper::fence_async_proxy();  // behind the wait this thread sees what loaders copied and stored, behind the fence its wgmma
+            if (step == begin || path.form == ScaleForm::per_block) {  // not before the fence, which would wait for these reads
 #pragma unroll
                 for (int set = 0; set < Shape::SETS; ++set) {
 #pragma unroll
@@ -311,7 +313,7 @@ __device__ bool combine_pieces(MoeStages<Shape>& stages, const MoeSharing& shari
     static_assert(Shape::SETS * VALUES % CHUNK == 0);
     const StageRuns& runs = stages.work.runs;
     const int first_stage = tiles.first_stage(piece.tile);
-    int first = blockIdx.x, last = blockIdx.x;  // the blocks that share the tile; found without dividing, which ptxas would make a call
+    int first = blockIdx.x, last = blockIdx.x;  // the blocks that share the tile; not by a division, for which ptxas would make a call
     while (runs.begin(first) > first_stage) --first;
     while (runs.begin(last + 1) < first_stage + steps) ++last;
     // A block's first part is of the tile that its run begins in, its second of the one that it ends in.
@@ -326,10 +328,7 @@ __device__ bool combine_pieces(MoeStages<Shape>& stages, const MoeSharing& shari
         if (wanted(i)) own[i * Shape::CONSUMERS] = total[i / VALUES][i % VALUES];
     }
     consumers_sync<Shape>();
-    if (threadIdx.x == 0) {
-        stages.is_last = hopper::add_acquire_release(sharing.tickets + piece.tile, 1) == unsigned(last - first);
-        if (stages.is_last) sharing.tickets[piece.tile] = 0;
-    }
+    if (threadIdx.x == 0) stages.is_last = is_last_ticket(sharing.tickets + piece.tile, last - first + 1);
     consumers_sync<Shape>();
     if (!stages.is_last) return false;
 
@@ -358,8 +357,8 @@ __device__ bool combine_pieces(MoeStages<Shape>& stages, const MoeSharing& shari
     return true;
 }
 
-// Write a tile with the channels contiguous: value(set, i) is accumulator i's element, row_at(token) where a row of `channels` elements goes.
-// staging: PASS rows of SETS sets and 16 bytes. All consumers; a row's bytes are multiples of 16.
+// Write a tile with the channels contiguous: value(set, i) is accumulator i's element, row_at(token) where a row of `channels` elements
+// goes. staging: PASS rows of SETS sets and 16 bytes. By all consumers; a row's bytes are a multiple of 16.
 template <class Shape, int SETS, class T, class Value, class RowAt>
 __device__ inline void store_rows(void* staging, int tokens, int channels, Value value, RowAt row_at) {
     constexpr int STRIDE = SETS * Shape::SET_CHANNELS + 16 / int(sizeof(T)), PER_CHUNK = 16 / int(sizeof(T));

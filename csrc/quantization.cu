@@ -1,6 +1,6 @@
-// quantize_per_token: one block per row, or for many rows of 128, as the blocks of 128 columns of longer rows are. A row is read once, 16
-// elements ("a piece") per thread and step, and held in registers between the maximum and the division; only what exceeds THREADS · 4 pieces is
-// read again. Divisions are IEEE, so codes equal the reference's bit for bit.
+// quantize_per_token: one block per row; rows of 128 elements, which blocks of 128 columns are too, take 8 lanes each instead. A row is
+// read once, 16 elements ("a piece") per thread and step, and held in registers between the maximum and the division; only what exceeds
+// THREADS · 4 pieces is read again. Divisions are IEEE, so codes equal the reference's bit for bit.
 
 #include "quantization.h"
 
@@ -15,7 +15,6 @@ namespace {
 constexpr int PIECE = 16;
 constexpr int THREADS = 512;
 constexpr int SHORT_ROW = 8;  // pieces, a lane each
-constexpr int WARP = 32;
 
 template <class T>
 struct alignas(16) Piece {
@@ -138,44 +137,46 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 template <class T, bool ALIGNED>
-void launch_for(const T* x, int64_t rows, int64_t columns, uint8_t* codes, float* scale, cudaStream_t stream) {
-    const int64_t pieces = ceil_div(columns, PIECE);
+void launch_per_token(const QuantizeArguments& a, cudaStream_t stream) {
+    const T* x = static_cast<const T*>(a.x);
+    const int64_t pieces = ceil_div(a.columns, PIECE);
     if (ALIGNED && pieces == SHORT_ROW) {
-        const LaunchConfig config{"quantize_per_token", grid_of(ceil_div(rows * pieces, THREADS)), dim3(THREADS), 0, stream};
-        return launch(config, &quantize_short_rows_kernel<T>, x, rows, codes, scale);
+        const LaunchConfig config{"quantize_per_token", grid_of(ceil_div(a.rows * pieces, THREADS)), dim3(THREADS), 0, stream};
+        return launch(config, &quantize_short_rows_kernel<T>, x, a.rows, a.codes, a.scale);
     }
     const unsigned threads = unsigned(std::clamp<int64_t>(ceil_div(pieces, WARP) * WARP, WARP, THREADS));
-    const LaunchConfig config{"quantize_per_token", grid_of(rows), dim3(threads), threads / WARP * sizeof(unsigned), stream};
+    const LaunchConfig config{"quantize_per_token", grid_of(a.rows), dim3(threads), threads / WARP * sizeof(unsigned), stream};
     const auto kernel = pieces <= THREADS ? &quantize_per_token_kernel<T, ALIGNED, 1> : &quantize_per_token_kernel<T, ALIGNED, 4>;
-    launch(config, kernel, x, columns, codes, scale);
+    launch(config, kernel, x, a.columns, a.codes, a.scale);
 }
 
-template <class T>
-void quantize_with(const void* x, int64_t elements, const float* scale, uint8_t* codes, cudaStream_t stream) {
-    const bool aligned = elements % PIECE == 0 && is_aligned(x, sizeof(uint4)) && is_aligned(codes, sizeof(uint4));
-    const LaunchConfig config{"quantize_static", grid_of(ceil_div(elements, THREADS * PIECE)), dim3(THREADS), 0, stream};
-    launch(config, aligned ? &quantize_static_kernel<T, true> : &quantize_static_kernel<T, false>, static_cast<const T*>(x), elements, scale, codes);
+template <class T, bool ALIGNED>
+void launch_static(const QuantizeStaticArguments& a, cudaStream_t stream) {
+    const LaunchConfig config{"quantize_static", grid_of(ceil_div(a.elements, THREADS * PIECE)), dim3(THREADS), 0, stream};
+    launch(config, &quantize_static_kernel<T, ALIGNED>, static_cast<const T*>(a.x), a.elements, a.scale, a.codes);
 }
 
-template <class T>
-void quantize(const void* x, int64_t rows, int64_t columns, uint8_t* codes, float* scale, cudaStream_t stream) {
-    const bool aligned = columns % PIECE == 0 && is_aligned(x, sizeof(uint4)) && is_aligned(codes, sizeof(uint4));
-    const auto launch_aligned_or_not = aligned ? &launch_for<T, true> : &launch_for<T, false>;
-    launch_aligned_or_not(static_cast<const T*>(x), rows, columns, codes, scale, stream);
+// Whether rows, or all elements, are whole pieces that can be read and written as vectors.
+bool takes_vectors(const void* x, int64_t columns, const void* codes) {
+    return columns % PIECE == 0 && is_aligned(x, sizeof(uint4)) && is_aligned(codes, sizeof(uint4));
 }
 
 }  // namespace
 
-void quantize_per_token(const void* x, Dtype dtype, int64_t rows, int64_t columns, uint8_t* codes, float* scale, cudaStream_t stream) {
-    if (rows == 0) return;
-    const auto quantize_dtype = dtype == Dtype::bfloat16 ? &quantize<__nv_bfloat16> : &quantize<float>;
-    quantize_dtype(x, rows, columns, codes, scale, stream);
+void quantize_per_token(const QuantizeArguments& a, cudaStream_t stream) {
+    if (a.rows == 0) return;
+    const bool aligned = takes_vectors(a.x, a.columns, a.codes);
+    const auto of_bfloat16 = aligned ? &launch_per_token<__nv_bfloat16, true> : &launch_per_token<__nv_bfloat16, false>;
+    const auto of_float = aligned ? &launch_per_token<float, true> : &launch_per_token<float, false>;
+    (a.dtype == Dtype::bfloat16 ? of_bfloat16 : of_float)(a, stream);
 }
 
-void quantize_static(const void* x, Dtype dtype, int64_t elements, const float* scale, uint8_t* codes, cudaStream_t stream) {
-    if (elements == 0) return;
-    const auto quantize_dtype = dtype == Dtype::bfloat16 ? &quantize_with<__nv_bfloat16> : &quantize_with<float>;
-    quantize_dtype(x, elements, scale, codes, stream);
+void quantize_static(const QuantizeStaticArguments& a, cudaStream_t stream) {
+    if (a.elements == 0) return;
+    const bool aligned = takes_vectors(a.x, a.elements, a.codes);
+    const auto of_bfloat16 = aligned ? &launch_static<__nv_bfloat16, true> : &launch_static<__nv_bfloat16, false>;
+    const auto of_float = aligned ? &launch_static<float, true> : &launch_static<float, false>;
+    (a.dtype == Dtype::bfloat16 ? of_bfloat16 : of_float)(a, stream);
 }
 
 }  // namespace llama4_kernels

@@ -9,9 +9,25 @@
 namespace llama4_kernels {
 
 // x [rows, columns] of `dtype` -> codes [rows, columns] e4m3, scale [rows]. No alignment is asked of any pointer beyond its element's.
-void quantize_per_token(const void* x, Dtype dtype, int64_t rows, int64_t columns, uint8_t* codes, float* scale, cudaStream_t stream);
+struct QuantizeArguments {
+    const void* x;
+    Dtype dtype;
+    int64_t rows, columns;
+    uint8_t* codes;
+    float* scale;
+};
+
+void quantize_per_token(const QuantizeArguments& arguments, cudaStream_t stream);
 
 // x [elements] of `dtype`, scale [] -> codes [elements] e4m3, saturated to ±448. As to alignment, the same.
-void quantize_static(const void* x, Dtype dtype, int64_t elements, const float* scale, uint8_t* codes, cudaStream_t stream);
+struct QuantizeStaticArguments {
+    const void* x;
+    Dtype dtype;
+    int64_t elements;
+    const float* scale;
+    uint8_t* codes;
+};
+
+void quantize_static(const QuantizeStaticArguments& arguments, cudaStream_t stream);
 
 }  // namespace llama4_kernels

@@ -4,6 +4,7 @@
 #include "rope.h"
 
 #include "device.h"
+#include "e4m3.cuh"
 #include "floats.cuh"
 #include "indices.cuh"
 #include "warp.cuh"
@@ -12,7 +13,6 @@ namespace llama4_kernels {
 namespace {
 
 constexpr int THREADS = 128;
-constexpr int WARP = 32;
 constexpr int WIDE = 8;  // pairs that are read and written as vectors, where head_dim and the pointers allow
 
 // ---- elements
@@ -89,8 +89,8 @@ __device__ inline void store_codes(void* to, Places places, bool interleaved, Pa
     const float divisor = scale ? *scale : 1.0f;
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) {
-        pairs.first[i] = divisor == 0.0f ? 0.0f : pairs.first[i] / divisor;
-        pairs.second[i] = divisor == 0.0f ? 0.0f : pairs.second[i] / divisor;
+        pairs.first[i] = divide(pairs.first[i], divisor);
+        pairs.second[i] = divide(pairs.second[i], divisor);
     }
     store_pairs<__nv_fp8_storage_t>(to, places, interleaved, pairs);
 }
@@ -155,9 +155,9 @@ __global__ void __launch_bounds__(THREADS) rope_qk_norm_kernel(const RopeArgumen
     }
 
     float factor = 1.0f;
-    if (a.has_norm) {
+    if (a.qk_norm_eps.has_value) {
         for (int distance = lanes / 2; distance > 0; distance /= 2) squares += __shfl_xor_sync(ALL_LANES, squares, distance);
-        if (!is_v) factor = rsqrtf(squares / a.head_dim + a.qk_norm_eps);
+        if (!is_v) factor = rsqrtf(squares / a.head_dim + a.qk_norm_eps.value);
     }
     if (a.floor_scale && is_q) factor *= 1.0f + a.attn_scale * log1pf(float((position + 1) / a.floor_scale));
 
@@ -191,7 +191,7 @@ void rope_qk_norm(const RopeArguments& a, cudaStream_t stream) {
     const bool wide = a.head_dim % (2 * WIDE) == 0 && aligned_to_16;
     const int width = wide ? WIDE : 1;
     int lanes = 1;
-    while (lanes < WARP && lanes * width < a.head_dim / 2) lanes *= 2;
+    while (lanes < int(WARP) && lanes * width < a.head_dim / 2) lanes *= 2;
 
     const int64_t rows = int64_t(a.tokens) * (a.num_heads + 2 * a.num_kv_heads);
     const LaunchConfig config{"rope_qk_norm", grid_of(ceil_div(rows, THREADS / lanes)), dim3(THREADS), 0, stream};

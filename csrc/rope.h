@@ -11,6 +11,11 @@ namespace llama4_kernels {
 
 constexpr int MAX_ROPE_HEAD_DIM = 512;
 
+struct OptionalFloat {
+    bool has_value;
+    float value;
+};
+
 // qkv [tokens, num_heads + 2 · num_kv_heads, head_dim] of `dtype`, head_dim even and at most MAX_ROPE_HEAD_DIM -> q [tokens, num_heads,
 // head_dim] of `dtype`; k and v of `kv_dtype`: [slots, num_kv_heads, head_dim], or [tokens, num_kv_heads, head_dim] where `slots` is null.
 // No alignment is asked of any pointer beyond its element's.
@@ -25,13 +30,12 @@ struct RopeArguments {
     Indices positions;     // [tokens]
     const float* cos_sin;  // [max_position, head_dim], or null: no RoPE
     bool interleaved;
-    bool has_norm;
-    float qk_norm_eps;
+    OptionalFloat qk_norm_eps;  // or none: no norm
     float attn_scale;
-    int64_t floor_scale;    // 0: no temperature
-    const int64_t* slots;   // [tokens], or null
-    Indices slot_map;       // [slots], or null values
-    const float* k_scale;   // of fp8 caches, or null: 1
+    int64_t floor_scale;   // 0: no temperature
+    const int64_t* slots;  // [tokens], or null
+    Indices slot_map;      // [slots], or null values
+    const float* k_scale;  // of fp8 caches, or null: 1
     const float* v_scale;
 };
 

@@ -32,7 +32,7 @@ void launch_many(const RouteArguments& a, cudaStream_t stream) {
 
 }  // namespace
 
-int route_slices(int experts) { return int(ceil_div(experts, EXPERTS)); }
+int route_slices(int experts) { return int(ceil_div(experts, SLICE_EXPERTS)); }
 
 void route_top1(const RouteArguments& a, cudaStream_t stream) {
     if (takes_few(a)) return a.experts <= 16 ? launch_few<FewShape<16>>(a, stream) : launch_few<FewShape<32>>(a, stream);

@@ -20,15 +20,15 @@ struct RouteArguments {
     const void* router;
     Dtype router_dtype;
     int tokens, hidden, experts;
-    int* expert_ids;    // [tokens]
-    float* scores;      // [tokens]
-    int* order;         // [tokens]
-    int* offsets;       // [experts + 1]
-    uint8_t* codes;     // [tokens, hidden] e4m3, or null
-    float* scale;       // [tokens], with codes
-    unsigned long long* best;     // [tokens, route_slices(experts)], working memory where tokens ≤ ROUTE_FEW_TOKENS
-    unsigned* tickets;  // one, 0 before and after
-    bool dependent;     // start before the kernel ahead has ended: programmatic dependent launch
+    int* expert_ids;           // [tokens]
+    float* scores;             // [tokens]
+    int* order;                // [tokens]
+    int* offsets;              // [experts + 1]
+    uint8_t* codes;            // [tokens, hidden] e4m3, or null
+    float* scale;              // [tokens], with codes
+    unsigned long long* best;  // [tokens, route_slices(experts)], working memory where tokens ≤ ROUTE_FEW_TOKENS
+    unsigned* tickets;         // one, 0 before and after
+    bool dependent;            // start before the kernel ahead has ended: programmatic dependent launch
 };
 
 // The most slices that a kernel works in: of 16 experts.

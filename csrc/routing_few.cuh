@@ -1,7 +1,7 @@
-// route_top1 for few tokens of bfloat16. The grid's first cluster multiplies all of them with a slice of the experts on the tensor cores, an
-// eighth of the columns in each block; every other block writes the codes of one token. Both warpgroups multiply, each every second step of
-// the columns, and store their sums straight into the shared memory of the block that owns the token: nothing waits for a barrier of the
-// cluster but what waits for the data itself. Sums have one fixed order, the same for every expert.
+// route_top1 for few tokens of bfloat16. The grid's first cluster multiplies all of them with a slice of the experts on the tensor cores,
+// an eighth of the columns in each block; every other block writes the codes of one token. Both warpgroups multiply, each every second step
+// of the columns, and store their sums straight into the shared memory of the block that owns the token, where they arrive at a barrier:
+// only who reads them waits, and no barrier of the cluster is needed. Sums have one fixed order, the same for every expert.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -71,7 +71,7 @@ __device__ inline void load_tiles(FewMemory<Shape>& shared, const FewProblem& pr
     static_assert(Shape::TOKENS == 2 * ROWS && Shape::LOGITS <= ROWS && ROWS % 8 == 0, "rows of a thread, which the swizzle moves alike");
     const RouteArguments& a = problem.a;
     const int row = threadIdx.x / Shape::CHUNKS, chunk = threadIdx.x % Shape::CHUNKS, expert = slice * Shape::LOGITS + row;
-    const int column = first_column + chunk * 8, steps_inside = (a.hidden - column + Shape::STEP - 1) / Shape::STEP;
+    const int column = first_column + chunk * 8, steps_inside = ceil_div(a.hidden - column, Shape::STEP);
     const auto* x = static_cast<const __nv_bfloat16*>(a.x) + int64_t(row) * a.hidden + column;
     const auto* further_x = x + int64_t(ROWS) * a.hidden;
     const auto* router = static_cast<const __nv_bfloat16*>(a.router) + int64_t(expert) * a.hidden + column;
@@ -171,7 +171,7 @@ __device__ inline void route_few(FewMemory<Shape>& shared, const FewProblem& pro
         __syncthreads();
         place_few_tokens(shared.entries, a);
     } else {
-        const int owners = max((a.tokens + Shape::OWN_TOKENS - 1) / Shape::OWN_TOKENS, 1);
+        const int owners = max(ceil_div(a.tokens, Shape::OWN_TOKENS), 1);
         if (rank >= owners) return;
         __syncthreads();
         if (is_last_block(a.tickets, shared.is_last, owners * problem.slices)) sort_few_tokens(shared.entries, a, problem.slices);

@@ -9,17 +9,17 @@
 
 namespace llama4_kernels::routing {
 
-constexpr int RANKS = 8;     // blocks of a cluster
-constexpr int EXPERTS = 16;  // of a slice
+constexpr int FP32_RANKS = 8;  // blocks of a cluster
+constexpr int SLICE_EXPERTS = 16;
 constexpr int WARP_EXPERTS = 4;
-constexpr int EXPERT_WARPS = EXPERTS / WARP_EXPERTS;
+constexpr int EXPERT_WARPS = SLICE_EXPERTS / WARP_EXPERTS;
 constexpr int MAX_COLUMN_WARPS = 5;
-constexpr int CHUNK = 4 * WARP;  // columns that a warp takes at a time
+constexpr int FP32_CHUNK = 4 * WARP;  // columns that a warp takes at a time
 
-struct Problem {
+struct Fp32Problem {
     RouteArguments a;
     int slices;
-    int columns;       // of a block, a multiple of CHUNK
+    int columns;       // of a block, a multiple of FP32_CHUNK
     int column_warps;  // that share a block's columns, for each of EXPERT_WARPS
 };
 
@@ -68,13 +68,13 @@ __device__ inline float sum_lanes(float (&values)[COUNT]) {
 // ---- shared memory
 
 template <int TOKENS>
-struct SharedMemory {
-    float logits[TOKENS][EXPERTS];  // this block's part of them
+struct Fp32Memory {
+    float logits[TOKENS][SLICE_EXPERTS];  // this block's part of them
     unsigned largest[TOKENS];       // magnitude in this block's columns
     float scale[TOKENS];
     SortEntries entries;
     int is_last;
-    float column_logits[MAX_COLUMN_WARPS][TOKENS][EXPERTS];
+    float column_logits[MAX_COLUMN_WARPS][TOKENS][SLICE_EXPERTS];
     unsigned column_largest[MAX_COLUMN_WARPS][TOKENS];
     alignas(16) float x[];  // [TOKENS][columns], then counts of sort_many_tokens
 };
@@ -82,25 +82,25 @@ struct SharedMemory {
 // ---- the kernel
 
 template <class X, class W, int TOKENS, bool ALIGNED>
-__global__ void __launch_bounds__(EXPERT_WARPS* MAX_COLUMN_WARPS* WARP) route_fp32_kernel(const __grid_constant__ Problem problem) {
+__global__ void __launch_bounds__(EXPERT_WARPS* MAX_COLUMN_WARPS* WARP) route_fp32_kernel(const __grid_constant__ Fp32Problem problem) {
     const RouteArguments& a = problem.a;
-    auto& shared = *shared_memory<SharedMemory<TOKENS>>();
+    auto& shared = *shared_memory<Fp32Memory<TOKENS>>();
     const int thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP;
     const int expert_warp = warp % EXPERT_WARPS, column_warp = warp / EXPERT_WARPS;
     const int rank = int(hopper::cluster_rank());
-    const int first_token = int(blockIdx.x) / RANKS * TOKENS, first_column = rank * problem.columns;
+    const int first_token = int(blockIdx.x) / FP32_RANKS * TOKENS, first_column = rank * problem.columns;
     const int columns = max(min(problem.columns, a.hidden - first_column), 0);
-    const auto expert_at = [&](int slice, int i) { return slice * EXPERTS + expert_warp * WARP_EXPERTS + i; };
+    const auto expert_at = [&](int slice, int i) { return slice * SLICE_EXPERTS + expert_warp * WARP_EXPERTS + i; };
     const auto router_row = [&](int expert) { return static_cast<const W*>(a.router) + int64_t(expert) * a.hidden + first_column; };
     const auto router_at = [&](int slice, int i, int chunk) {
         const int expert = expert_at(slice, i);
-        return load_four<ALIGNED>(router_row(expert), chunk * CHUNK + lane * 4, expert < a.experts ? columns : 0);
+        return load_four<ALIGNED>(router_row(expert), chunk * FP32_CHUNK + lane * 4, expert < a.experts ? columns : 0);
     };
     hopper::launch_dependents();
 
     // The kernel ahead may write the router as well as x, and what it writes reaches L2
     for (int i = 0; i < WARP_EXPERTS; ++i) {
-        const int expert = expert_at(blockIdx.y, i), column = column_warp * CHUNK + lane * 4;
+        const int expert = expert_at(blockIdx.y, i), column = column_warp * FP32_CHUNK + lane * 4;
         if (expert < a.experts && column < columns) hopper::prefetch_l2(router_row(expert) + column);
     }
     hopper::wait_for_dependencies();
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(EXPERT_WARPS* MAX_COLUMN_WARPS* WARP) route_fp
         // Products of this warp's columns
         float sums[TOKENS * WARP_EXPERTS] = {};
         unsigned largest[TOKENS] = {};
-        for (int chunk = column_warp; chunk < problem.columns / CHUNK; chunk += problem.column_warps) {
+        for (int chunk = column_warp; chunk < problem.columns / FP32_CHUNK; chunk += problem.column_warps) {
             if (slice != int(blockIdx.y) || chunk != column_warp) {
 #pragma unroll
                 for (int i = 0; i < WARP_EXPERTS; ++i) w[i] = router_at(slice, i, chunk);
@@ -153,8 +153,8 @@ __global__ void __launch_bounds__(EXPERT_WARPS* MAX_COLUMN_WARPS* WARP) route_fp
             if (expert_warp == 0 && lane == 0) shared.column_largest[column_warp][token] = most;
         }
         __syncthreads();
-        if (thread < TOKENS * EXPERTS) {
-            const int token = thread / EXPERTS, expert = thread % EXPERTS;
+        if (thread < TOKENS * SLICE_EXPERTS) {
+            const int token = thread / SLICE_EXPERTS, expert = thread % SLICE_EXPERTS;
             float logit = 0.0f;
             for (int i = 0; i < problem.column_warps; ++i) logit += shared.column_logits[i][token][expert];
             shared.logits[token][expert] = logit;
@@ -166,19 +166,19 @@ __global__ void __launch_bounds__(EXPERT_WARPS* MAX_COLUMN_WARPS* WARP) route_fp
         }
         hopper::cluster_sync();
         if (warp == 0 && rank < TOKENS) {
-            const int expert = slice * EXPERTS + lane;
+            const int expert = slice * SLICE_EXPERTS + lane;
             Key key = 0;
-            if (lane < EXPERTS && expert < a.experts) {
+            if (lane < SLICE_EXPERTS && expert < a.experts) {
                 float logit = 0.0f;
-                for (int from = 0; from < RANKS; ++from) logit += *hopper::remote_shared(&shared.logits[rank][lane], from);
+                for (int from = 0; from < FP32_RANKS; ++from) logit += *hopper::remote_shared(&shared.logits[rank][lane], from);
                 key = rank_key(logit, expert);
             }
-            for (int bit = 1; bit < EXPERTS; bit *= 2) key = max(key, __shfl_xor_sync(ALL_LANES, key, bit));
+            for (int bit = 1; bit < SLICE_EXPERTS; bit *= 2) key = max(key, __shfl_xor_sync(ALL_LANES, key, bit));
             best = max(best, key);
         }
         if (thread < TOKENS) {
             unsigned most = 0;
-            for (int from = 0; from < RANKS; ++from) most = max(most, *hopper::remote_shared(&shared.largest[thread], from));
+            for (int from = 0; from < FP32_RANKS; ++from) most = max(most, *hopper::remote_shared(&shared.largest[thread], from));
             shared.scale[thread] = __uint_as_float(most) / E4M3_MAX;
         }
         hopper::cluster_sync();
@@ -190,13 +190,13 @@ __global__ void __launch_bounds__(EXPERT_WARPS* MAX_COLUMN_WARPS* WARP) route_fp
             const int token = i / row_fours, column = i % row_fours * 4;
             if (token % gridDim.y != blockIdx.y || first_token + token >= a.tokens || column >= columns) continue;
             const float scale = shared.scale[token];
-            const auto scaled = [&](float value) { return scale == 0.0f ? 0.0f : value / scale; };
+            const auto code = [&](float value) { return from_float<__nv_fp8_storage_t>(divide(value, scale)); };
             const float4 x = reinterpret_cast<const float4*>(shared.x)[i];
             Four<uint8_t> codes;
-            codes.values[0] = __nv_cvt_float_to_fp8(scaled(x.x), __NV_SATFINITE, __NV_E4M3);
-            codes.values[1] = __nv_cvt_float_to_fp8(scaled(x.y), __NV_SATFINITE, __NV_E4M3);
-            codes.values[2] = __nv_cvt_float_to_fp8(scaled(x.z), __NV_SATFINITE, __NV_E4M3);
-            codes.values[3] = __nv_cvt_float_to_fp8(scaled(x.w), __NV_SATFINITE, __NV_E4M3);
+            codes.values[0] = code(x.x);
+            codes.values[1] = code(x.y);
+            codes.values[2] = code(x.z);
+            codes.values[3] = code(x.w);
             uint8_t* to = a.codes + int64_t(first_token + token) * a.hidden + first_column + column;
             if constexpr (ALIGNED) {
                 *reinterpret_cast<Four<uint8_t>*>(to) = codes;
@@ -229,16 +229,16 @@ template <class X, class W, int TOKENS, bool ALIGNED>
 void launch_fp32(const RouteArguments& a, cudaStream_t stream) {
     const int64_t groups = std::max<int64_t>(ceil_div(a.tokens, TOKENS), 1);
     const int slices = route_slices(a.experts), slices_at_once = a.tokens <= ROUTE_FEW_TOKENS ? slices : 1;
-    const int columns = int(ceil_div(a.hidden, RANKS * CHUNK)) * CHUNK;
-    const bool fills_gpu = groups * RANKS * slices_at_once > multiprocessors();
-    const int column_warps = std::min(columns / CHUNK, fills_gpu ? 2 : MAX_COLUMN_WARPS);
+    const int columns = int(ceil_div(a.hidden, FP32_RANKS * FP32_CHUNK)) * FP32_CHUNK;
+    const bool fills_gpu = groups * FP32_RANKS * slices_at_once > multiprocessors();
+    const int column_warps = std::min(columns / FP32_CHUNK, fills_gpu ? 2 : MAX_COLUMN_WARPS);
     const int64_t x_bytes = int64_t(TOKENS) * columns * sizeof(float);
     const int64_t sort_bytes = a.tokens <= ROUTE_FEW_TOKENS ? 0 : count_bytes(EXPERT_WARPS * column_warps, a.experts);
-    const size_t shared_bytes = sizeof(SharedMemory<TOKENS>) + std::max(x_bytes, sort_bytes);
-    dim3 grid = grid_of(groups * RANKS);
+    const size_t shared_bytes = sizeof(Fp32Memory<TOKENS>) + std::max(x_bytes, sort_bytes);
+    dim3 grid = grid_of(groups * FP32_RANKS);
     grid.y = slices_at_once;
-    const LaunchConfig config{"route_top1", grid, dim3(EXPERT_WARPS * column_warps * WARP), shared_bytes, stream, RANKS, a.dependent};
-    launch(config, &route_fp32_kernel<X, W, TOKENS, ALIGNED>, Problem{a, slices, columns, column_warps});
+    const LaunchConfig config{"route_top1", grid, dim3(EXPERT_WARPS * column_warps * WARP), shared_bytes, stream, FP32_RANKS, a.dependent};
+    launch(config, &route_fp32_kernel<X, W, TOKENS, ALIGNED>, Fp32Problem{a, slices, columns, column_warps});
 }
 
 }  // namespace llama4_kernels::routing

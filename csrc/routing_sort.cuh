@@ -4,24 +4,19 @@
 #include <limits>
 
 #include "hopper/layout.cuh"
-#include "hopper/memory.cuh"
 #include "routing.h"
 #include "routing_key.cuh"
+#include "tickets.cuh"
 #include "warp.cuh"
 
 namespace llama4_kernels::routing {
 
-using hopper::WARP;
-
-constexpr int IDS_AT_ONCE = 8;  // that a thread asks L2 for
+constexpr int IDS_AT_ONCE = 8;  // expert ids that a thread has under way from L2
 
 // Whether this block is the last of `blocks`, in all of its threads. What the sort reads is written before, by thread 0 or ahead of a
 // barrier of the block. flag: in shared memory.
 __device__ inline bool is_last_block(unsigned* tickets, int& flag, unsigned blocks) {
-    if (threadIdx.x == 0) {
-        flag = hopper::add_acquire_release(tickets, 1) == blocks - 1;
-        if (flag) *tickets = 0;
-    }
+    if (threadIdx.x == 0) flag = is_last_ticket(tickets, blocks);
     __syncthreads();
     return flag;
 }
@@ -35,7 +30,7 @@ struct alignas(16) SortEntries {
     int values[ROUTE_FEW_TOKENS];
 };
 
-// What lies below an entry is its place, and what lies below an expert's first is its offset.
+// A token's place is how many entries are below its own, and an expert's offset how many are below the expert's first.
 __device__ inline void place_few_tokens(const SortEntries& entries, const RouteArguments& a) {
     constexpr int AT_ONCE = 4;  // of four entries
     for (int i = threadIdx.x; i <= ROUTE_FEW_TOKENS + a.experts; i += blockDim.x) {
@@ -78,7 +73,7 @@ constexpr int64_t count_bytes(int warps, int experts) { return int64_t(warps + 1
 // memory: count_bytes of the block's warps, in shared memory.
 __device__ inline void sort_many_tokens(int* memory, const RouteArguments& a) {
     const int thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP, warps = blockDim.x / WARP;
-    const int range = (a.tokens + warps * WARP - 1) / (warps * WARP) * WARP, begin = warp * range, end = min(begin + range, a.tokens);
+    const int range = ceil_div(unsigned(a.tokens), warps * WARP) * WARP, begin = warp * range, end = min(begin + range, a.tokens);
     const int bins = a.experts + 1;             // one for lanes without a token
     int* const counts = memory;                 // [warps][bins], then the warp's next place for each expert
     int* const starts = counts + warps * bins;  // [bins]

@@ -5,7 +5,6 @@
 #include <cstdint>
 
 #include "device.h"
-#include "hopper/layout.cuh"
 #include "warp.cuh"
 
 namespace llama4_kernels {
@@ -28,14 +27,14 @@ public:
 
     // By all lanes of one warp, before a barrier of the block.
     __device__ void fill() {
-        const int lane = threadIdx.x % hopper::WARP;
+        const int lane = threadIdx.x % WARP;
         int before = 0;
-        for (int start = 0; start < groups_; start += hopper::WARP) {
+        for (int start = 0; start < groups_; start += WARP) {
             const int group = start + lane;
             const int tiles = group < groups_ ? (offsets_[group + 1] - offsets_[group] + ROWS - 1) / ROWS : 0;
             const int through = inclusive_sum(tiles);
             if (group < groups_) first_tile_[group] = before + through - tiles;
-            before += __shfl_sync(ALL_LANES, through, hopper::WARP - 1);
+            before += __shfl_sync(ALL_LANES, through, WARP - 1);
         }
         if (lane == 0) first_tile_[groups_] = before;
     }
@@ -45,7 +44,7 @@ public:
     __device__ GroupTile operator[](int64_t index) const {
         const int row_tile = int(index / column_tiles_);
         int group = 0;
-        for (int above = groups_; above - group > 1;) {
+        for (int above = groups_; above - group > 1;) {  // not search.cuh's, with which ptxas spills in grouped_gemm
             const int middle = (group + above) / 2;
             (first_tile_[middle] <= row_tile ? group : above) = middle;
         }

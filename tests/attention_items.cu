@@ -1,5 +1,5 @@
-// The items of work of a batch by csrc/attention_work.cuh itself, for test_attention_balance.py.
-#include "attention_work.cuh"
+// The items of work of a batch by csrc/attention_schedule.cuh itself, for test_attention_balance.py.
+#include "attention_schedule.cuh"
 #include "device.h"
 
 using namespace llama4_kernels;
@@ -15,15 +15,22 @@ struct Result {
 __global__ void count_kernel(const AttentionArguments a, int run, Result* result) {
     struct SharedMemory {
         Run runs[ATTENTION_MAX_RUN];
-        int ends[ATTENTION_MAX_REQUESTS];
+        ScheduleEntry entries[ATTENTION_MAX_REQUESTS];
     };
     auto& shared = *shared_memory<SharedMemory>();
     if (blockIdx.x > 0) return;
-    count_all_items(a, shared.ends, shared.runs);
+    Schedule schedule(a, shared.entries, shared.runs);
+    if (run == 0) {
+        schedule.make();
+    } else {
+        schedule.classify();
+        __syncthreads();
+        if (threadIdx.x < hopper::WARP) schedule.number_items(run);
+        __syncthreads();
+    }
     if (threadIdx.x > 0) return;
-    for (int b = 0, end = 0; run > 0 && b < a.requests; ++b) shared.ends[b] = end += items_of(pieces_of(a, b), run);
-    result->count = shared.ends[a.requests - 1] * a.num_kv_heads;
-    for (int i = 0; i < min(result->count, result->capacity); ++i) result->tiles[i] = item_of(a, shared.ends, i).keys.tiles;
+    result->count = schedule.items();
+    for (int i = 0; i < min(result->count, result->capacity); ++i) result->tiles[i] = schedule.item(i).keys.tiles;
 }
 
 }  // namespace
@@ -40,10 +47,10 @@ extern "C" __attribute__((visibility("default"))) int attention_items(int reques
     a.head_dim = 128;
     a.kv_dtype = fp8 ? Dtype::float8_e4m3fn : Dtype::bfloat16;
     a.chunk_size = chunk_size;
-    a.max_splits = max_splits;
-    a.max_row_splits = ATTENTION_MAX_ROW_SPLITS;
+    a.few_max_splits = max_splits;
+    a.many_max_splits = ATTENTION_MANY_MAX_SPLITS;
     Result result{tiles, capacity, 0};
-    const size_t shared_bytes = (ATTENTION_MAX_RUN * 2 + ATTENTION_MAX_REQUESTS) * sizeof(int);
+    const size_t shared_bytes = ATTENTION_MAX_RUN * sizeof(Run) + ATTENTION_MAX_REQUESTS * sizeof(ScheduleEntry);
     launch(LaunchConfig{"attention_items", dim3(unsigned(blocks)), dim3(64), shared_bytes, nullptr}, &count_kernel, a, run, &result);
     return result.count;
 }

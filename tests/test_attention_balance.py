@@ -1,7 +1,7 @@
 """How evenly chunked_attention's items of work fall on 132 blocks, in tiles: taken by stride, and drawn. Arithmetic, not a measurement: an
 item costs its tiles, and every tile the same; of few queries also ITEM_TILES.
 
-The items are those of csrc/attention_work.cuh, called on the host; the rows of docs/attention.md's table are held to what comes out.
+The items are those of csrc/attention_schedule.cuh, called on the host; the rows of docs/attention.md's table are held to what comes out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pytest
 pytestmark = pytest.mark.skipif(bool(emulation.why_not()), reason=emulation.why_not() or "-")
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "attention.md"
-WORK = emulation.CSRC / "attention_work.cuh"
+COST = emulation.CSRC / "attention_cost.cuh"
 BLOCKS = 132
 TILES_AHEAD = 3  # before the last tile is loaded, the two before it are on their way or attended to, and the one before those is done
 ITEM_TILES = {False: 2.5, True: 5.0}  # what an item of few queries costs beside its tiles, in bfloat16 and in fp8, at D = 128
@@ -142,7 +142,7 @@ def test_the_document_says_what_runs_of_splits_gain(items, name):
 
 
 def test_what_an_item_costs_in_tiles_is_what_the_kernel_says():
-    bytes_of_item = int(re.search(r"ATTENTION_ITEM_BYTES = (\d+) << 10", WORK.read_text())[1]) << 10
+    bytes_of_item = int(re.search(r"ATTENTION_ITEM_BYTES = (\d+) << 10", COST.read_text())[1]) << 10
     assert ITEM_TILES == {fp8: bytes_of_item / (2 * 128 * 128 * (1 if fp8 else 2)) for fp8 in (False, True)}
 
 

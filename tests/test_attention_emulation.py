@@ -22,7 +22,8 @@ BF16 = torch.bfloat16
 SCOUT = dict(heads=(5, 1, 128), dtype=BF16)
 TILE = 128
 
-LOAD, WORK, ATTEND, MAIN = "attention_load.cuh", "attention_work.cuh", "attention_attend.cuh", "attention.cu"
+LOAD, ATTEND, MAIN = "attention_load.cuh", "attention_attend.cuh", "attention.cu"
+GEOMETRY, SCHEDULE, DRAWS = "attention_geometry.cuh", "attention_schedule.cuh", "attention_draws.cuh"
 FENCE = "if (Loader<HEAD_DIM, Element>::IS_FP8 || ring.is_gathered(count)) hopper::fence_async_proxy();"
 GIVE_BACK = "        if (threadIdx.x % 32 == 0) empty[count % SLOTS].arrive();\n"
 SEEN = f"        const int item = items[count % SLOTS];\n        __syncwarp();\n{GIVE_BACK}        return item;\n"
@@ -44,25 +45,29 @@ PLANTED = {
     "no proxy fence": (ATTEND, FENCE, ""),
     "no proxy fence for gathered rows": (ATTEND, FENCE, FENCE.replace("|| ring.is_gathered(count)", "")),
     "gathered rows of which nobody tells": (LOAD, "= «!consecutive»;", "false"),
-    "runs that leave out the last split": (WORK, "«divide_up(splits, items)» : 1;", "max(divide_up(splits, items) - 1, 1)"),
-    "positions without the prefix": (WORK, "before = a.seq_lens[request] - queries;", "before = 0;"),
+    "runs that leave out the last split": (
+        SCHEDULE, "«ceil_div(splits.count, items)» : 1;", "max(ceil_div(splits.count, items) - 1, 1)"
+    ),
+    "positions without the prefix": (GEOMETRY, "before = a.seq_lens[request] - queries;", "before = 0;"),
     "masks of boundary tiles left out": (ATTEND, "if (start < seen_by_all_from || start + ATTENTION_TILE > seen_by_all_to) mask(start);", ""),
     "old output not corrected": (ATTEND, "            «correct_output();»\n            pack_weights();", ""),
     "parts unweighted": (ATTEND, "«hopper::exp2_approximate(part_weights[part] - highest)»;", "1.0f"),
     "tiles of few queries given back by one warpgroup for itself": (ATTEND, RELEASE_FOR_BOTH, RELEASE_FOR_BOTH.replace("ATTENDING", "1")),
-    "ticket not given back": (ATTEND, "*ticket = 0;", ""),
-    "counter of draws not turned back": (WORK, "«unsigned(items) - 1»);", "~0u"),
-    "counter of draws turned back one draw late": (WORK, "«unsigned(items) - 1»);", "unsigned(items)"),
-    "counter of draws turned back one draw early": (WORK, "«unsigned(items) - 1»);", "unsigned(max(items - 2, 0))"),
+    "ticket not given back": (
+        ATTEND, "«is_last_ticket(ticket_of(a, item), item.runs)»;", "hopper::add_acquire_release(ticket_of(a, item), 1) + 1 == unsigned(item.runs)"
+    ),
+    "counter of draws not turned back": (DRAWS, "«unsigned(items) - 1»);", "~0u"),
+    "counter of draws turned back one draw late": (DRAWS, "«unsigned(items) - 1»);", "unsigned(items)"),
+    "counter of draws turned back one draw early": (DRAWS, "«unsigned(items) - 1»);", "unsigned(max(items - 2, 0))"),
     "turns of the warpgroups not passed on": (ATTEND, "turns.pass();", ""),
     "turns where the warpgroups visit different tiles": (ATTEND, RELEASE_FOR_BOTH, f"{RELEASE_FOR_BOTH} turns.take(), turns.pass();"),
     "nobody passes the first turn": ("issue_turns.cuh", "if (warpgroup_ == 1) pass();", ";"),
     "nobody takes the last turn": (MAIN, "attend.finish();", ""),
     "draws that overtake the block's warps": (MAIN, "shared.drawn.wait_empty(taken);", ""),
-    "a draw given back before slow lanes have seen it": (WORK, SEEN, GIVE_BACK + SLOW_LANES + SEEN.replace(GIVE_BACK, "")),
+    "a draw given back before slow lanes have seen it": (DRAWS, SEEN, GIVE_BACK + SLOW_LANES + SEEN.replace(GIVE_BACK, "")),
 }  # fmt: skip
 RUN_OF_ALL = "__ffs(__ballot_sync(ALL_LANES, time == __reduce_min_sync(ALL_LANES, time)))"
-CHANGES = PLANTED | {"splits alone": (WORK, RUN_OF_ALL, "1"), "slow lanes": (WORK, SEEN, SLOW_LANES + SEEN), "v first": (LOAD, LOAD_K + LOAD_V, LOAD_V + LOAD_K)}
+CHANGES = PLANTED | {"splits alone": (SCHEDULE, RUN_OF_ALL, "1"), "slow lanes": (DRAWS, SEEN, SLOW_LANES + SEEN), "v first": (LOAD, LOAD_K + LOAD_V, LOAD_V + LOAD_K)}
 
 
 def op_of(kernels, together: int = 3):
@@ -192,7 +197,7 @@ def test_many_queries_after_a_long_prefix(op, cache_dtype, splits):
     arguments, options = batch(
         [(300, 20), (prefix + 50, 50), (prefix, 1)], chunk_size=None, page_size=64, heads=heads, dtype=BF16, cache_dtype=cache_dtype
     )
-    assert op.__globals__["max_row_splits"](71 * 2, 64, options["page_table"].shape[1] * 64, 1 << 30) == splits
+    assert op.__globals__["max_many_splits"](71 * 2, 64, options["page_table"].shape[1] * 64, 1 << 30) == splits
     together = run(op, arguments, options)
     assert_attention(op, arguments, options)
     assert_same_bits(run(op, *alone(arguments, options, 1)), together[20:70])
@@ -210,7 +215,7 @@ def test_a_launch_asks_for_every_counter_that_it_counts_in():
     [(5 << 13, 1 << 20, 1 << 30, 4), (5 << 13, 1 << 20, 8192, 1), (5 << 13, 1 << 14, 1 << 30, 2), (40 << 13, 1 << 20, 1 << 30, 1), (0, 1 << 20, 1 << 30, 4)],
 )  # fmt: skip
 def test_how_many_splits_many_queries_may_have(op, rows, table_keys, chunk_size, want):
-    assert op.__globals__["max_row_splits"](rows, 128, table_keys, chunk_size) == want
+    assert op.__globals__["max_many_splits"](rows, 128, table_keys, chunk_size) == want
 
 
 @pytest.mark.parametrize("slow_lanes", [False, True])
@@ -246,7 +251,7 @@ def test_fewer_splits_where_memory_is_short(op, monkeypatch):
     [(1, 1, 8192, 1), (1, 1 << 20, 8192, 33), (1, 1 << 20, 1 << 30, 128), (1 << 11, 1 << 20, 1 << 30, 64)],
 )
 def test_how_many_splits_there_may_be(op, rows, most_keys, chunk_size, want):
-    assert op.__globals__["max_splits"](rows, 128, most_keys, chunk_size) == want
+    assert op.__globals__["max_few_splits"](rows, 128, most_keys, chunk_size) == want
 
 
 def test_nan_that_a_request_sees_stays_in_it(op):
@@ -340,9 +345,9 @@ for head_dim in (64, 128):
                 q=zeros(tokens * 6 * head_dim * 2), k_cache=zeros(cache), v_cache=zeros(cache), kv_dtype=getattr(kernels.Dtype, dtype),
                 out=zeros(tokens * 6 * head_dim * 2), tokens=tokens, num_heads=6, num_kv_heads=2, head_dim=head_dim, slots=width,
                 page_size=page_size, holds_slots=holds_slots, page_table=ints(*range(columns), *[2**30] * columns, *range(columns), *range(columns)),
-                row_stride=columns, requests=requests, page_table_rows=none, slot_map=none, seq_lens=ints(300, 9, 200, 1),
+                page_table_stride=columns, requests=requests, page_table_rows=none, slot_map=none, seq_lens=ints(300, 9, 200, 1),
                 query_start_loc=ints(0, 5, 5, 17, 18), chunk_size=190, scale=0.1, k_scale=zeros(4), v_scale=zeros(4),
-                partial=zeros(tokens * 6 * splits * kernels.ATTENTION_PARTS * head_dim * 4),
-                lse=zeros(tokens * 6 * splits * kernels.ATTENTION_PARTS * 4), tickets=zeros(requests * 2 * 4), row_partial=0, row_lse=0, row_tickets=0,
-                max_row_splits=1, drawn=zeros(4), max_splits=splits, stream=0)
+                few_partial=zeros(tokens * 6 * splits * kernels.ATTENTION_FEW_PARTS * head_dim * 4),
+                few_lse=zeros(tokens * 6 * splits * kernels.ATTENTION_FEW_PARTS * 4), few_tickets=zeros(requests * 2 * 4),
+                few_max_splits=splits, many_partial=0, many_lse=0, many_tickets=0, many_max_splits=1, drawn=zeros(4), stream=0)
 """

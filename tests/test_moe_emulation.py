@@ -249,9 +249,9 @@ SHARING_PLANTED = {
     "a piece left out": ("moe_tile.cuh", "«block + j <= last» ?", "block + j < last"),
     "both pieces in one part": ("moe_tile.cuh", "(runs.begin(block) < first_stage)", "0"),
     "a tile's first block overlooked": ("moe_tile.cuh", "while (runs.begin(first) > «first_stage»)", "first_stage + 1"),
-    "a ticket too early": ("moe_tile.cuh", "== «unsigned(last - first)»", "unsigned(last - first - 1)"),
-    "a ticket too late": ("moe_tile.cuh", "== «unsigned(last - first)»", "unsigned(last - first + 1)"),
-    "tickets left behind": ("moe_tile.cuh", "if (stages.is_last) sharing.tickets[piece.tile] = 0;", ""),
+    "a ticket too early": ("moe_tile.cuh", "piece.tile, «last - first + 1»);", "last - first"),
+    "a ticket too late": ("moe_tile.cuh", "piece.tile, «last - first + 1»);", "last - first + 2"),
+    "tickets left behind": ("tickets.cuh", "if (is_last) *counter = 0;", ""),
     "a stage twice": ("moe_runs.cuh", "begin = «runs.begin(blockIdx.x)»;", "max(runs.begin(blockIdx.x) - 1, 0)"),
     "a run too short": ("moe_runs.cuh", "end = «runs.begin(blockIdx.x + 1)»;", "runs.begin(blockIdx.x + 1) - 1"),
     "experts of the first rows": ("moe_down.cu", "const int present = «tile.first_present + index»;", "index"),
@@ -338,7 +338,7 @@ for tokens, blocks in ((1, 2), (20, 7), (70, 1), (70, 5), (200, 30)):
         h_shared=kernels.MoeHidden(values=h_shared, dtype=bf16, scale=0, is_static=False, width=inner),
         h_routed=kernels.MoeHidden(values=h_routed, dtype=fp8, scale=h_scale, is_static=False, width=inner), routing=routing, tokens=tokens,
         hidden=hidden, experts=experts, sharing=sharing(2 * (row_tiles + min(tokens, row_tiles + experts)), kernels.moe_gate_up_part(tokens)),
-        prefetch_shared=True, prefetch=0, prefetch_bytes=0, dependent=False, stream=0)
+        prefetch_w_shared=True, prefetch_address=0, prefetch_bytes=0, dependent=False, stream=0)
     kernels.moe_down(
         h_shared=operand(h_shared), h_routed=operand(h_routed, h_scale, 2, 1), w_shared=shared(inner, hidden), w_routed=routed(inner, hidden),
         k_shared=inner, k_routed=inner, routing=routing, tokens=tokens, hidden=hidden, experts=experts, out=rows(tokens, 2 * hidden),

@@ -17,15 +17,17 @@ pytestmark = pytest.mark.skipif(bool(emulation.why_not()), reason=emulation.why_
 BF16, FP32 = torch.bfloat16, torch.float32
 PLANTED = {
     "ties to the highest index": ("routing_key.cuh", "(~0u - unsigned(expert))", "unsigned(expert)"),
-    "a rank's sums left out": ("routing_fp32.cuh", "for (int from = «0»; from < RANKS; ++from) logit +=", "1"),
+    "a rank's sums left out": ("routing_fp32.cuh", "for (int from = «0»; from < FP32_RANKS; ++from) logit +=", "1"),
     "the cluster not waited for": ("routing_fp32.cuh", "shared.largest[thread] = most;\n        }\n        «hopper::cluster_sync();»", ""),
-    "ticket not given back": ("routing_sort.cuh", "if (flag) *tickets = 0;", ""),
+    "ticket not given back": (
+        "routing_sort.cuh", "«is_last_ticket(tickets, blocks)»;", "hopper::add_acquire_release(tickets, 1) == blocks - 1"
+    ),
     "order not stable": ("routing_sort.cuh", "expert * ROUTE_FEW_TOKENS + «token»;", "ROUTE_FEW_TOKENS - 1 - token"),
     "many tokens' order not stable": ("routing_sort.cuh", "__popc(peers[i] & ((1u << lane) - 1))", "__popc(peers[i] >> lane >> 1)"),
     "all warps count in one place": ("routing_sort.cuh", "«counts + warp * bins»;", "counts"),
     "a bit of the experts left out": ("routing_sort.cuh", "«bit <= a.experts»; bit", "bit < 8"),
     "equal experts of a warp counted once": ("routing_sort.cuh", "own[ids[i]] = place + __popc(peers[i]);", "own[ids[i]] = place + 1;"),
-    "the last expert left out": ("routing_fp32.cuh", "if (lane < EXPERTS && «expert < a.experts»)", "expert < a.experts - 1"),
+    "the last expert left out": ("routing_fp32.cuh", "if (lane < SLICE_EXPERTS && «expert < a.experts»)", "expert < a.experts - 1"),
     "quotients not corrected": ("routing_codes.cuh", "quotient(value, scale, reciprocal)", "value * reciprocal"),
     "barrier left out": ("routing_fp32.cuh", "value % WARP_EXPERTS] = sum;\n        }«»", "if (lane) __syncthreads();"),
 }  # fmt: skip

@@ -178,8 +178,8 @@ struct Block {
     // cp.async of `thread` has written a chunk.
     void note_copy(uint32_t address, const Thread& thread) { copied[(address - FIRST_SHARED_ADDRESS) / CHUNK] = {&thread, proxy_fences}; }
 
-    // Whether a product may read what cp.async wrote to a chunk: who copied has had a proxy fence since, or all who multiply, whose earliest
-    // is given.
+    // Whether a product may read what cp.async wrote to a chunk: who copied has had a proxy fence since, or all who multiply, whose
+    // earliest is given.
     bool is_copy_fenced(uint32_t address, uint64_t readers_fence) const {
         const Copied& last = copied[(address - FIRST_SHARED_ADDRESS) / CHUNK];
         return !last.by || std::max(last.by->last_fence, readers_fence) > last.fences;

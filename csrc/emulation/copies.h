@@ -1,8 +1,8 @@
 // Host twin of hopper/tma.cuh, hopper/cp_async.cuh and hopper/remote_store.cuh.
 //
-// The bytes that a copy will write hold NaN until it is complete. Loads complete in any order, when no thread can go on without them; cp.async
-// when its thread waits for it, or as late as a load where it is to arrive at an mbarrier; stores read shared memory when their thread waits
-// for that, and write global memory when it waits for all.
+// The bytes that a copy will write hold NaN until it is complete. Loads complete in any order, when no thread can go on without them;
+// cp.async when its thread waits for it, or as late as a load where it is to arrive at an mbarrier; stores read shared memory when their
+// thread waits for that, and write global memory when it waits for all.
 #pragma once
 
 #include "emulation/barrier.h"

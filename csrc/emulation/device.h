@@ -1,6 +1,6 @@
-// CUDA on the host, for tests without a GPU: the clusters of a grid run one after another in random order, or as many together as a test asks
-// for, each thread as a fiber. What a GPU leaves undefined shows: shared memory starts as NaNs and is exactly as large as asked for, so that
-// AddressSanitizer guards it.
+// CUDA on the host, for tests without a GPU: the clusters of a grid run one after another in random order, or as many together as a test
+// asks for, each thread as a fiber. What a GPU leaves undefined shows: shared memory starts as NaNs and is exactly as large as asked for,
+// so that AddressSanitizer guards it.
 #pragma once
 
 #include "emulation/stream.h"

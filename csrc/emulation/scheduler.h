@@ -1,8 +1,8 @@
 // The order in which threads take turns: those of a block, of the blocks of a cluster, or of several clusters.
 //
-// A thread runs until it has to wait. Who goes on is drawn at random among those that can; only when nobody can, one of the asynchronous copies
-// under way is completed, again drawn at random: as late as the program allows. When there is no copy either, the launch ends with an error
-// that says where each thread waits.
+// A thread runs until it has to wait. Who goes on is drawn at random among those that can; only when nobody can, one of the asynchronous
+// copies under way is completed, again drawn at random: as late as the program allows. When there is no copy either, the launch ends with
+// an error that says where each thread waits.
 #pragma once
 
 #include <algorithm>

@@ -1,7 +1,7 @@
 // Host twin of hopper/wgmma.cuh.
 //
-// A thread that issues a product goes on at once: its accumulators are taken from it and hold NaN until a wait completes the product. The products
-// of a warpgroup are computed at its wait, when all 128 threads have come, from what shared memory holds then.
+// A thread that issues a product goes on at once: its accumulators are taken from it and hold NaN until a wait completes the product. The
+// products of a warpgroup are computed at its wait, when all 128 threads have come, from what shared memory holds then.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -57,7 +57,8 @@ struct Operand {
         const uint8_t* bytes = block.shared.get() + (at - FIRST_SHARED_ADDRESS);
         if (block.owner_of(at) == Owner::written) scheduler().fail(site, "wgmma reads shared memory that a copy under way still writes");
         if (!block.is_copy_fenced(at, product.fence))
-            scheduler().fail(site, "wgmma reads what cp.async wrote, and neither who copied nor all who multiply had a fence_async_proxy since");
+            scheduler().fail(site, "wgmma reads what cp.async wrote, and neither who copied nor all who multiply had a "
+                                   "fence_async_proxy since");
         if (!block.is_fenced(bytes, 16))
             scheduler().fail(site, "wgmma reads plain writes to shared memory without a fence_async_proxy after them");
         return bytes;
@@ -136,7 +137,8 @@ void multiply(int k, const float (*a)[ROWS], const float (*b)[MAX_COLUMNS], floa
     }
 }
 
-// The same with sums of e4m3_sum_bits: a sum and its k addends are cut off where the largest of them has its last bit, and so is the result.
+// The same with sums of e4m3_sum_bits: a sum and its k addends are cut off where the largest of them has its last bit, and so is the
+// result.
 inline void multiply_in_short(int k, int columns, const float (*a)[ROWS], const float (*b)[MAX_COLUMNS], float (*sums)[MAX_COLUMNS]) {
     const auto last_bit = [](double largest) {
         return largest == 0 || std::isnan(largest) ? 1.0 : std::ldexp(1.0, std::ilogb(largest) - e4m3_sum_bits);

@@ -31,15 +31,16 @@ __device__ inline void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// Arrive at `barrier`, as one of the arrivals that it was initialised with, once all copies of this thread so far are complete; at once where
-// there are none. Who waits for the phase sees these copies, but not this thread's plain stores: they need an arrive() of their own. wgmma
-// and TMA stores must not read the data before a fence_async_proxy that follows the completion, of the thread that copied or of all who wait.
+// Arrive at `barrier`, as one of the arrivals that it was initialised with, once all copies of this thread so far are complete; at once
+// where there are none. Who waits for the phase sees these copies, but not this thread's plain stores: they need an arrive() of their own.
+// wgmma and TMA stores must not read the data before a fence_async_proxy that follows the completion, of the thread that copied or of all
+// who wait.
 __device__ inline void cp_async_arrive(Barrier& barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
 
-// Orders plain and cp.async accesses to shared memory that this thread has done, or has waited for at a barrier, before later ones by TMA and
-// wgmma. ptxas makes a MEMBAR of the block of it, which may wait for copies that the thread has under way.
+// Orders plain and cp.async accesses to shared memory that this thread has done, or has waited for at a barrier, before later ones by TMA
+// and wgmma. ptxas makes a MEMBAR of the block of it, which may wait for copies that the thread has under way.
 __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 }  // namespace llama4_kernels::hopper

@@ -16,8 +16,8 @@ __device__ inline void wait_for_dependencies() { asm volatile("griddepcontrol.wa
 __device__ inline void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // Before wait_for_dependencies: says that what kernels before the one ahead wrote may be read, since the one ahead calls launch_dependents
-// after its own wait. Read through L2 (__ldcg): L1 may hold what stood there when this multiprocessor last read it. The emulation checks the
-// order.
+// after its own wait. Read through L2 (__ldcg): L1 may hold what stood there when this multiprocessor last read it. The emulation checks
+// the order.
 __device__ inline void ahead_has_waited() {}
 
 }  // namespace llama4_kernels::hopper

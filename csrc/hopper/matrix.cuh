@@ -1,7 +1,7 @@
 // ldmatrix and stmatrix: a warp moves four 8 × 8 matrices of 16-bit elements between shared memory and registers.
 //
-// Lane i gives the address of 16-byte row i % 8 of matrix i / 8. Register m of lane i holds row i / 4, columns 2 · (i % 4) and the next of matrix m;
-// the transposed forms exchange row and column.
+// Lane i gives the address of 16-byte row i % 8 of matrix i / 8. Register m of lane i holds row i / 4, columns 2 · (i % 4) and the next of
+// matrix m; the transposed forms exchange row and column.
 #pragma once
 
 #include "hopper/barrier.cuh"

@@ -66,20 +66,20 @@ __device__ inline void tma_load(void* to, const TensorMap& map, Barrier& barrier
     const int at[] = {int(coordinates)...};
     if constexpr (sizeof...(coordinates) == 2) {
         asm volatile(
-            "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::
-                "r"(shared_address(to)),
+            "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+            "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
             "l"(&map), "r"(at[0]), "r"(at[1]), "r"(shared_address(&barrier)), "l"(uint64_t(HINT))
             : "memory");
     } else if constexpr (sizeof...(coordinates) == 3) {
         asm volatile(
-            "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;" ::
-                "r"(shared_address(to)),
+            "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+            "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared_address(to)),
             "l"(&map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(shared_address(&barrier)), "l"(uint64_t(HINT))
             : "memory");
     } else {
         asm volatile(
-            "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::
-                "r"(shared_address(to)),
+            "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+            "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(shared_address(to)),
             "l"(&map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(shared_address(&barrier)), "l"(uint64_t(HINT))
             : "memory");
     }
@@ -93,14 +93,14 @@ __device__ inline void tma_load_multicast(void* to, const TensorMap& map, Barrie
     const int at[] = {int(coordinates)...};
     if constexpr (sizeof...(coordinates) == 2) {
         asm volatile(
-            "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::
-                "r"(shared_address(to)),
+            "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+            "[%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(shared_address(to)),
             "l"(&map), "r"(at[0]), "r"(at[1]), "r"(shared_address(&barrier)), "h"(blocks), "l"(uint64_t(HINT))
             : "memory");
     } else {
         asm volatile(
-            "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6, %7;" ::
-                "r"(shared_address(to)),
+            "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+            "[%0], [%1, {%2, %3, %4}], [%5], %6, %7;" ::"r"(shared_address(to)),
             "l"(&map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(shared_address(&barrier)), "h"(blocks), "l"(uint64_t(HINT))
             : "memory");
     }

@@ -1,7 +1,7 @@
 // wgmma: D[64, N] = A[64, K] · B[N, K]ᵀ (+ D) by a warpgroup, asynchronously, accumulated in fp32. K is 16 for bf16 and 32 for e4m3.
 //
-// Per batch of products: wgmma_fence, the products, wgmma_commit, and wgmma_wait before the accumulators or A's registers are touched. All 128
-// threads of the warpgroup call each function with the same arguments. Operands in shared memory: layout.cuh.
+// Per batch of products: wgmma_fence, the products, wgmma_commit, and wgmma_wait before the accumulators or A's registers are touched. All
+// 128 threads of the warpgroup call each function with the same arguments. Operands in shared memory: layout.cuh.
 #pragma once
 
 #include "hopper/barrier.cuh"

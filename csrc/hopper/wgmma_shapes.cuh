@@ -67,19 +67,19 @@ struct WgmmaShape;
                          : "l"(a), "l"(b), "r"(accumulate));                                                                               \
         }                                                                                                                                  \
         __device__ static void e4m3(float (&d)[n], const uint32_t (&a)[4], uint64_t b, int accumulate) {                                   \
-            asm volatile(WGMMA_TEXT(N, "k32.f32.e4m3.e4m3", WGMMA_LIST_##n, "{%" #n ", %" #o1 ", %" #o2 ", %" #o3 "}", o4, o5, "")          \
+            asm volatile(WGMMA_TEXT(N, "k32.f32.e4m3.e4m3", WGMMA_LIST_##n, "{%" #n ", %" #o1 ", %" #o2 ", %" #o3 "}", o4, o5, "")         \
                          : WGMMA_OPERANDS_##n(d)                                                                                           \
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                                           \
         }                                                                                                                                  \
         template <Major A, Major B>                                                                                                        \
         __device__ static void bf16(float (&d)[n], uint64_t a, uint64_t b, int accumulate) {                                               \
-            asm volatile(WGMMA_TEXT(N, "k16.f32.bf16.bf16", WGMMA_LIST_##n, "%" #n, o1, o2, ", %" #o3 ", %" #o4)                            \
+            asm volatile(WGMMA_TEXT(N, "k16.f32.bf16.bf16", WGMMA_LIST_##n, "%" #n, o1, o2, ", %" #o3 ", %" #o4)                           \
                          : WGMMA_OPERANDS_##n(d)                                                                                           \
                          : "l"(a), "l"(b), "r"(accumulate), "n"(int(A)), "n"(int(B)));                                                     \
         }                                                                                                                                  \
         template <Major B>                                                                                                                 \
         __device__ static void bf16(float (&d)[n], const uint32_t (&a)[4], uint64_t b, int accumulate) {                                   \
-            asm volatile(WGMMA_TEXT(N, "k16.f32.bf16.bf16", WGMMA_LIST_##n, "{%" #n ", %" #o1 ", %" #o2 ", %" #o3 "}", o4, o5, ", %" #o6)   \
+            asm volatile(WGMMA_TEXT(N, "k16.f32.bf16.bf16", WGMMA_LIST_##n, "{%" #n ", %" #o1 ", %" #o2 ", %" #o3 "}", o4, o5, ", %" #o6)  \
                          : WGMMA_OPERANDS_##n(d)                                                                                           \
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(int(B)));                              \
         }                                                                                                                                  \

@@ -37,18 +37,18 @@ def chunked_attention(
     requests, device = len(seq_lens), q.device
     chunk_size = min(chunk_size or _C.ATTENTION_NO_CHUNK, _C.ATTENTION_NO_CHUNK)
     table_keys = page_table.shape[1] * (1 if page_table_holds == "slots" else page_size)
-    rows = min(tokens, requests * _C.ATTENTION_FEW_QUERIES)
-    splits = max_splits(rows * num_heads, head_dim, table_keys, chunk_size)
-    parts = splits * _C.ATTENTION_PARTS
-    partial = torch.empty(rows, num_heads, parts, head_dim, dtype=torch.float32, device=device)
-    lse = torch.empty(rows, num_heads, parts, dtype=torch.float32, device=device)
-    row_splits = max_row_splits(tokens * num_heads, head_dim, table_keys, chunk_size)
-    row_parts = row_splits if row_splits > 1 else 0
-    row_partial = torch.empty(tokens, num_heads, row_parts, head_dim, dtype=torch.float32, device=device)
-    row_lse = torch.empty(tokens, num_heads, row_parts, dtype=torch.float32, device=device)
-    row_blocks = tokens * (num_heads // num_kv_heads) // _C.ATTENTION_ROWS + requests
+    few_rows = min(tokens, requests * _C.ATTENTION_FEW_QUERIES)
+    few_splits = max_few_splits(few_rows * num_heads, head_dim, table_keys, chunk_size)
+    few_parts = few_splits * _C.ATTENTION_FEW_PARTS
+    few_partial = torch.empty(few_rows, num_heads, few_parts, head_dim, dtype=torch.float32, device=device)
+    few_lse = torch.empty(few_rows, num_heads, few_parts, dtype=torch.float32, device=device)
+    many_splits = max_many_splits(tokens * num_heads, head_dim, table_keys, chunk_size)
+    many_parts = many_splits if many_splits > 1 else 0
+    many_partial = torch.empty(tokens, num_heads, many_parts, head_dim, dtype=torch.float32, device=device)
+    many_lse = torch.empty(tokens, num_heads, many_parts, dtype=torch.float32, device=device)
+    many_blocks = tokens * (num_heads // num_kv_heads) // _C.ATTENTION_MANY_ROWS + requests
     with launch.on(device) as stream:
-        counters = tickets(device, 1 + (requests + row_blocks) * num_kv_heads)
+        counters = tickets(device, 1 + (requests + many_blocks) * num_kv_heads)
         _C.chunked_attention(
             q=q.data_ptr(),
             k_cache=k_cache.data_ptr(),
@@ -63,7 +63,7 @@ def chunked_attention(
             page_size=page_size,
             holds_slots=page_table_holds == "slots",
             page_table=page_table.data_ptr(),
-            row_stride=page_table.stride(0),
+            page_table_stride=page_table.stride(0),
             requests=requests,
             page_table_rows=launch.indices(page_table_rows),
             slot_map=launch.indices(slot_map),
@@ -73,34 +73,34 @@ def chunked_attention(
             scale=scale,
             k_scale=launch.address(k_scale),
             v_scale=launch.address(v_scale),
-            partial=partial.data_ptr(),
-            lse=lse.data_ptr(),
-            tickets=counters[1:].data_ptr(),
-            row_partial=row_partial.data_ptr(),
-            row_lse=row_lse.data_ptr(),
-            row_tickets=counters[1 + requests * num_kv_heads :].data_ptr(),
-            max_row_splits=row_splits,
+            few_partial=few_partial.data_ptr(),
+            few_lse=few_lse.data_ptr(),
+            few_tickets=counters[1:].data_ptr(),
+            few_max_splits=few_splits,
+            many_partial=many_partial.data_ptr(),
+            many_lse=many_lse.data_ptr(),
+            many_tickets=counters[1 + requests * num_kv_heads :].data_ptr(),
+            many_max_splits=many_splits,
             drawn=counters.data_ptr(),
-            max_splits=splits,
             stream=stream,
         )
     return out
 
 
-def max_splits(rows: int, head_dim: int, table_keys: int, chunk_size: int) -> int:
-    """Splits that a request may have: as many as its most keys can fill and memory allows, from shapes alone."""
+def max_few_splits(rows: int, head_dim: int, table_keys: int, chunk_size: int) -> int:
+    """Splits that the keys of few queries may have: as many as they can fill and memory allows, from shapes alone."""
     most_keys = min(table_keys, chunk_size + _C.ATTENTION_FEW_QUERIES)
     most_tiles = most_keys // _C.ATTENTION_TILE + 2  # the first and the last may be cut
-    by_keys = -(-most_tiles // _C.ATTENTION_SPLIT_TILES)
-    by_memory = PARTIAL_BYTES // max(4 * rows * head_dim * _C.ATTENTION_PARTS, 1)
-    return max(min(_C.ATTENTION_MAX_SPLITS, by_keys, by_memory), 1)
+    by_keys = -(-most_tiles // _C.ATTENTION_FEW_SPLIT_TILES)
+    by_memory = PARTIAL_BYTES // max(4 * rows * head_dim * _C.ATTENTION_FEW_PARTS, 1)
+    return max(min(_C.ATTENTION_FEW_MAX_SPLITS, by_keys, by_memory), 1)
 
 
-def max_row_splits(rows: int, head_dim: int, table_keys: int, chunk_size: int) -> int:
+def max_many_splits(rows: int, head_dim: int, table_keys: int, chunk_size: int) -> int:
     """Splits that the keys of many queries may have: as many as they can fill and memory allows, from shapes alone."""
-    by_keys = (min(table_keys, chunk_size) // _C.ATTENTION_TILE + 2) // _C.ATTENTION_ROW_SPLIT_TILES
+    by_keys = (min(table_keys, chunk_size) // _C.ATTENTION_TILE + 2) // _C.ATTENTION_MANY_SPLIT_TILES
     by_memory = PARTIAL_BYTES // max(4 * rows * head_dim, 1)
-    return max(min(_C.ATTENTION_MAX_ROW_SPLITS, by_keys, by_memory), 1)
+    return max(min(_C.ATTENTION_MANY_MAX_SPLITS, by_keys, by_memory), 1)
 
 
 def why_not_dtype(dtype: torch.dtype, name: str) -> str:

@@ -12,7 +12,6 @@ from llama4_kernels.cuda.quantization import quantize_per_token
 from llama4_kernels.cuda.routing import route_top1, why_not_route_top1
 from llama4_kernels.ops.types import Linear, MoEWeights, Quantized, Routing, dtype_name, new_hidden, scale_of, values_of
 
-MAX_EXPERTS = 1024
 ROW_ALIGNMENT = 16
 
 
@@ -129,8 +128,8 @@ def _gate_up(
             hidden=hidden,
             experts=experts,
             sharing=sharing,
-            prefetch_shared=prefetch,
-            prefetch=weights.shared_w2.weight.data_ptr() if prefetch else 0,
+            prefetch_w_shared=prefetch,
+            prefetch_address=weights.shared_w2.weight.data_ptr() if prefetch else 0,
             prefetch_bytes=weights.shared_w2.weight.nbytes,
             dependent=dependent,
             stream=stream,
@@ -203,8 +202,8 @@ def _steps(linear: Linear) -> int:
 
 
 def _why_not_weights(weights: MoEWeights) -> str:
-    if len(weights.router) > MAX_EXPERTS:
-        return f"there are {len(weights.router)} experts, more than {MAX_EXPERTS}"
+    if len(weights.router) > _C.MAX_MOE_EXPERTS:
+        return f"there are {len(weights.router)} experts, more than {_C.MAX_MOE_EXPERTS}"
     for name in ("w13", "w2", "shared_w13", "shared_w2"):
         weight = getattr(weights, name).weight
         if weight.dtype == torch.float32:
