@@ -15,11 +15,11 @@ struct Request {
     int index;
     int first_token;
     int queries;
-    int before;  // keys that precede its first query
+    int before;  // keys that precede its first query; lengths that are too small may give wrong answers, but no item without tiles
 
     __device__ Request(const AttentionArguments& a, int request) : index(request), first_token(a.query_start_loc[request]) {
         queries = a.query_start_loc[request + 1] - first_token;
-        before = a.seq_lens[request] - queries;
+        before = max(a.seq_lens[request] - queries, 0);
     }
 };
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import pickle
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -57,8 +58,15 @@ def test_the_first_backend_that_can_run_is_taken(triton_on_cpu):
     assert chosen("fused_moe") == "triton"
 
 
+@pytest.fixture
+def kernels_are_defined():
+    """Whether a kernel is interpreted is decided when its module is imported, for all later tests of the process too."""
+    for stem in set(backend.OPS.values()):
+        importlib.import_module(f"llama4_kernels.triton.{stem}")
+
+
 @pytest.mark.parametrize("interpret", ["1", "true"])
-def test_the_interpreter_is_taken_only_where_it_is_asked_for(monkeypatch, interpret):
+def test_the_interpreter_is_taken_only_where_it_is_asked_for(monkeypatch, kernels_are_defined, interpret):
     monkeypatch.setenv("TRITON_INTERPRET", interpret)
     assert available_backends("fused_moe", "cpu")["triton"] == ""
     assert {choice.backend for choice in backend.choices("cpu")} == {"reference"}
@@ -69,7 +77,7 @@ def test_the_interpreter_is_taken_only_where_it_is_asked_for(monkeypatch, interp
         assert chosen("fused_moe") == "triton"
 
 
-def test_what_a_backend_refuses_does_not_go_to_the_interpreter(monkeypatch):
+def test_what_a_backend_refuses_does_not_go_to_the_interpreter(monkeypatch, kernels_are_defined):
     import llama4_kernels.cuda as cuda
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -119,7 +127,7 @@ def test_a_model_in_float32_has_its_moe_and_attention_in_triton_on_a_hopper(monk
         assert {choice.op for choice in backend.choices("cpu", dtype) if choice.backend == "cuda"} == set(backend.OPS) - in_triton
 
 
-def test_what_the_interpreter_is_asked_for_goes_to_no_other(monkeypatch):
+def test_what_the_interpreter_is_asked_for_goes_to_no_other(monkeypatch, kernels_are_defined):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     computed = []
     monkeypatch.setattr(backend, "_find", lambda name, op: lambda x: computed.append(name))
