@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from llama4_kernels.tables import new_console, new_table
 
 
 def run(op: str, name: str, backend: str | None = None) -> int:
-    """The command: 0, 1 where there is nothing to say of these kernels, or 2 for a workload that there is not.
+    """The command: 0, 1 where there is nothing to say of these kernels, or 2 for a workload that there is not and where Triton interprets.
 
     name: a workload's name, with or without the op at its head.
     """
@@ -22,6 +23,8 @@ def run(op: str, name: str, backend: str | None = None) -> int:
         workload = workloads.parse(name if name.startswith(f"{op}/") else f"{op}/{name}")
         if backend is not None and backend not in BACKENDS[:2]:
             raise ValueError(f"backend is {backend!r}, needs one of {', '.join(BACKENDS[:2])}")
+        if os.environ.get("TRITON_INTERPRET"):
+            raise ValueError("TRITON_INTERPRET is set, needs to be unset: interpreted kernels have no machine code")
     except ValueError as error:
         print(f"profile: {error}", file=sys.stderr)
         return 2

@@ -111,3 +111,9 @@ def test_the_extension_s_kernels_are_found_by_op():
 def test_what_cannot_be_profiled_is_said(arguments, complaint):
     ran = invoke(*arguments)
     assert ran.exit_code == 2 and complaint in ran.output
+
+
+def test_interpreted_kernels_are_not_looked_at(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    ran = invoke("quantize_per_token", "fp8/scout/tp8/t64")
+    assert ran.exit_code == 2 and "TRITON_INTERPRET is set, needs to be unset" in ran.output

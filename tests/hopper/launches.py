@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -51,6 +52,7 @@ def _launches(kernels: ModuleType, modules: dict[str, ModuleType], workload: Wor
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     measured = measure(emulation.load(emulation.build()))
     lines = [f' "{name}": [\n  ' + ",\n  ".join(map(json.dumps, launches)) + "\n ]" for name, launches in measured.items()]
     BASELINE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
