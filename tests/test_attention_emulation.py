@@ -48,7 +48,7 @@ PLANTED = {
     "runs that leave out the last split": (
         SCHEDULE, "«ceil_div(splits.count, items)» : 1;", "max(ceil_div(splits.count, items) - 1, 1)"
     ),
-    "positions without the prefix": (GEOMETRY, "before = a.seq_lens[request] - queries;", "before = 0;"),
+    "positions without the prefix": (GEOMETRY, "before = «max(a.seq_lens[request] - queries, 0)»;", "0"),
     "masks of boundary tiles left out": (ATTEND, "if (start < seen_by_all_from || start + ATTENTION_TILE > seen_by_all_to) mask(start);", ""),
     "old output not corrected": (ATTEND, "            «correct_output();»\n            pack_weights();", ""),
     "parts unweighted": (ATTEND, "«hopper::exp2_approximate(part_weights[part] - highest)»;", "1.0f"),
@@ -252,6 +252,15 @@ def test_fewer_splits_where_memory_is_short(op, monkeypatch):
 )
 def test_how_many_splits_there_may_be(op, rows, most_keys, chunk_size, want):
     assert op.__globals__["max_few_splits"](rows, 128, most_keys, chunk_size) == want
+
+
+def test_lengths_that_are_too_small_keep_nobody_waiting(op):
+    """They are an error that only the check of values notices; the other request does not."""
+    arguments, options = batch([(600, 400), (300, 1)], chunk_size=None, page_size=16, **SCOUT)
+    want = run(op, arguments, options)[400:]
+    options["seq_lens"] = torch.tensor([5, 300], dtype=torch.int32)
+    assert_same_bits(run(op, arguments, options)[400:], want)
+    assert_counters_are_zero(op)
 
 
 def test_nan_that_a_request_sees_stays_in_it(op):

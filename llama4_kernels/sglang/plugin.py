@@ -11,18 +11,14 @@ import sys
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from llama4_kernels.sglang.control_checks import CHECKS, check_memory
-
 MODEL_IMPL = "llama4_kernels"
 
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
-_REQUESTS = "sglang.srt.managers.io_struct"
 _DETOKENIZER = "sglang.srt.managers.detokenizer_manager.DetokenizerManager"
 _RESULTS = "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
 _PROFILER = "sglang.srt.managers.scheduler_components.profiler_manager.SchedulerProfilerManager"
 _RUNNER = "sglang.srt.model_executor.model_runner_components"
 _SESSIONS = "sglang.srt.session.session_controller"
-_PROCESSORS = "sglang.srt.multimodal.processors"
 
 _registered: list[str] = []  # targets of hooks
 
@@ -66,7 +62,7 @@ def _has_flag(model_config) -> bool:
     return str(model_config.model_impl).lower() == MODEL_IMPL
 
 
-def _server_has_flag() -> bool:
+def server_has_flag() -> bool:
     """Whether this process is of a server started with --model-impl llama4_kernels: for hooks that are given no model_config."""
     from sglang.srt.runtime_context import get_context, get_model
 
@@ -167,39 +163,6 @@ def _deserialize_own_rank(original, worker, serialized_named_tensors):
         return error
 
 
-def _read_request(original, *args, **kwargs):
-    if not _server_has_flag():
-        return original(*args, **kwargs)
-    from llama4_kernels.sglang.request_errors import read_request
-
-    with read_request():
-        return original(*args, **kwargs)
-
-
-def _check_samples(result, request) -> None:
-    if _server_has_flag():
-        from llama4_kernels.sglang.request_checks import check_samples
-
-        check_samples(request.parallel_sample_num, request.batch_size)
-
-
-def _init_request_state(original, manager, request, http_request=None):
-    if is_our_model(manager.model_config):
-        from llama4_kernels.sglang.request_checks import check_rids
-
-        check_rids(request.rid, http_request)
-    return _read_request(original, manager, request, http_request)
-
-
-async def _tokenize_request(original, manager, *args):
-    if not is_our_model(manager.model_config):
-        return await original(manager, *args)
-    from llama4_kernels.sglang.request_errors import read_request
-
-    with read_request():
-        return await original(manager, *args)
-
-
 def _hook_requests(result, manager) -> None:
     """Only of the process that takes requests: each hook takes SGLang's registry some 30 ms. Of them only one has routes, which the others would
     have to import."""
@@ -223,6 +186,8 @@ def _hook_requests(result, manager) -> None:
 @functools.cache
 def register_request_hooks() -> None:
     """Register and apply the hooks of the process that takes requests."""
+    from llama4_kernels.sglang.request_hooks import REQUEST_HOOKS
+
     _register(REQUEST_HOOKS)
     HookRegistry.apply_hooks()
 
@@ -230,88 +195,10 @@ def register_request_hooks() -> None:
 @functools.cache
 def register_image_hooks() -> None:
     """Register and apply the hooks of the process that takes requests with images."""
+    from llama4_kernels.sglang.request_hooks import IMAGE_HOOKS
+
     _register(IMAGE_HOOKS)
     HookRegistry.apply_hooks()
-
-
-def _check_request(result, manager, request, input_ids) -> None:
-    config = manager.model_config
-    if not is_our_model(config):
-        return
-    from sglang.srt.runtime_context import get_memory, get_schedule
-
-    from llama4_kernels.sglang.request_checks import check_request
-
-    check_request(
-        request,
-        input_ids,
-        vocab_size=config.vocab_size,
-        end_tokens=_end_tokens(config, manager.tokenizer),
-        computes_whole_prompts=get_memory().disable_radix_cache and get_schedule().chunked_prefill_size == -1,
-        image_tokens=_image_tokens(manager.mm_processor),
-    )
-    check_memory(manager)
-
-
-def _check_types(tokenized, manager, *args, **kwargs) -> None:
-    if is_our_model(manager.model_config):
-        from llama4_kernels.sglang.request_checks import check_types
-
-        check_types(tokenized)
-
-
-def _check_control_request(check, manager, request=None, *args, **kwargs) -> None:
-    if is_our_model(manager.model_config):
-        check(manager, request)
-
-
-def _nest_images(request, *args, **kwargs) -> None:
-    if _server_has_flag():
-        from llama4_kernels.sglang.images import nest
-
-        nest(request)
-
-
-def _check_image_file(image_file) -> None:
-    if _server_has_flag():
-        from llama4_kernels.sglang.images import check_file
-
-        check_file(image_file)
-
-
-def _load_image(original, *args, **kwargs):
-    if not _server_has_flag():
-        return original(*args, **kwargs)
-    from llama4_kernels.sglang.images import read_image
-
-    with read_image():
-        return original(*args, **kwargs)
-
-
-async def _process_images(original, processor, image_data, input_text, *args, **kwargs):
-    if not _server_has_flag() or not isinstance(input_text, list):
-        return await original(processor, image_data, input_text, *args, **kwargs)
-    from llama4_kernels.sglang.images import process_tokens
-
-    return await process_tokens(original, processor, image_data, input_text, *args, **kwargs)
-
-
-def _image_tokens(mm_processor):
-    """None where SGLang has no processor of images."""
-    if mm_processor is None:
-        return None
-    from llama4_kernels.sglang.media_checks import ImageTokens
-
-    image, part_id, tokenizer = mm_processor._processor.image_token, mm_processor.IM_TOKEN_ID, mm_processor._processor.tokenizer
-    return ImageTokens(image, tokenizer.convert_tokens_to_ids(image), tokenizer.convert_ids_to_tokens(part_id), part_id)
-
-
-def _end_tokens(model_config, tokenizer) -> frozenset[int]:
-    """What SGLang keeps from an answer until it has min_new_tokens."""
-    tokens = set(model_config.hf_eos_token_id or ())
-    if tokenizer is not None:
-        tokens |= {tokenizer.eos_token_id, *(tokenizer.additional_stop_token_ids or ())}
-    return frozenset(tokens - {None})
 
 
 def _bound_stop_patterns(result, scheduler) -> None:
@@ -330,7 +217,7 @@ def _end_at_stop(original, request, *args, full_window_matched=True, **kwargs):
 
 
 def _forget_replaced_requests(session, req, *args, **kwargs) -> None:
-    if _server_has_flag():
+    if server_has_flag():
         from llama4_kernels.sglang.sessions import forget_replaced_requests
 
         forget_replaced_requests(session, req.session_params)
@@ -338,14 +225,14 @@ def _forget_replaced_requests(session, req, *args, **kwargs) -> None:
 
 def _refuse_lost_images(result, session, req, tokenizer, vocab_size, *args, **kwargs) -> None:
     node = None if session.streaming else session.req_nodes.get(result.rid)
-    if node is not None and node.req is result and _server_has_flag():
+    if node is not None and node.req is result and server_has_flag():
         from llama4_kernels.sglang.sessions import refuse_lost_images
 
         refuse_lost_images(session, result, len(req.input_ids), vocab_size)
 
 
 def _let_requests_end(controller, session_id) -> None:
-    if _server_has_flag():
+    if server_has_flag():
         from llama4_kernels.sglang.sessions import let_requests_end
 
         let_requests_end(controller.sessions[session_id])
@@ -353,7 +240,7 @@ def _let_requests_end(controller, session_id) -> None:
 
 def _tell_workers_apart(original, detokenizer, batch):
     """Requests of two HTTP processes may have one rid, by which SGLang keeps their texts: it is made unique by the process's address."""
-    if not batch.http_worker_ipcs or not _server_has_flag():
+    if not batch.http_worker_ipcs or not server_has_flag():
         return original(detokenizer, batch)
     rids = batch.rids
     batch.rids = [f"{rid} {ipc}" for rid, ipc in zip(rids, batch.http_worker_ipcs, strict=True)]
@@ -365,7 +252,7 @@ def _tell_workers_apart(original, detokenizer, batch):
 
 def _start_profile_once(original, profiler, *args, **kwargs):
     """SGLang would start a second profile over the first."""
-    if _server_has_flag() and getattr(profiler, "profile_in_progress", False):
+    if server_has_flag() and getattr(profiler, "profile_in_progress", False):
         from sglang.srt.managers.io_struct import ProfileReqOutput
 
         return ProfileReqOutput(success=False, message="Profiling is already in progress. Call /stop_profile first.")
@@ -373,14 +260,14 @@ def _start_profile_once(original, profiler, *args, **kwargs):
 
 
 def _free_rows_ruled_out(result, mask, logits) -> None:
-    if _server_has_flag():
+    if server_has_flag():
         from llama4_kernels.sglang.sampling import free_rows_ruled_out
 
         free_rows_ruled_out(logits)
 
 
 def _blame_min_new_tokens(result, processor, req=None, *args, **kwargs) -> None:
-    if _server_has_flag():
+    if server_has_flag():
         from llama4_kernels.sglang.sampling import blame_min_new_tokens
 
         blame_min_new_tokens(req)
@@ -418,22 +305,4 @@ HOOKS = (
     (f"{_RESULTS}._apply_prefill_grammar", _blame_min_new_tokens, HookType.AFTER),
     (f"{_RESULTS}._accept_grammar_tokens", _blame_min_new_tokens, HookType.AFTER),
     ("sglang.srt.model_executor.model_runner.adjust_config_with_unaligned_cpu_tp", _adjust_config_on_cpu, HookType.AROUND),
-)
-REQUEST_HOOKS = (
-    ("sglang.srt.utils.request_logger.RequestLogger.log_received_request", _read_request, HookType.AROUND),
-    (f"{_REQUESTS}.GenerateReqInput.normalize_batch_and_arguments", _read_request, HookType.AROUND),
-    (f"{_REQUESTS}.GenerateReqInput._handle_parallel_sampling", _check_samples, HookType.AFTER),
-    (f"{_REQUESTS}.EmbeddingReqInput.normalize_batch_and_arguments", _read_request, HookType.AROUND),
-    (f"{_MANAGER}._init_req_state", _init_request_state, HookType.AROUND),
-    (f"{_MANAGER}._tokenize_one_request", _tokenize_request, HookType.AROUND),
-    (f"{_MANAGER}._batch_tokenize_and_process", _tokenize_request, HookType.AROUND),
-    (f"{_MANAGER}._validate_one_request", _check_request, HookType.AFTER),
-    (f"{_MANAGER}._create_tokenized_object", _check_types, HookType.AFTER),
-    *((f"{_MANAGER}.{name}", functools.partial(_check_control_request, check), HookType.BEFORE) for name, check in CHECKS.items()),
-)
-IMAGE_HOOKS = (
-    (f"{_REQUESTS}.GenerateReqInput._normalize_image_data", _nest_images, HookType.BEFORE),
-    ("sglang.srt.utils.common.get_image_bytes", _check_image_file, HookType.BEFORE),
-    (f"{_PROCESSORS}.base_processor.BaseMultimodalProcessor._load_single_item", _load_image, HookType.AROUND),
-    (f"{_PROCESSORS}.mllama4.Mllama4ImageProcessor.process_mm_data_async", _process_images, HookType.AROUND),
 )

@@ -7,7 +7,7 @@ import pytest
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.session.session_controller import Session, SessionReqNode
 
-from llama4_kernels.sglang import plugin, updates
+from llama4_kernels.sglang import plugin, request_hooks, updates
 
 
 def of(model_impl, is_draft_model=False):
@@ -25,9 +25,9 @@ STOCK = SimpleNamespace(model_config=of("auto"))
     (plugin._update_weights_from_tensor, [STOCK, []], {}),
     (plugin._deserialize_own_rank, [SimpleNamespace(model_runner=STOCK), []], {}),
     (plugin._adjust_config_on_cpu, [STOCK.model_config, None, 2], {}),
-    (plugin._read_request, ["no request"], {}),
-    (plugin._load_image, ["no image"], {}),
-    (plugin._init_request_state, [STOCK, "no request", None], {}),
+    (request_hooks._read_request, ["no request"], {}),
+    (request_hooks._load_image, ["no image"], {}),
+    (request_hooks._init_request_state, [STOCK, "no request", None], {}),
     (plugin._tell_workers_apart, ["no detokenizer", SimpleNamespace(http_worker_ipcs=["a"])], {}),
     (plugin._start_profile_once, [SimpleNamespace(profile_in_progress=True)], {}),
 ], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
@@ -41,16 +41,16 @@ def test_what_other_servers_compute_is_left_to_sglang(hook, arguments, options):
 def test_what_other_servers_are_asked_is_left_to_sglang():
     for hook in (plugin._derive_layers, plugin._hook_requests):
         hook(None, STOCK if hook is plugin._hook_requests else STOCK.model_config)
-    plugin._check_request(None, STOCK, "no request", [])
-    plugin._check_types("no request", STOCK)
-    plugin._check_samples(None, "no request")
-    plugin._check_control_request(Mock(side_effect=ValueError), STOCK)
+    request_hooks._check_request(None, STOCK, "no request", [])
+    request_hooks._check_types("no request", STOCK)
+    request_hooks._check_samples(None, "no request")
+    request_hooks._check_control_request(Mock(side_effect=ValueError), STOCK)
     plugin._bound_stop_patterns(None, STOCK)
     plugin._forget_replaced_requests("no session", SimpleNamespace(session_params=None))
     plugin._refuse_lost_images("no request", SimpleNamespace(streaming=True), "no request", None, 0)
     plugin._let_requests_end("no controller", "no session")
-    plugin._nest_images("no request")
-    plugin._check_image_file("/dev/zero")
+    request_hooks._nest_images("no request")
+    request_hooks._check_image_file("/dev/zero")
     plugin._free_rows_ruled_out(None, "no mask", "no logits")
     plugin._blame_min_new_tokens(None, "no processor")
 
@@ -64,10 +64,10 @@ def test_weights_of_the_draft_model_are_updated_as_sglang_does(is_draft, update,
 
 def test_what_ends_an_answer():
     tokenizer = SimpleNamespace(eos_token_id=2, additional_stop_token_ids={3})
-    assert plugin._end_tokens(SimpleNamespace(hf_eos_token_id={1}), tokenizer) == {1, 2, 3}
-    assert plugin._end_tokens(SimpleNamespace(hf_eos_token_id={1}), None) == {1}
+    assert request_hooks._end_tokens(SimpleNamespace(hf_eos_token_id={1}), tokenizer) == {1, 2, 3}
+    assert request_hooks._end_tokens(SimpleNamespace(hf_eos_token_id={1}), None) == {1}
     tokenizer = SimpleNamespace(eos_token_id=None, additional_stop_token_ids=None)
-    assert plugin._end_tokens(SimpleNamespace(hf_eos_token_id=None), tokenizer) == frozenset()
+    assert request_hooks._end_tokens(SimpleNamespace(hf_eos_token_id=None), tokenizer) == frozenset()
 
 
 @pytest.mark.parametrize("turn, streaming, left", [
@@ -110,12 +110,12 @@ def session_of(*turns, streaming=False):
 
 
 def replace(session, turn, monkeypatch):
-    monkeypatch.setattr(plugin, "_server_has_flag", lambda: True)
+    monkeypatch.setattr(plugin, "server_has_flag", lambda: True)
     plugin._forget_replaced_requests(session, SimpleNamespace(session_params=SimpleNamespace(**{"replace": False, "rid": None} | turn)))
 
 
 def test_a_profile_is_started_once(monkeypatch):
-    monkeypatch.setattr(plugin, "_server_has_flag", lambda: True)
+    monkeypatch.setattr(plugin, "server_has_flag", lambda: True)
     original = Mock()
     refused = plugin._start_profile_once(original, SimpleNamespace(profile_in_progress=True))
     assert not refused.success and "already in progress" in refused.message and not original.called
