@@ -31,8 +31,8 @@ has_server_needs = pytest.mark.skipif(
 has_transformers = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
 
 FAKE_SERVER = '''
-"""A stand-in for sglang.launch_server. FAKE says what it does: serve, die, hang (never healthy) or cling (ignore SIGTERM and SIGINT)."""
-import http.server, os, pathlib, signal, subprocess, sys
+"""A stand-in for sglang.launch_server. FAKE says what it does: serve, die, hang (never healthy), cling (ignore SIGTERM and SIGINT) or be slow."""
+import http.server, os, pathlib, signal, subprocess, sys, time
 port = int(next(a for a in sys.argv if a.startswith("--port=")).split("=")[1])
 child = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"])
 pathlib.Path(os.environ["FAKE_PIDS"]).write_text(f"{os.getpid()} {child.pid}")
@@ -46,6 +46,7 @@ if what == "cling":
         signal.signal(number, signal.SIG_IGN)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
+        time.sleep(3 if what == "slow" else 0)
         self.send_response(503 if what == "hang" else 200); self.end_headers()
     def do_POST(self):
         self.send_response(400); self.end_headers(); self.wfile.write(b"no such prompt")
@@ -282,6 +283,14 @@ def test_a_server_imports_nothing_of_the_folder_it_is_started_in(fake_sglang, tm
     (tmp_path / "sglang" / "__init__.py").write_text("raise SystemExit('the wrong one')")
     monkeypatch.chdir(tmp_path)
     fake_sglang("serve")
+    with server.serve("model", log=tmp_path / "log", timeout=30) as running:
+        assert running.process.poll() is None
+
+
+@has_server_needs
+def test_a_server_whose_health_check_takes_seconds(fake_sglang, tmp_path):
+    """As one of Triton's interpreter does, which computes a token for it."""
+    fake_sglang("slow")
     with server.serve("model", log=tmp_path / "log", timeout=30) as running:
         assert running.process.poll() is None
 

@@ -117,7 +117,7 @@ def serve(
                 if server.seconds_to_start > timeout:
                     raise ServerError(f"the server was not healthy after {timeout:.0f} s\n{_tail(log)}")
                 with contextlib.suppress(requests.RequestException):
-                    if requests.get(f"{server.url}/health", timeout=2).status_code == 200:
+                    if requests.get(f"{server.url}/health", timeout=min(10, timeout)).status_code == 200:
                         break
                 progress(server.seconds_to_start, _last_line(log))
                 time.sleep(0.5)
