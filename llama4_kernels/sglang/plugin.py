@@ -36,7 +36,7 @@ def is_registered() -> bool:
 
 def missing_hooks() -> list[str]:
     """Targets of registered hooks that SGLang has not applied, which it logs as an error and then goes on."""
-    return [target for target in _registered if target not in HookRegistry._patched]
+    return [target for target in dict.fromkeys(_registered) if target not in HookRegistry._patched]
 
 
 def check_hooks() -> None:
