@@ -260,7 +260,7 @@ def test_a_source_distribution_holds_all_sources_tests_and_docs_and_nothing_buil
         (clone / built).touch()
     subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=clone, check=True, capture_output=True)
     [archive] = (clone / "dist").iterdir()
-    shutil.unpack_archive(archive, tmp_path / "unpacked", filter="data")
+    shutil.unpack_archive(archive, tmp_path / "unpacked")
     [unpacked] = (tmp_path / "unpacked").iterdir()
     made = {file for file in files_in(unpacked) if file in ("PKG-INFO", "setup.cfg") or file.startswith("llama4_kernels.egg-info/")}
     assert files_in(unpacked) - made == sources
