@@ -4,8 +4,8 @@
 #
 # usage: scripts/gpu_check.sh OUT_DIR
 # PYTHON: the interpreter (python3). TOTAL_SECONDS: the most that all of it may take; what is not begun by then has failed.
-# STEP_SECONDS, FILE_SECONDS, TEST_SECONDS, BENCH_SECONDS: the most that a step may take (600), the tests of a file where files run one by one
-# (120), a test (60), and a measurement (60). JOBS: tests at a time (8).
+# STEP_SECONDS, FILE_SECONDS, TEST_SECONDS, BENCH_SECONDS: the most that a step may take (600), the tests of a file where each file has a
+# process (120), a test (60; twice that where Triton compiles for it), and a measurement (60). JOBS: tests at a time (8).
 # PEERS: folder of other projects' packages, to measure them beside ours.
 # STEPS: the steps to run where time is short, say "build tests"; what an earlier run built in OUT_DIR is used again without "build", and its
 # results stay in the table. LLAMA4_KERNELS_COMMIT: the commit, where this is a copy without a repository.
@@ -45,6 +45,7 @@ bench_seconds=${BENCH_SECONDS:-60}
 jobs=${JOBS:-8}
 installed=$out/site-packages
 export PYTHONPATH=$installed${PYTHONPATH:+:$PYTHONPATH}
+export PATH=$PATH:/usr/local/cuda/bin
 touch "$out/steps.tsv"
 
 record() { # name, status, seconds, note
@@ -78,7 +79,8 @@ step() { # name, command...
     fi
     if [ "$limit" -gt "$step_seconds" ]; then limit=$step_seconds; fi
     echo "== $name: $*"
-    timeout --signal=INT --kill-after=10 "$limit" "$@" > "$log" 2>&1
+    # Longer than the 10 s that pytest-xdist gives its workers before it writes what they found.
+    timeout --signal=INT --kill-after=30 "$limit" "$@" > "$log" 2>&1
     code=$?
     note=$(grep -v '^[[:space:]]*$' "$log" | tail -n 1 | tr '\t' ' ' | cut -c1-100)
     case $code in
@@ -93,25 +95,32 @@ step() { # name, command...
 
 pytest=(env PYTHONSAFEPATH=1 "$python" -m pytest -p no:cacheprovider -o addopts=--strict-markers)
 
-no_gpu=$("$python" -c '
+reason() { # Python that prints why not, or nothing
+    "$python" -c "$1" 2> "$out/reason.log" || echo "$python failed: $(tail -n 1 "$out/reason.log")"
+}
+
+no_gpu=$(reason '
 import torch
 if not torch.cuda.is_available():
     print("torch sees no GPU")
 elif torch.cuda.get_device_capability() != (9, 0):
     print(torch.cuda.get_device_name(), "is not a Hopper GPU")
-' 2>&1 | tail -n 1)
+')
 
-no_nvcc=$("$python" -c '
+no_nvcc=$(reason '
 import os, setup
 print("; ".join(setup.missing_tools(os.environ)))
-' 2>&1 | tail -n 1)
+')
 
 if chosen build || chosen install; then rm -rf "$installed"; fi
+install=("$python" -m pip install -v --no-build-isolation --no-deps --no-index --target "$installed" .)
 if [ -n "$no_nvcc" ] && [ -n "$no_gpu" ]; then
-    step install env LLAMA4_KERNELS_CUDA=off "$python" -m pip install -v --no-build-isolation --no-deps --no-index --target "$installed" .
+    step install env LLAMA4_KERNELS_CUDA=off "${install[@]}"
     skip build "missing: $no_nvcc"
 else
-    step build env LLAMA4_KERNELS_CUDA=on "$python" -m pip install -v --no-build-isolation --no-deps --no-index --target "$installed" .
+    step build env LLAMA4_KERNELS_CUDA=on "${install[@]}"
+    # So that the kernels in Triton are tested nonetheless.
+    if [ ! -d "$installed" ]; then step build-without-cuda env LLAMA4_KERNELS_CUDA=off "${install[@]}"; fi
 fi
 step package "${pytest[@]}" --junitxml "$out/package.xml" tests/test_package.py
 
@@ -129,23 +138,27 @@ if [ -n "$no_gpu" ]; then
     for name in tests measuring memcheck racecheck benchmarks trials calibration peers; do skip "$name" "$no_gpu"; done
 else
     measuring=tests/test_bench_gpu.py  # has the GPU to itself
-    # Tests run side by side, each for TEST_SECONDS at most; one that hangs or faults ends its process, and another takes the tests left.
-    # Without the plugins for that there is a process for each file.
-    if "$python" -c 'import pytest_timeout, xdist' 2> /dev/null; then
-        # pytest-benchmark, where it is installed, would warn in each worker that it is off there.
-        workers=(-n "$jobs" --dist worksteal --timeout "$test_seconds" --timeout-method thread -p no:benchmark)
-        step tests env OMP_NUM_THREADS=2 "${pytest[@]}" -v -m gpu "${workers[@]}" --junitxml "$out/tests.xml" --ignore "$measuring" tests
-    else
-        rm -f "$out/tests-list.log"
-        step tests-list "${pytest[@]}" -m gpu --collect-only -q --ignore "$measuring" tests
-        for file in $(sed -n 's/^\(tests[^:]*\)::.*/\1/p' "$out/tests-list.log" 2> /dev/null | uniq); do
-            name=tests-$(basename "$file" .py)
-            step_seconds=$file_seconds step "$name" "${pytest[@]}" -v -m gpu --junitxml "$out/$name.xml" "$file"
+    # pytest-benchmark, where it is installed, would warn in each worker that it is off there.
+    workers=(-n "$jobs" --dist worksteal --timeout-method thread -p no:benchmark)
+    gpu_tests() { # name, what -k takes, most seconds of a test
+        local name=tests-$1 these=(-v -m gpu -k "$2" --continue-on-collection-errors --ignore "$measuring")
+        # Tests run side by side; one that hangs or faults ends its process, and another takes the tests left.
+        # Without the plugins for that there is a process for each file.
+        if "$python" -c 'import pytest_timeout, xdist' 2> /dev/null; then
+            step "$name" env OMP_NUM_THREADS=2 "${pytest[@]}" "${these[@]}" "${workers[@]}" --timeout "$3" --junitxml "$out/$name.xml" tests
+            return
+        fi
+        rm -f "$out/$name-list.log"
+        step "$name-list" "${pytest[@]}" "${these[@]}" --collect-only -q tests
+        for file in $(sed -n 's/^\(tests[^:]*\)::.*/\1/p' "$out/$name-list.log" 2> /dev/null | uniq); do
+            each=$name-$(basename "$file" .py)
+            step_seconds=$file_seconds step "$each" "${pytest[@]}" "${these[@]}" --junitxml "$out/$each.xml" "$file"
         done
-    fi
-    step measuring "${pytest[@]}" -v -m gpu --junitxml "$out/measuring.xml" "$measuring"
-    sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2> /dev/null || true)
-    for tool in memcheck racecheck; do
+    }
+    gpu_tests cuda "not triton" "$test_seconds"
+    step_seconds=$file_seconds step measuring "${pytest[@]}" -v -m gpu --junitxml "$out/measuring.xml" "$measuring"
+    sanitizer=$(command -v compute-sanitizer || true)
+    for tool in racecheck memcheck; do
         if [ -z "$sanitizer" ]; then
             skip "$tool" "no compute-sanitizer on PATH or in /usr/local/cuda/bin"
             continue
@@ -157,9 +170,8 @@ else
                 --target-processes all "${pytest[@]}" -v -m "gpu and small" -k "not triton" --junitxml "$out/$name.xml" "$file"
         done
     done
+    gpu_tests triton triton $((2 * test_seconds))
     bench=("${pytest[@]}" -m gpu --job-seconds "$bench_seconds")
-    step benchmarks env PYTHONPATH="$PYTHONPATH${PEERS:+:$PEERS}" "${bench[@]}" ${PEERS:+--peers} --benchmark-json "$out/benchmarks.json" \
-        --records "$out/records.json" bench/bench_*.py
     for trial in as-they-are PDL=0 PREFETCH=1; do
         name=trials-${trial/=/-}
         switch=()
@@ -167,6 +179,8 @@ else
         step "$name" env "${switch[@]}" "${bench[@]}" -k cuda --records "$out/trials.json" --workloads 'fused_moe/fp8/*/tp8/t1' \
             --workloads 'fused_moe/fp8/*/tp8/t16' --workloads 'fused_moe/fp8/*/tp8/t64' bench/bench_moe.py
     done
+    step benchmarks env PYTHONPATH="$PYTHONPATH${PEERS:+:$PEERS}" "${bench[@]}" ${PEERS:+--peers} --benchmark-json "$out/benchmarks.json" \
+        --records "$out/records.json" bench/bench_*.py
     step calibration "$python" -m bench.calibration --out "$out/calibration"
     if [ -n "${PEERS:-}" ]; then
         step peers "$python" -m bench.calibration --only peers --peers "$PEERS" --out "$out/calibration"

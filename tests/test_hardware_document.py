@@ -103,6 +103,13 @@ def test_without_a_record_it_says_that_nothing_was_measured(tmp_path):
     assert "### Peers" not in text and not list(tmp_path.iterdir())
 
 
+def test_a_gpu_of_which_only_our_own_kernels_are_known_has_no_section(tmp_path):
+    other = dataclasses.replace(GPU, device="NVIDIA H100 80GB HBM3")
+    ours = benchmark("fused_moe/fp8/scout/tp8/t64", "cuda", 100.0, machine=other, peer=False)
+    text = page.page([*CEILINGS, ours], tmp_path)
+    assert "## NVIDIA H200" in text and "H100" not in text
+
+
 def test_ceilings_are_those_of_large_copies_and_square_products(tmp_path):
     text = page.page(CEILINGS, tmp_path)
     assert [row[1:] for row in rows(text, "Ceilings in use")] == [

@@ -219,6 +219,31 @@ def test_a_second_gpu_check_keeps_what_the_first_found(tmp_path):
     assert statuses == ["failed"], rows
 
 
+# A Python on a Hopper host with nvcc, whose build fails where FAILS says so, and whose tests do nothing.
+GPU_HOST = """#!/bin/bash
+case "$*" in
+    *torch.cuda.get_device_capability* | *setup.missing_tools*) echo "a warning" >&2 ;;
+    "-m pip"*) [ "$LLAMA4_KERNELS_CUDA" != "$FAILS" ] && mkdir -p "${PYTHONPATH%%:*}" ;;
+    *--collect-only*) echo "llama4_kernels: ${PYTHONPATH%%:*}/llama4_kernels" ;;
+    "- "*) exec python3 "$@" ;;
+    *) echo "ran" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("fails", ["", "on"], ids=["built", "not built"])
+def test_the_gpu_check_begins_with_what_says_most_and_tests_triton_without_a_build(fails, tmp_path):
+    """CUDA's tests and races before Triton's, whose compiler takes most of the time; a build that fails leaves Triton's kernels to test."""
+    python = tmp_path / "python"
+    python.write_text(GPU_HOST)
+    python.chmod(0o755)
+    statuses = {row[0]: row[1] for row in check_without_a_gpu(tmp_path / "out", "build tests trials", PYTHON=str(python), FAILS=fails)}
+    steps = [name for name, status in statuses.items() if status != "skipped"]
+    build = ["build", "build-without-cuda"] if fails else ["build"]
+    assert steps == [*build, "tests-cuda", "tests-triton", "trials-as-they-are", "trials-PDL-0", "trials-PREFETCH-1"]
+    assert [name for name in steps if statuses[name] == "failed"] == (["build"] if fails else [])
+
+
 @pytest.mark.parametrize("first_test", ["tests/test_package.py", "bench/bench_moe.py"])
 def test_pytest_imports_the_package_of_the_path_before_that_of_the_clone(tmp_path, first_test):
     """As scripts/gpu_check.sh installs it: the clone's has no extension."""

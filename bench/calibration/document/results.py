@@ -98,12 +98,13 @@ def read(folder: Path) -> list[Record]:
 
 
 def gpus(records: Iterable[Record]) -> list[Gpu]:
-    """Every GPU of the records, by name."""
+    """Every GPU that the records say more of than our own kernels' times, by name."""
     by_slug: dict[str, list[Record]] = {}
     for each in records:
         if each.machine.kind == "gpu":
             by_slug.setdefault(each.machine.slug, []).append(each)
-    return [_gpu(sorted(found, key=lambda each: each.date)) for _, found in sorted(by_slug.items())]
+    known = [_gpu(sorted(found, key=lambda each: each.date)) for _, found in sorted(by_slug.items())]
+    return [gpu for gpu in known if gpu.latest or gpu.peers]
 
 
 def _gpu(records: Sequence[Record]) -> Gpu:
