@@ -1,4 +1,4 @@
-// The last step of route_top1: the block of the grid that ends last sorts all tokens by their experts.
+// The last step of route_top1: one block, the grid's last to end or with a single slice the first, sorts all tokens by their experts.
 #pragma once
 
 #include <limits>

@@ -19,4 +19,4 @@ else
 fi
 "$python" -c "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__)"
 TRITON_INTERPRET=1 "$python" -m pytest -n 2 -m triton tests
-"$python" -m pytest -m compile tests
+"$python" -m pytest -m compile tests/triton

@@ -1,7 +1,7 @@
 """What a test needs, by marker; a test that this process cannot run is left out.
 
 triton: runs Triton kernels, on a GPU or, with TRITON_INTERPRET=1, in the interpreter. A test parametrised with backend="triton" is one.
-compile: compiles Triton kernels without a GPU, which a process with TRITON_INTERPRET=1 cannot.
+compile: compiles kernels without a GPU: Triton's, which a process with TRITON_INTERPRET=1 cannot, and CUDA's with nvcc.
 gpu: needs a Hopper GPU. There, a test parametrised with a backend that runs on it is one. tests/sglang needs SGLang.
 """
 

@@ -80,6 +80,8 @@ def test_the_serving_guide_says_what_the_planner_says():
     assert "19.1 GiB for the request table, and 14.7 GiB are left there" in found.default_problem
     as_written = answer(gpu="h200", context=2_500_000, requests=1, max_running_requests=864, swa_full_tokens_ratio=memory.SWA_RATIO)
     assert as_written.fit.problem is None
+    of_maverick = answer("maverick", weights="fp8", context=1_048_576).default_problem
+    assert "hold 685,231 and" in of_maverick and "some 685,000 tokens" in text
     weights = sum(model.load("maverick", None).weight_bytes(tp=8).values())
     assert f"its {weights / 2**30:.1f} GiB of weights" in text
 
