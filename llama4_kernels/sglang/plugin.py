@@ -238,6 +238,13 @@ def _let_requests_end(controller, session_id) -> None:
         let_requests_end(controller.sessions[session_id])
 
 
+def _leave_out_unread(processor, batch, result) -> None:
+    if is_our_model(processor.model_config):
+        from llama4_kernels.sglang.logprobs import leave_out_unread
+
+        leave_out_unread(processor, batch, result)
+
+
 def _tell_workers_apart(original, detokenizer, batch):
     """Requests of two HTTP processes may have one rid, by which SGLang keeps their texts: it is made unique by the process's address."""
     if not batch.http_worker_ipcs or not server_has_flag():
@@ -302,6 +309,7 @@ HOOKS = (
     (f"{_SESSIONS}.Session.create_req", _refuse_lost_images, HookType.AFTER),
     (f"{_SESSIONS}.SessionController._close", _let_requests_end, HookType.BEFORE),
     ("sglang.srt.constrained.base_grammar_backend.GrammarMask.apply", _free_rows_ruled_out, HookType.AFTER),
+    (f"{_RESULTS}.process_batch_result_prefill", _leave_out_unread, HookType.BEFORE),
     (f"{_RESULTS}._apply_prefill_grammar", _blame_min_new_tokens, HookType.AFTER),
     (f"{_RESULTS}._accept_grammar_tokens", _blame_min_new_tokens, HookType.AFTER),
     ("sglang.srt.model_executor.model_runner.adjust_config_with_unaligned_cpu_tp", _adjust_config_on_cpu, HookType.AROUND),

@@ -3,6 +3,7 @@
 import re
 
 import engine_standins
+import preloaded
 import pytest
 import torch
 from engine import LENGTHS, NEW_TOKENS, ask, ask_at_once, assert_agrees, differences, llama4_server, prompt
@@ -65,6 +66,19 @@ def test_a_pool_so_small_that_slots_are_used_again(make, oracle, tmp_path):
         for seed in range(6):
             for answer in ask_at_once(server, [prompt(150, seed), prompt(90, seed)], new_tokens=40):
                 assert_agrees(answer, oracle(path))
+
+
+def test_requests_that_are_retracted(make, oracle, tmp_path):
+    """As for want of memory, every third step, by a variable of SGLang's: also before the scheduler has read what their prefill gave. They are
+    prefilled again, with what they have generated."""
+    path, environment = make("scout"), {"SGLANG_TEST_RETRACT": "1"}
+    with llama4_server(path, log=tmp_path / "log", environment=environment, popen=preloaded.import_once) as server:
+        answers = []
+        for new_tokens in 3 * (2, 3, 4):  # so that every third step is each of a request's
+            answers += ask_at_once(server, [prompt(length, new_tokens) for length in (176, 44)], new_tokens)
+    assert "#retracted_reqs: 1, #new_tokens_gained: 176" in (tmp_path / "log").read_text(), "before its first token was read"
+    for answer in answers:
+        assert_agrees(answer, oracle(path))
 
 
 def test_text_only_with_a_config_of_its_own(make, oracle, tmp_path):
