@@ -26,7 +26,7 @@ def moe_down(
     routing: Routing,
     weights: MoEWeights,
     *,
-    out_dtype: torch.dtype = torch.bfloat16,
+    out_dtype: torch.dtype,
     dependent: bool = False,
 ) -> Tensor:
     tokens, k_shared = values_of(shared).shape
@@ -62,7 +62,7 @@ def fused_moe(x: Tensor, weights: MoEWeights) -> Tensor:
     dependent, prefetch = switches.is_on(switches.DEPENDENT_LAUNCH), switches.is_on(switches.PREFETCH)
     routing, codes = route_top1(x, weights.router, quantize=_wants_codes(weights), dependent=dependent)
     shared, routed = _gate_up(x, codes, routing, weights, dependent=dependent, prefetch=prefetch)
-    return moe_down(shared, routed, routing, weights, dependent=dependent)
+    return moe_down(shared, routed, routing, weights, out_dtype=x.dtype, dependent=dependent)
 
 
 def why_not_dtype(dtype: torch.dtype, name: str) -> str:
