@@ -170,6 +170,18 @@ def test_cache_write(backend, cache_dtype, with_scale, with_map):
         assert ((lower <= got.double()) & (got.double() <= upper)).all()
 
 
+@pytest.mark.parametrize("map_dtype", [torch.int32, torch.int64])
+def test_an_empty_map_of_slots_where_no_token_is_written(backend, map_dtype):
+    caches = dict(zip(("k_cache", "v_cache"), torch.randn(2, 3, 4, 2, 20)))
+    before = [cache.clone() for cache in caches.values()]
+    options = dict(num_heads=4, num_kv_heads=2, head_dim=20, cos_sin=cos_sin_table(3, 20))
+    qkv, positions = torch.randn(3, 8 * 20), torch.arange(3)
+    q = compute(backend, "rope_qk_norm", qkv, positions, **options, **caches, slots=torch.full((3,), -1), slot_map=torch.empty(0, dtype=map_dtype))
+    assert_same_bits(list(caches.values()), before)
+    want, _, _ = oracle(qkv, positions, **options)
+    assert_within(q, want, bound(want))
+
+
 def assert_a_slot_named_twice_holds_one_of_its_tokens(op: Callable, cache_dtype: torch.dtype) -> None:
     """Element by element, in a slot of two tokens and in one of sixty. op: writes to the caches that it is given."""
     qkv, positions = torch.randn(64, 9 * 20), torch.arange(64)
