@@ -298,6 +298,8 @@ WITH_FP8_CACHE = WITH_CACHE | dict(k_cache=CACHE.to(FP8), v_cache=CACHE.to(FP8))
         (WITH_CACHE | {"k_cache": CACHE.half()}, TypeError, "k_cache has dtype float16, needs bfloat16 or float32 or float8_e4m3fn"),
         (WITH_CACHE | {"v_cache": CACHE.bfloat16()}, TypeError, "v_cache has dtype bfloat16, needs float32"),
         (WITH_CACHE | {"v_cache": torch.zeros(4, 2, 1, 8).transpose(0, 1)}, ValueError, "v_cache has strides"),
+        (WITH_CACHE | {"k_cache": CACHE, "v_cache": CACHE}, ValueError, "v_cache shares memory with k_cache, needs its own: both are written"),
+        (WITH_CACHE | {"k_cache": CACHE[:1], "v_cache": CACHE.view(8, 1, 1, 8)[3:7].view(1, 4, 1, 8)}, ValueError, "v_cache shares memory"),
         (WITH_CACHE | {"v_scale": torch.ones(())}, ValueError, "v_scale is given with a float32 cache, needs to be None"),
         (WITH_FP8_CACHE | {"k_scale": torch.ones(2)}, ValueError, r"k_scale has shape \[2\], needs \[\] or \[1\] per tensor"),
         (WITH_FP8_CACHE | {"k_scale": torch.tensor(-1.0)}, ValueError, "k_scale holds values from -1 to -1, needs finite ones of at least 0"),

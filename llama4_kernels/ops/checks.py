@@ -138,6 +138,13 @@ def kv_caches(
         _scale(op, name, scale, {"": (), "per tensor": (1,)}, device)
 
 
+def own_memory(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Check that no element of `value` is one of `other`, both of which are contiguous and written. ValueError otherwise."""
+    begin, other_begin = value.data_ptr(), other.data_ptr()
+    if begin < other_begin + other.nbytes and other_begin < begin + value.nbytes:
+        raise ValueError(f"{op}: {name} shares memory with {other_name}, needs its own: both are written")
+
+
 def values_wanted(device: torch.device) -> bool:
     """Whether to check the values inside tensors of indices and scales: on the CPU always; on a GPU, where it costs a host synchronisation,
     only with LLAMA4_KERNELS_CHECK_VALUES=1."""
