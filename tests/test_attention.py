@@ -349,6 +349,7 @@ SLOTS = {"page_table_holds": "slots", "page_table": torch.arange(6).int()[None]}
         ({"page_table_holds": "blocks"}, ValueError, "page_table_holds is 'blocks', needs 'pages' or 'slots'"),
         ({"slot_map": torch.arange(8)}, ValueError, "slot_map is given with page_table_holds='pages', needs 'slots'"),
         ({"chunk_size": 0}, ValueError, "chunk_size is 0, needs an int of at least 1, or None"),
+        ({"chunk_size": 2**63}, ValueError, f"chunk_size is {2**63}, needs an int of at least 1, or None .*, at most {2**63 - 1}"),
         ({"chunk_size": 8.0}, TypeError, "chunk_size is 8.0, needs an int of at least 1, or None"),
         ({"scale": torch.tensor(1.0)}, TypeError, r"scale is tensor\(1.\), needs a finite float"),
         ({"scale": float("nan")}, ValueError, "scale is nan, needs a finite float"),
