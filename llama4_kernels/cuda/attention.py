@@ -31,6 +31,8 @@ def chunked_attention(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
+    if len(k_cache) == 0:  # so that every token is padding, and TMA takes no empty tensor
+        return torch.zeros_like(q)
     out = torch.empty_like(q)
     tokens, num_heads, head_dim = q.shape
     pages, page_size, num_kv_heads, _ = k_cache.shape
