@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             }
         }
         shared.drawn.init(THREADS / WARP);
-        shared.scale = a.scale * LOG2_E * fmaxf(a.k_scale ? *a.k_scale : 1.0f, SMALLEST);  // 0 · −∞ is not −∞
+        shared.scale = fmaxf(a.scale * LOG2_E * (a.k_scale ? *a.k_scale : 1.0f), SMALLEST);  // 0 · −∞ is not −∞
         shared.v_scale = a.v_scale ? *a.v_scale : 1.0f;
         hopper::fence_barrier_init();
     }

@@ -1,4 +1,5 @@
-// Counters in global memory by which those who share a task learn who of them is last.
+// Counters in global memory by which those who share a task learn who of them is last. The launches of a stream share them: a kernel that
+// may start before the one ahead of it has ended draws no ticket before hopper::wait_for_dependencies.
 #pragma once
 
 #include "device.h"

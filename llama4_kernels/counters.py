@@ -11,10 +11,12 @@ _outgrown: list[Tensor] = []  # a graph captured with them still counts in them
 
 
 def tickets(device: torch.device, count: int) -> Tensor:
-    """[n >= count] int32 counters, all 0, of the current stream: launches on one stream never overlap, those on two may. A CUDA graph
-    counts where the stream did that it was captured on: graphs captured on one stream must not be replayed at the same time, nor beside its
-    own launches. Where that stream never counted so far before, the graph gets counters of its own, and a fill of them ahead of each
-    launch: warm up on the stream that captures."""
+    """[n >= count] int32 counters, all 0, of the current stream: launches on two streams may overlap, and those on one do not count at the
+    same time. With programmatic dependent launch a kernel may start before the one ahead of it has ended, so a kernel draws tickets only
+    after it has waited for that one (wait_for_dependencies in csrc/hopper/dependent_launch.cuh). A CUDA graph counts where the stream did
+    that it was captured on: graphs captured on one stream must not be replayed at the same time, nor beside its own launches. Where that
+    stream never counted so far before, the graph gets counters of its own, and a fill of them ahead of each launch: warm up on the stream
+    that captures."""
     if device.type != "cuda":
         return _counters_of((device, 0), device, count, keep=True)
     stream = torch.cuda.current_stream(device).cuda_stream

@@ -190,6 +190,30 @@ def test_a_scale_is_taken(backend):
     assert_attention(backend, arguments, options | {"scale": 0.7})
 
 
+@pytest.mark.parametrize(("scale", "k_scale"), [(1e-8, 0.0), (1e-46, 1.0), (1e-30, 1e-30)])
+@pytest.mark.parametrize("lengths", [[(30, 1), (9, 2)], [(40, 20)]])
+def test_scales_whose_product_is_0_in_float32(backend, lengths, scale, k_scale):
+    """All keys weigh the same then."""
+    arguments, options = batch(lengths, chunk_size=16, heads=(5, 1, 128), dtype=torch.bfloat16, cache_dtype=FP8)
+    assert_attention(backend, arguments, options | dict(scale=scale, k_scale=torch.tensor(k_scale)))
+
+
+@pytest.mark.parametrize("lengths", [[(30, 1), (9, 2)], [(40, 20)]])
+@pytest.mark.parametrize(("dtype", "cache_dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_with_float32_on_either_side_nothing_else_is_rounded(backend, lengths, dtype, cache_dtype):
+    """But the output, to q's dtype."""
+    arguments, options = batch(lengths, chunk_size=16, dtype=dtype, cache_dtype=cache_dtype)
+    assert_within(compute(backend, "chunked_attention", *arguments, **options), *oracle(*arguments, **options))
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, FP8])
+def test_caches_without_pages(backend, cache_dtype):
+    """All tokens are padding."""
+    (q, *caches), options = batch([(0, 0)], chunk_size=None, heads=(5, 1, 128), dtype=torch.bfloat16, cache_dtype=cache_dtype, padding=5)
+    out = compute(backend, "chunked_attention", q, *(cache[:0] for cache in caches), **options)
+    assert_same_bits(out, torch.zeros_like(q))
+
+
 def test_the_reference_keeps_nan_to_the_queries_that_see_it():
     """NaN in keys and values of the first chunk reaches that chunk's later queries, and not those of the next."""
     (q, k_cache, v_cache), options = batch([(16, 16)], chunk_size=8)
@@ -349,6 +373,7 @@ SLOTS = {"page_table_holds": "slots", "page_table": torch.arange(6).int()[None]}
         ({"page_table_holds": "blocks"}, ValueError, "page_table_holds is 'blocks', needs 'pages' or 'slots'"),
         ({"slot_map": torch.arange(8)}, ValueError, "slot_map is given with page_table_holds='pages', needs 'slots'"),
         ({"chunk_size": 0}, ValueError, "chunk_size is 0, needs an int of at least 1, or None"),
+        ({"chunk_size": 2**63}, ValueError, f"chunk_size is {2**63}, needs an int of at least 1, or None .*, at most {2**63 - 1}"),
         ({"chunk_size": 8.0}, TypeError, "chunk_size is 8.0, needs an int of at least 1, or None"),
         ({"scale": torch.tensor(1.0)}, TypeError, r"scale is tensor\(1.\), needs a finite float"),
         ({"scale": float("nan")}, ValueError, "scale is nan, needs a finite float"),

@@ -153,6 +153,18 @@ def test_only_padding(op):
     assert run(op, arguments, options).shape == (0, 5, 128)
 
 
+@pytest.mark.parametrize("cache_dtype", [BF16, FP8])
+def test_caches_without_pages(op, cache_dtype):
+    (q, *caches), options = batch([(0, 0)], chunk_size=None, padding=5, cache_dtype=cache_dtype, **SCOUT)
+    assert_same_bits(run(op, (q, *(cache[:0] for cache in caches)), options), torch.zeros_like(q))
+
+
+@pytest.mark.parametrize(("scale", "k_scale"), [(1e-8, 0.0), (1e-46, 1.0), (1e-30, 1e-30)])
+def test_scales_whose_product_is_0_in_float32(op, scale, k_scale):
+    arguments, options = batch([(300, 1), (290, 90)], chunk_size=192, page_size=16, cache_dtype=FP8, **SCOUT)
+    assert_attention(op, arguments, options | dict(scale=scale, k_scale=torch.tensor(k_scale)))
+
+
 @pytest.mark.parametrize("last", [1_000_000, 2_500_000, 9_999_999])
 def test_far_positions(op, last):
     near, far = far_batch(last, **SCOUT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import pickle
+import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
 
@@ -31,6 +32,7 @@ def no_request(monkeypatch):
 def forget():
     for cached in CACHED:
         cached.cache_clear()
+    backend._logged.clear()
 
 
 @pytest.fixture
@@ -196,6 +198,51 @@ def test_autocast_changes_no_bit():
     assert codes is not None and got.scores.dtype == torch.float32 and torch.equal(got.scores, want.scores)
 
 
+@pytest.fixture
+def imprecise():
+    """A process that has products of float32 computed in less."""
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def precisions() -> tuple[str, ...]:
+    return torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_reference_multiplies_float32_in_float32(imprecise, monkeypatch, fails):
+    seen, before = [], precisions()
+
+    def compute():
+        seen.append(precisions())
+        if fails:
+            raise ArithmeticError
+
+    monkeypatch.setattr(backend, "_find", lambda *_: compute)
+    with pytest.raises(ArithmeticError) if fails else contextlib.nullcontext():
+        backend.call("route_top1", CPU)
+    assert seen == [("highest", "ieee", "ieee")] and precisions() == before == ("medium", "tf32", "bf16")
+
+
+def test_the_precision_comes_back_when_the_last_thread_has_computed(imprecise, monkeypatch):
+    inside, first_has_left, seen = threading.Barrier(2), threading.Event(), []
+
+    def compute(number: int):
+        inside.wait(10)
+        if number == 2:
+            assert first_has_left.wait(10)
+            seen.append(precisions()[0])
+
+    monkeypatch.setattr(backend, "_find", lambda *_: compute)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = (pool.submit(backend.call, "route_top1", CPU, number) for number in (1, 2))
+        first.result()
+        first_has_left.set()
+        second.result()
+    assert seen == ["highest"] and precisions()[0] == "medium"
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_kernels_run_on_the_device_of_their_tensors_whichever_is_current(index, monkeypatch):
     devices, seen = [0], []
@@ -308,6 +355,17 @@ def test_arguments_that_a_backend_refuses_go_to_the_next_and_the_log_says_so_onc
     assert messages == ["llama4_kernels: quantize_per_token is not computed by triton where x has more than 4 columns"]
 
 
+def test_reasons_that_differ_in_numbers_alone_are_logged_once(triton_on_cpu, monkeypatch, caplog):
+    monkeypatch.setattr(backend, "_refusal", lambda name, op: (lambda reason: reason) if name == "triton" else None)
+    monkeypatch.setattr(backend, "_find", lambda name, op: lambda reason: None)
+    reasons = ["there are 4097 requests, above 4096", "there are 5000 requests, above 4096", "scale is -0.5, not above 0",
+               "scale is -1e-05, not above 0", "weights.w13 is float32", "weights.w2 is float32", "weights.w2 is float64"]  # fmt: skip
+    for reason in reasons:
+        backend.call("quantize_per_token", CPU, reason)
+    logged = [record.getMessage().rpartition(" where ")[2] for record in caplog.records]
+    assert logged == [reasons[0], reasons[2], *reasons[4:]]
+
+
 def test_arguments_that_the_requested_backend_refuses_are_an_error(triton_refuses_long_rows):
     with use_backend("triton"):
         backend.call("quantize_per_token", CPU, torch.ones(1, 4))
@@ -337,3 +395,30 @@ def test_an_error_says_which_backend_refuses_which_op_and_survives_another_proce
 def test_a_device_that_torch_does_not_know_is_named(ask, device, error):
     with pytest.raises(error, match=f"^device is {device!r}, needs a torch.device or the name of one, such as cuda:0 or cpu$"):
         ask(device)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """The second of which is the current one."""
+    for name, value in (("is_available", True), ("device_count", 2), ("current_device", 1)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    asked = []
+    monkeypatch.setattr(backend, "_why_not", lambda name, op, device, dtype=None: asked.append(device) or "")
+    return asked
+
+
+@pytest.mark.parametrize("ask", [lambda device: available_backends("route_top1", device), backend.choices])
+def test_a_gpu_that_is_not_there_is_named(two_gpus, ask):
+    for device in ("cuda:2", torch.device("cuda:7")):
+        with pytest.raises(ValueError) as raised:
+            ask(device)
+        assert str(raised.value) == f"device is {device!r}, needs one of this process's 2 GPUs, which begin with cuda:0"
+    assert not two_gpus
+
+
+@pytest.mark.parametrize("ask", [lambda device: available_backends("route_top1", device), backend.choices])
+def test_a_gpu_without_a_number_is_the_current_one(two_gpus, ask):
+    """Also where another was current when this was asked before."""
+    ask("cuda")
+    ask(torch.device("cuda"))
+    assert set(two_gpus) == {torch.device("cuda:1")}

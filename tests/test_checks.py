@@ -44,6 +44,24 @@ def test_in_range():
             checks.in_range("op", "ids", torch.tensor(bad), 0, 4, "the 4 experts")
 
 
+def test_integers():
+    for good in (1, 2**63 - 1):
+        checks.integer("op", "size", good)
+    with pytest.raises(ValueError, match="^op: size is 0, needs an int of at least 1$"):
+        checks.integer("op", "size", 0)
+    with pytest.raises(ValueError, match=f"^op: size is {2**63}, needs an int of at least 1, at most {2**63 - 1}$"):
+        checks.integer("op", "size", 2**63)
+
+
+def test_memory_of_their_own():
+    both = torch.zeros(6, 4)
+    for good in (both[3:], both[:0], both[2:2], torch.zeros(3, 4)):
+        checks.own_memory("op", "v", good, "k", both[:3])
+    for bad in (both[:3], both, both[2:5], both[:1]):
+        with pytest.raises(ValueError, match="^op: v shares memory with k, needs its own: both are written$"):
+            checks.own_memory("op", "v", bad, "k", both[:3])
+
+
 NAN, INF = float("nan"), float("inf")
 
 

@@ -60,7 +60,7 @@ def assert_layer(module, x: Tensor, routing: Routing, weights: MoEWeights, forms
     want_shared, want_routed = gate_up_oracle(x, routing, weights, *forms)
     assert_hidden(shared, want_shared, weights.shared_w2, BF16)
     assert_hidden(routed, want_routed, weights.w2, BF16)
-    y = run(module.moe_down, shared, routed, routing, weights)
+    y = run(module.moe_down, shared, routed, routing, weights, out_dtype=BF16)
     assert y.dtype == BF16
     assert error(y, reference.moe_down(shared, routed, routing, weights, out_dtype=torch.float32)) <= 4e-3
 
@@ -101,7 +101,7 @@ def assert_shares(module, tokens: int, multiprocessors: int, on_one: bool) -> No
     x, routing, weights = sharing_layer(tokens, on_one)
     with on_multiprocessors(module, multiprocessors):
         assert_layer(module, x, routing, weights, SHARED_FORMS)
-        runs = [run(module.moe_down, *run(module.moe_gate_up, x, routing, weights), routing, weights) for _ in range(2)]
+        runs = [run(module.moe_down, *run(module.moe_gate_up, x, routing, weights), routing, weights, out_dtype=BF16) for _ in range(2)]
     assert_same_bits(*runs)
     assert not module.tickets(torch.device("cpu"), 1).any()
 
@@ -120,7 +120,7 @@ def test_every_kind_of_cut_is_among_the_shared_tiles(module):
         counts = routing.offsets.diff().tolist()
         shared, routed = reference.moe_gate_up(x, routing, weights)
         gate_up = functools.partial(module.moe_gate_up, x, routing, weights)
-        down = functools.partial(module.moe_down, shared, routed, routing, weights)
+        down = functools.partial(module.moe_down, shared, routed, routing, weights, out_dtype=BF16)
         for op, call, tiles_of in (("gate_up", gate_up, moe_balance.gate_up_tiles), ("down", down, moe_balance.down_tiles)):
             (launch,) = [each for each in module._C.launches_of(call, multiprocessors) if each["op"] == f"moe_{op}"]
             tiles = tiles_of(counts, 400, 272, row_bytes=(1, 2))

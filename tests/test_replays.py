@@ -12,7 +12,7 @@ from llama4_kernels import ops
 CACHE = torch.randn(3, 1, 1, 4)
 GIVEN, OTHERS = (((torch.randn(4, 8),), {}) for _ in range(2))
 ROPE_GIVEN, ROPE_OTHERS = (
-    ((torch.randn(2, 12), torch.arange(2)), dict(num_heads=1, num_kv_heads=1, head_dim=4, k_cache=CACHE, v_cache=CACHE, slots=slots))
+    ((torch.randn(2, 12), torch.arange(2)), dict(num_heads=1, num_kv_heads=1, head_dim=4, k_cache=CACHE, v_cache=CACHE.clone(), slots=slots))
     for slots in (torch.tensor([0, 1]), torch.tensor([2, -1]))
 )
 

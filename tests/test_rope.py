@@ -170,6 +170,18 @@ def test_cache_write(backend, cache_dtype, with_scale, with_map):
         assert ((lower <= got.double()) & (got.double() <= upper)).all()
 
 
+@pytest.mark.parametrize("map_dtype", [torch.int32, torch.int64])
+def test_an_empty_map_of_slots_where_no_token_is_written(backend, map_dtype):
+    caches = dict(zip(("k_cache", "v_cache"), torch.randn(2, 3, 4, 2, 20)))
+    before = [cache.clone() for cache in caches.values()]
+    options = dict(num_heads=4, num_kv_heads=2, head_dim=20, cos_sin=cos_sin_table(3, 20))
+    qkv, positions = torch.randn(3, 8 * 20), torch.arange(3)
+    q = compute(backend, "rope_qk_norm", qkv, positions, **options, **caches, slots=torch.full((3,), -1), slot_map=torch.empty(0, dtype=map_dtype))
+    assert_same_bits(list(caches.values()), before)
+    want, _, _ = oracle(qkv, positions, **options)
+    assert_within(q, want, bound(want))
+
+
 def assert_a_slot_named_twice_holds_one_of_its_tokens(op: Callable, cache_dtype: torch.dtype) -> None:
     """Element by element, in a slot of two tokens and in one of sixty. op: writes to the caches that it is given."""
     qkv, positions = torch.randn(64, 9 * 20), torch.arange(64)
@@ -253,6 +265,7 @@ WITH_FP8_CACHE = WITH_CACHE | dict(k_cache=CACHE.to(FP8), v_cache=CACHE.to(FP8))
         ({"qkv": torch.ones(3, 33)}, ValueError, r"qkv has shape \[3, 33\], needs \[T, 32\]"),
         ({"qkv": torch.ones(32, 3).t()}, ValueError, "qkv has strides"),
         ({"num_heads": 0}, ValueError, "num_heads is 0, needs an int of at least 1"),
+        ({"num_heads": 2**63}, ValueError, f"num_heads is {2**63}, needs an int of at least 1, at most {2**63 - 1}"),
         ({"num_heads": 2.0}, TypeError, "num_heads is 2.0, needs an int of at least 1"),
         ({"num_heads": True}, TypeError, "num_heads is True, needs an int of at least 1"),
         ({"num_kv_heads": "1"}, TypeError, "num_kv_heads is '1', needs an int of at least 1"),
@@ -271,6 +284,7 @@ WITH_FP8_CACHE = WITH_CACHE | dict(k_cache=CACHE.to(FP8), v_cache=CACHE.to(FP8))
         ({"cos_sin": torch.ones(9, 4)}, ValueError, r"cos_sin has shape \[9, 4\], needs \[max_position, 8\]"),
         ({"cos_sin": torch.ones(9, 8).bfloat16()}, TypeError, "cos_sin has dtype bfloat16, needs float32"),
         ({"temperature": (0.1, 0)}, ValueError, "floor_scale of temperature is 0, needs an int of at least 1"),
+        ({"temperature": (0.1, 2**63)}, ValueError, f"floor_scale of temperature is {2**63}, needs an int of at least 1, at most {2**63 - 1}"),
         ({"temperature": (0.1, 8192.0)}, TypeError, "floor_scale of temperature is 8192.0, needs an int of at least 1"),
         ({"temperature": (0.1, True)}, TypeError, "floor_scale of temperature is True, needs an int of at least 1"),
         ({"temperature": (float("inf"), 8)}, ValueError, "attn_scale of temperature is inf, needs a finite float"),
@@ -286,6 +300,8 @@ WITH_FP8_CACHE = WITH_CACHE | dict(k_cache=CACHE.to(FP8), v_cache=CACHE.to(FP8))
         (WITH_CACHE | {"k_cache": CACHE.half()}, TypeError, "k_cache has dtype float16, needs bfloat16 or float32 or float8_e4m3fn"),
         (WITH_CACHE | {"v_cache": CACHE.bfloat16()}, TypeError, "v_cache has dtype bfloat16, needs float32"),
         (WITH_CACHE | {"v_cache": torch.zeros(4, 2, 1, 8).transpose(0, 1)}, ValueError, "v_cache has strides"),
+        (WITH_CACHE | {"k_cache": CACHE, "v_cache": CACHE}, ValueError, "v_cache shares memory with k_cache, needs its own: both are written"),
+        (WITH_CACHE | {"k_cache": CACHE[:1], "v_cache": CACHE.view(8, 1, 1, 8)[3:7].view(1, 4, 1, 8)}, ValueError, "v_cache shares memory"),
         (WITH_CACHE | {"v_scale": torch.ones(())}, ValueError, "v_scale is given with a float32 cache, needs to be None"),
         (WITH_FP8_CACHE | {"k_scale": torch.ones(2)}, ValueError, r"k_scale has shape \[2\], needs \[\] or \[1\] per tensor"),
         (WITH_FP8_CACHE | {"k_scale": torch.tensor(-1.0)}, ValueError, "k_scale holds values from -1 to -1, needs finite ones of at least 0"),

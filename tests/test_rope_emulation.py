@@ -116,6 +116,11 @@ def test_a_slot_named_twice_holds_one_of_its_tokens(op, cache_dtype):
     assert_a_slot_named_twice_holds_one_of_its_tokens(op, cache_dtype)
 
 
+def test_an_empty_map_of_slots_where_no_token_is_written(op):
+    given = caches(3, 1, 128, torch.float32) | dict(slots=torch.full((3,), -1), slot_map=torch.empty(0, dtype=torch.int64))
+    assert_like_reference(op, torch.randn(3, 7 * 128), torch.arange(3), **SCOUT, **given)
+
+
 def test_no_tokens(op):
     q, k, v = run(op, torch.empty(0, 7 * 128), torch.empty(0, dtype=torch.int64), **SCOUT)
     assert q.shape == (0, 5, 128) and k.shape == v.shape == (0, 1, 128)

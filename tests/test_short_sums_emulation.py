@@ -52,6 +52,6 @@ def test_moe(kernels, form):
     want_shared, want_routed = gate_up_oracle(x, routing, weights, form, form)
     assert_only_in_short(lambda in_short: assert_hidden(shared, want_shared, weights.shared_w2, torch.bfloat16, in_short))
     assert_only_in_short(lambda in_short: assert_hidden(routed, want_routed, weights.w2, torch.bfloat16, in_short))
-    y = module.moe_down(shared, routed, routing, weights)
+    y = module.moe_down(shared, routed, routing, weights, out_dtype=torch.bfloat16)
     want, magnitude = down_oracle(activation_value(shared), activation_value(routed), routing, weights)
     assert_only_in_short(lambda in_short: assert_within(y, want, sum_error(in_short) * magnitude))

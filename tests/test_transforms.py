@@ -1,5 +1,6 @@
 """What docs/ops.md promises of torch's transforms: torch.compile takes every op whole, with dynamic shapes too;
-on meta tensors an op gives its result's shapes and dtypes; a backward pass through one is refused."""
+on meta tensors an op gives its result's shapes and dtypes; vmap calls some ops in a loop, and refuses the others; a backward pass through
+one is refused."""
 
 from __future__ import annotations
 
@@ -76,6 +77,14 @@ def test_compile_takes_an_op_whole(op, backend, compiler):
         assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("op", ["fused_moe", "rope_qk_norm"])
+def test_inductor_takes_an_op_whole(op):
+    """One with lists of tensors, and one that writes to caches."""
+    with compiled(op, "reference", "inductor") as (check, counter):
+        check(arguments(op, 5))
+        assert counter.frame_count == 1
+
+
 @pytest.mark.parametrize(("op", "backend"), ON_BACKENDS)
 def test_one_graph_serves_any_number_of_tokens(op, backend):
     with compiled(op, backend, "aot_eager") as (check, counter):
@@ -103,6 +112,21 @@ def test_fake_tensors_give_the_shapes_and_dtypes_of_a_result(op):
     with torch._subclasses.FakeTensorMode() as mode:
         fake = call(op, mapped(mode.from_tensor, given))
     assert shapes(fake) == shapes(call(op, given))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_vmap_loops_or_is_refused(op):
+    (first, *others), options = arguments(op, 5)
+    stacked = torch.stack([first, first.flip(0)])
+
+    def of_one(x: Tensor) -> list[Tensor]:
+        return tensors(call(op, ((x, *others), options)))
+
+    if op not in ("quantize_per_token", "grouped_gemm", "chunked_attention"):
+        with pytest.raises(RuntimeError, match=f"^Batching rule not implemented for llama4_kernels::{op}"):
+            torch.vmap(of_one)(stacked)
+        return
+    assert_same_bits(torch.vmap(of_one)(stacked), [torch.stack(each) for each in zip(*map(of_one, stacked))])
 
 
 @pytest.mark.parametrize("op", OPS)

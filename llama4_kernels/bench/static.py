@@ -84,6 +84,8 @@ def _calls(workload: Workload) -> list[Callable[[], Any]]:
 def _triton_call(op: str, **arguments: Any) -> Callable[[], Any]:
     if op == "chunked_attention":
         arguments["scale"] = arguments["q"].shape[-1] ** -0.5
+    if op == "moe_down":
+        arguments["out_dtype"] = torch.bfloat16
     module = importlib.import_module(f"llama4_kernels.triton.{OPS[op]}")
     return functools.partial(getattr(module, op), **arguments)
 

@@ -31,6 +31,8 @@ def chunked_attention(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
+    if len(k_cache) == 0:  # so that every token is padding, and TMA takes no empty tensor
+        return torch.zeros_like(q)
     out = torch.empty_like(q)
     tokens, num_heads, head_dim = q.shape
     pages, page_size, num_kv_heads, _ = k_cache.shape
@@ -47,43 +49,42 @@ def chunked_attention(
     many_partial = torch.empty(tokens, num_heads, many_parts, head_dim, dtype=torch.float32, device=device)
     many_lse = torch.empty(tokens, num_heads, many_parts, dtype=torch.float32, device=device)
     many_blocks = tokens * (num_heads // num_kv_heads) // _C.ATTENTION_MANY_ROWS + requests
-    with launch.on(device) as stream:
-        counters = tickets(device, 1 + (requests + many_blocks) * num_kv_heads)
-        _C.chunked_attention(
-            q=q.data_ptr(),
-            k_cache=k_cache.data_ptr(),
-            v_cache=v_cache.data_ptr(),
-            kv_dtype=launch.DTYPES[k_cache.dtype],
-            out=out.data_ptr(),
-            tokens=tokens,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            slots=pages * page_size,
-            page_size=page_size,
-            holds_slots=page_table_holds == "slots",
-            page_table=page_table.data_ptr(),
-            page_table_stride=page_table.stride(0),
-            requests=requests,
-            page_table_rows=launch.indices(page_table_rows),
-            slot_map=launch.indices(slot_map),
-            seq_lens=seq_lens.data_ptr(),
-            query_start_loc=query_start_loc.data_ptr(),
-            chunk_size=chunk_size,
-            scale=scale,
-            k_scale=launch.address(k_scale),
-            v_scale=launch.address(v_scale),
-            few_partial=few_partial.data_ptr(),
-            few_lse=few_lse.data_ptr(),
-            few_tickets=counters[1:].data_ptr(),
-            few_max_splits=few_splits,
-            many_partial=many_partial.data_ptr(),
-            many_lse=many_lse.data_ptr(),
-            many_tickets=counters[1 + requests * num_kv_heads :].data_ptr(),
-            many_max_splits=many_splits,
-            drawn=counters.data_ptr(),
-            stream=stream,
-        )
+    counters = tickets(device, 1 + (requests + many_blocks) * num_kv_heads)
+    _C.chunked_attention(
+        q=q.data_ptr(),
+        k_cache=k_cache.data_ptr(),
+        v_cache=v_cache.data_ptr(),
+        kv_dtype=launch.DTYPES[k_cache.dtype],
+        out=out.data_ptr(),
+        tokens=tokens,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        slots=pages * page_size,
+        page_size=page_size,
+        holds_slots=page_table_holds == "slots",
+        page_table=page_table.data_ptr(),
+        page_table_stride=page_table.stride(0),
+        requests=requests,
+        page_table_rows=launch.indices(page_table_rows),
+        slot_map=launch.indices(slot_map),
+        seq_lens=seq_lens.data_ptr(),
+        query_start_loc=query_start_loc.data_ptr(),
+        chunk_size=chunk_size,
+        scale=scale,
+        k_scale=launch.address(k_scale),
+        v_scale=launch.address(v_scale),
+        few_partial=few_partial.data_ptr(),
+        few_lse=few_lse.data_ptr(),
+        few_tickets=counters[1:].data_ptr(),
+        few_max_splits=few_splits,
+        many_partial=many_partial.data_ptr(),
+        many_lse=many_lse.data_ptr(),
+        many_tickets=counters[1 + requests * num_kv_heads :].data_ptr(),
+        many_max_splits=many_splits,
+        drawn=counters.data_ptr(),
+        stream=launch.stream(),
+    )
     return out
 
 

@@ -19,26 +19,25 @@ def grouped_gemm(
     groups, n, k = b.weight.shape
     m = len(values) if rows is None else len(rows)
     out = torch.empty(m, n, dtype=out_dtype, device=values.device)
-    with launch.on(values.device) as stream:
-        _C.grouped_gemm(
-            a=values.data_ptr(),
-            b=b.weight.data_ptr(),
-            dtype=launch.DTYPES[values.dtype],
-            out=out.data_ptr(),
-            out_dtype=launch.DTYPES[out_dtype],
-            a_rows=len(values),
-            m=m,
-            n=n,
-            k=k,
-            groups=groups,
-            offsets=offsets.data_ptr(),
-            rows=launch.address(rows),
-            a_scale=launch.address(scale),
-            a_scale_dimensions=0 if scale is None else scale.dim(),
-            b_scale=launch.address(b.scale),
-            b_scale_dimensions=0 if b.scale is None else b.scale.dim(),
-            stream=stream,
-        )
+    _C.grouped_gemm(
+        a=values.data_ptr(),
+        b=b.weight.data_ptr(),
+        dtype=launch.DTYPES[values.dtype],
+        out=out.data_ptr(),
+        out_dtype=launch.DTYPES[out_dtype],
+        a_rows=len(values),
+        m=m,
+        n=n,
+        k=k,
+        groups=groups,
+        offsets=offsets.data_ptr(),
+        rows=launch.address(rows),
+        a_scale=launch.address(scale),
+        a_scale_dimensions=0 if scale is None else scale.dim(),
+        b_scale=launch.address(b.scale),
+        b_scale_dimensions=0 if b.scale is None else b.scale.dim(),
+        stream=launch.stream(),
+    )
     return out
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -23,8 +20,6 @@ def indices(tensor: Tensor | None) -> _C.Indices:
     return _C.Indices(address(tensor), tensor is not None and tensor.dtype == torch.int64)
 
 
-@contextlib.contextmanager
-def on(device: torch.device) -> Iterator[int]:
-    """Make `device` current; gives the handle of its current stream."""
-    with torch.cuda.device(device):
-        yield torch.cuda.current_stream(device).cuda_stream
+def stream() -> int:
+    """The handle of the current device's current stream. llama4_kernels.ops.backend.call has made current the device of the tensors."""
+    return torch.cuda.current_stream().cuda_stream

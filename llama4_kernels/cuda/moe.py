@@ -26,7 +26,7 @@ def moe_down(
     routing: Routing,
     weights: MoEWeights,
     *,
-    out_dtype: torch.dtype = torch.bfloat16,
+    out_dtype: torch.dtype,
     dependent: bool = False,
 ) -> Tensor:
     tokens, k_shared = values_of(shared).shape
@@ -38,24 +38,23 @@ def moe_down(
     row_tiles, column_tiles = _ceil_div(tokens, _C.moe_tile_tokens(tokens)), _ceil_div(hidden, _C.moe_down_columns(tokens))
     tiles, segments = row_tiles * column_tiles, min(tokens, row_tiles + experts)
     stages = column_tiles * (row_tiles * _steps(weights.shared_w2) + segments * _steps(weights.w2))
-    with launch.on(device) as stream:
-        sharing, _parts = _sharing(device, tiles, tiles, stages, _C.moe_down_part(tokens))  # C++ has only the address of parts
-        _C.moe_down(
-            h_shared=_operand(shared),
-            h_routed=_operand(routed),
-            w_shared=_weight(weights.shared_w2, stack=0),
-            w_routed=_weight(weights.w2, stack=1),
-            k_shared=k_shared,
-            k_routed=k_routed,
-            routing=_C.MoeRouting(order=routing.order.data_ptr(), offsets=routing.offsets.data_ptr()),
-            tokens=tokens,
-            hidden=hidden,
-            experts=experts,
-            out=out.data_ptr(),
-            sharing=sharing,
-            dependent=dependent,
-            stream=stream,
-        )
+    sharing, _parts = _sharing(device, tiles, tiles, stages, _C.moe_down_part(tokens))  # C++ has only the address of parts
+    _C.moe_down(
+        h_shared=_operand(shared),
+        h_routed=_operand(routed),
+        w_shared=_weight(weights.shared_w2, stack=0),
+        w_routed=_weight(weights.w2, stack=1),
+        k_shared=k_shared,
+        k_routed=k_routed,
+        routing=_C.MoeRouting(order=routing.order.data_ptr(), offsets=routing.offsets.data_ptr()),
+        tokens=tokens,
+        hidden=hidden,
+        experts=experts,
+        out=out.data_ptr(),
+        sharing=sharing,
+        dependent=dependent,
+        stream=launch.stream(),
+    )
     return out
 
 
@@ -63,7 +62,7 @@ def fused_moe(x: Tensor, weights: MoEWeights) -> Tensor:
     dependent, prefetch = switches.is_on(switches.DEPENDENT_LAUNCH), switches.is_on(switches.PREFETCH)
     routing, codes = route_top1(x, weights.router, quantize=_wants_codes(weights), dependent=dependent)
     shared, routed = _gate_up(x, codes, routing, weights, dependent=dependent, prefetch=prefetch)
-    return moe_down(shared, routed, routing, weights, dependent=dependent)
+    return moe_down(shared, routed, routing, weights, out_dtype=x.dtype, dependent=dependent)
 
 
 def why_not_dtype(dtype: torch.dtype, name: str) -> str:
@@ -112,28 +111,27 @@ def _gate_up(
     shared_tiles = row_tiles * shared_columns
     routed_tiles = min(tokens, tokens // rows + experts) * routed_columns
     stages = shared_tiles * _steps(weights.shared_w13) + routed_tiles * _steps(weights.w13)
-    with launch.on(device) as stream:
-        least_tiles, most_tiles = shared_tiles + row_tiles * routed_columns, shared_tiles + routed_tiles
-        part = _C.moe_gate_up_part(tokens)
-        sharing, _parts = _sharing(device, least_tiles, most_tiles, stages, part)  # C++ has only the address of parts
-        _C.moe_gate_up(
-            x_shared=_input(x, quantized, weights.shared_w13, None),
-            x_routed=_input(x, quantized, weights.w13, routing.scores),
-            w_shared=_weight(weights.shared_w13, stack=0),
-            w_routed=_weight(weights.w13, stack=1),
-            h_shared=_hidden(shared, weights.shared_w2),
-            h_routed=_hidden(routed, weights.w2),
-            routing=_C.MoeRouting(order=routing.order.data_ptr(), offsets=routing.offsets.data_ptr()),
-            tokens=tokens,
-            hidden=hidden,
-            experts=experts,
-            sharing=sharing,
-            prefetch_w_shared=prefetch,
-            prefetch_address=weights.shared_w2.weight.data_ptr() if prefetch else 0,
-            prefetch_bytes=weights.shared_w2.weight.nbytes,
-            dependent=dependent,
-            stream=stream,
-        )
+    least_tiles, most_tiles = shared_tiles + row_tiles * routed_columns, shared_tiles + routed_tiles
+    part = _C.moe_gate_up_part(tokens)
+    sharing, _parts = _sharing(device, least_tiles, most_tiles, stages, part)  # C++ has only the address of parts
+    _C.moe_gate_up(
+        x_shared=_input(x, quantized, weights.shared_w13, None),
+        x_routed=_input(x, quantized, weights.w13, routing.scores),
+        w_shared=_weight(weights.shared_w13, stack=0),
+        w_routed=_weight(weights.w13, stack=1),
+        h_shared=_hidden(shared, weights.shared_w2),
+        h_routed=_hidden(routed, weights.w2),
+        routing=_C.MoeRouting(order=routing.order.data_ptr(), offsets=routing.offsets.data_ptr()),
+        tokens=tokens,
+        hidden=hidden,
+        experts=experts,
+        sharing=sharing,
+        prefetch_w_shared=prefetch,
+        prefetch_address=weights.shared_w2.weight.data_ptr() if prefetch else 0,
+        prefetch_bytes=weights.shared_w2.weight.nbytes,
+        dependent=dependent,
+        stream=launch.stream(),
+    )
     return shared, routed
 
 

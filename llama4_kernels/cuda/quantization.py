@@ -13,26 +13,29 @@ def quantize_per_token(x: Tensor) -> Quantized:
     rows, columns = x.shape
     codes = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    with launch.on(x.device) as stream:
-        _C.quantize_per_token(
-            x=x.data_ptr(),
-            dtype=launch.DTYPES[x.dtype],
-            rows=rows,
-            columns=columns,
-            codes=codes.data_ptr(),
-            scale=scale.data_ptr(),
-            stream=stream,
-        )
+    _C.quantize_per_token(
+        x=x.data_ptr(),
+        dtype=launch.DTYPES[x.dtype],
+        rows=rows,
+        columns=columns,
+        codes=codes.data_ptr(),
+        scale=scale.data_ptr(),
+        stream=launch.stream(),
+    )
     return Quantized(codes, scale)
 
 
 def quantize_static(x: Tensor, scale: Tensor) -> Quantized:
     """One given scale [] for the whole tensor; values beyond ±448 · scale saturate."""
     codes = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-    with launch.on(x.device) as stream:
-        _C.quantize_static(
-            x=x.data_ptr(), dtype=launch.DTYPES[x.dtype], elements=x.numel(), scale=scale.data_ptr(), codes=codes.data_ptr(), stream=stream
-        )
+    _C.quantize_static(
+        x=x.data_ptr(),
+        dtype=launch.DTYPES[x.dtype],
+        elements=x.numel(),
+        scale=scale.data_ptr(),
+        codes=codes.data_ptr(),
+        stream=launch.stream(),
+    )
     return Quantized(codes, scale)
 
 

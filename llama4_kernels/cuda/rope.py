@@ -31,30 +31,29 @@ def rope_qk_norm(
     if k_cache is None:
         k, v = (qkv.new_empty(tokens, num_kv_heads, head_dim) for _ in range(2))
     attn_scale, floor_scale = temperature or (0.0, 0)
-    with launch.on(qkv.device) as stream:
-        _C.rope_qk_norm(
-            qkv=qkv.data_ptr(),
-            dtype=launch.DTYPES[qkv.dtype],
-            q=q.data_ptr(),
-            k=k.data_ptr(),
-            v=v.data_ptr(),
-            kv_dtype=launch.DTYPES[k.dtype],
-            tokens=tokens,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            positions=launch.indices(positions),
-            cos_sin=launch.address(cos_sin),
-            interleaved=interleaved,
-            qk_norm_eps=qk_norm_eps,
-            attn_scale=attn_scale,
-            floor_scale=floor_scale,
-            slots=launch.address(slots),
-            slot_map=launch.indices(slot_map),
-            k_scale=launch.address(k_scale),
-            v_scale=launch.address(v_scale),
-            stream=stream,
-        )
+    _C.rope_qk_norm(
+        qkv=qkv.data_ptr(),
+        dtype=launch.DTYPES[qkv.dtype],
+        q=q.data_ptr(),
+        k=k.data_ptr(),
+        v=v.data_ptr(),
+        kv_dtype=launch.DTYPES[k.dtype],
+        tokens=tokens,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        positions=launch.indices(positions),
+        cos_sin=launch.address(cos_sin),
+        interleaved=interleaved,
+        qk_norm_eps=qk_norm_eps,
+        attn_scale=attn_scale,
+        floor_scale=floor_scale,
+        slots=launch.address(slots),
+        slot_map=launch.indices(slot_map),
+        k_scale=launch.address(k_scale),
+        v_scale=launch.address(v_scale),
+        stream=launch.stream(),
+    )
     return (q, k, v) if k_cache is None else q
 
 

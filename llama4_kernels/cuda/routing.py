@@ -22,26 +22,25 @@ def route_top1(x: Tensor, router: Tensor, *, quantize: bool = False, dependent: 
         scale = torch.empty(tokens, dtype=torch.float32, device=device)
     if tokens <= _C.ROUTE_FEW_TOKENS:
         best = torch.empty(tokens, _C.route_slices(experts), dtype=torch.int64, device=device)
-    with launch.on(device) as stream:
-        _C.route_top1(
-            x=x.data_ptr(),
-            x_dtype=launch.DTYPES[x.dtype],
-            router=router.data_ptr(),
-            router_dtype=launch.DTYPES[router.dtype],
-            tokens=tokens,
-            hidden=hidden,
-            experts=experts,
-            expert_ids=expert_ids.data_ptr(),
-            scores=scores.data_ptr(),
-            order=order.data_ptr(),
-            offsets=offsets.data_ptr(),
-            codes=launch.address(codes),
-            scale=launch.address(scale),
-            best=launch.address(best),
-            tickets=tickets(device, 1).data_ptr(),
-            dependent=dependent,
-            stream=stream,
-        )
+    _C.route_top1(
+        x=x.data_ptr(),
+        x_dtype=launch.DTYPES[x.dtype],
+        router=router.data_ptr(),
+        router_dtype=launch.DTYPES[router.dtype],
+        tokens=tokens,
+        hidden=hidden,
+        experts=experts,
+        expert_ids=expert_ids.data_ptr(),
+        scores=scores.data_ptr(),
+        order=order.data_ptr(),
+        offsets=offsets.data_ptr(),
+        codes=launch.address(codes),
+        scale=launch.address(scale),
+        best=launch.address(best),
+        tickets=tickets(device, 1).data_ptr(),
+        dependent=dependent,
+        stream=launch.stream(),
+    )
     return Routing(expert_ids, scores, order, offsets), Quantized(codes, scale) if quantize else None
 
 

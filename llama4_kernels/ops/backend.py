@@ -8,6 +8,8 @@ import functools
 import importlib.util
 import logging
 import os
+import re
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -90,7 +92,8 @@ def available_backends(op: str, device: torch.device | str | None = None) -> dic
     """Backend -> "" where it can compute `op` on `device` (the current GPU if there is one, else the CPU), or why not.
 
     op: a name such as "fused_moe"; ValueError for any other than those of llama4_kernels.ops.
-    device: or its name, such as "cuda:0" or "cpu"; TypeError or ValueError for what torch takes for none.
+    device: or its name, such as "cuda:0" or "cpu"; TypeError or ValueError for what torch takes for none, and for a GPU that is not there
+        where another is.
 
     >>> import llama4_kernels
     >>> llama4_kernels.available_backends("route_top1", "cpu")["reference"]
@@ -118,7 +121,7 @@ def call(op: str, device: torch.device, *args, **kwargs):
     A backend that does not take every argument of an op has a function why_not_<op> beside it, of the same arguments, that returns "" or
     why it does not take these; where activations of a dtype are never taken, why_not_dtype(dtype, name) says that of the argument `name`.
     BackendError where that backend was asked for; else the next backend that takes them computes the op, and the log says so, once per
-    reason. Autocast changes nothing: what an op rounds, and where, is its contract.
+    kind of reason. Autocast and torch.set_float32_matmul_precision change nothing: what an op rounds, and where, is its contract.
     """
     if torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):
@@ -134,7 +137,8 @@ def call(op: str, device: torch.device, *args, **kwargs):
             refusal = _refusal(backend, op)
             reason = refusal(*args, **kwargs) if refusal else ""
             if not reason:
-                return _find(backend, op)(*args, **kwargs)
+                with _highest_precision if backend == "reference" else contextlib.nullcontext():
+                    return _find(backend, op)(*args, **kwargs)
             if chosen.asked_by:
                 raise _refused(chosen.asked_by, backend, op, device, reason)
             _log_refusal(op, backend, reason)
@@ -151,9 +155,56 @@ def _no_backend(op: str, device: torch.device, reasons: list[str]) -> BackendErr
     return BackendError(f"no backend computes {op} on {device}: {reason}", op, reason=reason)
 
 
-@functools.lru_cache(maxsize=None)
+class _HighestPrecision:
+    """A context in which products of float32 are computed in float32, whatever the process has asked torch for. Those settings are all
+    threads': the first to enter changes them, the last to leave puts them back."""
+
+    def __init__(self):
+        self._lock, self._inside = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._put_back = _set_highest_precision()
+            self._inside += 1
+
+    def __exit__(self, *_) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._put_back()
+
+
+_highest_precision = _HighestPrecision()
+
+
+def _set_highest_precision() -> Callable[[], None]:
+    """Gives what puts the settings back."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    of_each = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"  # where these contradict the setting of all, torch does not tell that one
+    of_all = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+
+    def put_back() -> None:
+        torch.set_float32_matmul_precision(of_all)
+        for backend, precision in zip(backends, of_each):
+            backend.fp32_precision = precision
+
+    return put_back
+
+
+_logged: set[tuple[str, str, str]] = set()
+_NUMBER = re.compile(r"(?<![\w.])-?\d[\w.+-]*")  # and not the digits of float8_e4m3fn or weights.w13
+
+
 def _log_refusal(op: str, backend: str, reason: str) -> None:
-    logger.warning("llama4_kernels: %s is not computed by %s where %s", op, backend, reason)
+    """Reasons that differ in numbers alone, which every call may have others of, are of one kind."""
+    kind = (op, backend, _NUMBER.sub("", reason))
+    if kind not in _logged:
+        _logged.add(kind)
+        logger.warning("llama4_kernels: %s is not computed by %s where %s", op, backend, reason)
 
 
 @functools.lru_cache(maxsize=None)
@@ -244,9 +295,16 @@ def _device(value: torch.device | str | None) -> torch.device:
     if not isinstance(value, (torch.device, str)):
         raise TypeError(needs)
     try:
-        return torch.device(value)
+        device = torch.device(value)
     except RuntimeError:
         raise ValueError(needs) from None
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return device
+    if device.index is None:
+        return default_device()
+    if device.index >= (count := torch.cuda.device_count()):
+        raise ValueError(f"device is {value!r}, needs one of this process's {count} GPUs, which begin with cuda:0")
+    return device
 
 
 def default_device() -> torch.device:

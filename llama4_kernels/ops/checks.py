@@ -14,6 +14,7 @@ from llama4_kernels.ops.types import SCALE_BLOCK, Linear, Quantized, Routing, dt
 FP8 = torch.float8_e4m3fn
 FLOATS = (torch.bfloat16, torch.float32)
 INTEGERS = (torch.int32, torch.int64)
+_MOST = torch.iinfo(torch.int64).max
 
 
 def tensor(
@@ -46,12 +47,14 @@ def tensor(
 
 
 def integer(op: str, name: str, value: object, *, needs: str = "an int of at least 1") -> None:
-    """Check an int argument that is at least 1. Raises TypeError for another type, bool among them, ValueError for less; `needs` says what
-    fits."""
+    """Check an int argument from 1 to what int64 holds. Raises TypeError for another type, bool among them, ValueError for less or more;
+    `needs` says what fits."""
     if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
         raise TypeError(f"{op}: {name} is {value!r}, needs {needs}")
     if value < 1:
         raise ValueError(f"{op}: {name} is {value}, needs {needs}")
+    if value > _MOST:
+        raise ValueError(f"{op}: {name} is {value}, needs {needs}, at most {_MOST}")
 
 
 def number(op: str, name: str, value: object, *, least: float | None = None) -> None:
@@ -83,7 +86,7 @@ def activations(op: str, name: str, value: object, *, shape: Sequence[int | str]
     return codes
 
 
-def linear(op: str, name: str, value: object, *, shape: Sequence[int | str], device: torch.device) -> Linear:
+def linear(op: str, name: str, value: object, *, shape: Sequence[int | str], device: torch.device) -> None:
     """Check a weight and its scales; `shape` is that of the weight, with the stack's dimensions first."""
     if not isinstance(value, Linear):
         raise TypeError(f"{op}: {name} is {type(value).__name__}, needs a Linear")
@@ -92,13 +95,12 @@ def linear(op: str, name: str, value: object, *, shape: Sequence[int | str], dev
         for field in ("scale", "input_scale"):
             if getattr(value, field) is not None:
                 raise ValueError(f"{op}: {name}.{field} is given with a {dtype_name(weight.dtype)} weight, needs to be None: it is for fp8")
-        return value
+        return
     *stack, n, k = weight.shape
     forms = {"per tensor": stack, "per channel": (*stack, n), "per block": (*stack, -(-n // SCALE_BLOCK), -(-k // SCALE_BLOCK))}
     _scale(op, f"{name}.scale", value.scale, forms, device)
     if value.input_scale is not None:
         tensor(op, f"{name}.input_scale", value.input_scale, dtype=torch.float32, shape=(), device=device)
-    return value
 
 
 def routing(op: str, value: object, *, tokens: int, experts: int, device: torch.device) -> None:
@@ -136,6 +138,13 @@ def kv_caches(
         if k_cache.dtype != FP8:
             raise ValueError(f"{op}: {name} is given with a {dtype_name(k_cache.dtype)} cache, needs to be None: it is for fp8")
         _scale(op, name, scale, {"": (), "per tensor": (1,)}, device)
+
+
+def own_memory(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Check that no element of `value` is one of `other`, both of which are contiguous and written. ValueError otherwise."""
+    begin, other_begin = value.data_ptr(), other.data_ptr()
+    if begin < other_begin + other.nbytes and other_begin < begin + value.nbytes:
+        raise ValueError(f"{op}: {name} shares memory with {other_name}, needs its own: both are written")
 
 
 def values_wanted(device: torch.device) -> bool:

@@ -72,7 +72,8 @@ def moe_down(
     shared: [T, I_shared], routed: [T, I], in sorted order, as moe_gate_up returns them: Quantized where that path's w2 is fp8.
     routing: the one that moe_gate_up was given. weights: the layer's, of which w2 and shared_w2 are multiplied and the others checked.
     out_dtype: bfloat16 or float32, or None for the dtype of the hidden activations that are not Quantized (bfloat16 where both are).
-    Returns y [T, H] in token order. Both products are added in fp32 and rounded once.
+    Returns y [T, H] in token order. Both products are added in fp32 and rounded once. A NaN or infinity in w2[e] reaches the tokens of expert
+    e, and with Triton those of other experts too, where they stand near them in sorted order.
     Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with LLAMA4_KERNELS_CHECK_VALUES=1)
     for a routing whose parts do not agree and for scales out of range; BackendError where a backend is asked for that cannot compute it;
     RuntimeError in a backward pass.
@@ -116,7 +117,8 @@ def fused_moe(x: Tensor, weights: MoEWeights) -> Tensor:
     All tensors are contiguous.
 
     x: [T, H] bfloat16 or float32. weights: the layer's, whose intermediate sizes are those of this tensor-parallel rank.
-    Returns y [T, H] in x's dtype: this rank's part, before the all-reduce.
+    Returns y [T, H] in x's dtype: this rank's part, before the all-reduce. A NaN or infinity in w2[e] reaches the tokens of expert e, and
+    with Triton tokens of other experts too: see moe_down.
     Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with LLAMA4_KERNELS_CHECK_VALUES=1)
     for scales out of range; BackendError where a backend is asked for that cannot compute it; RuntimeError in a backward pass.
 

@@ -85,7 +85,7 @@ def rope_qk_norm(
     qkv: [T, (num_heads + 2 · num_kv_heads) · D] bfloat16 or float32, q | k | v. positions: [T] int32 or int64.
     num_heads, num_kv_heads: of q, and of k and v each; both at least 1, on this tensor-parallel rank.
     head_dim: D, even. cos_sin: [max_position, D] float32, D/2 cosines, then D/2 sines.
-    k_cache, v_cache: [pages, page_size, num_kv_heads, D] bfloat16, float32 or float8_e4m3fn; written in place.
+    k_cache, v_cache: [pages, page_size, num_kv_heads, D] bfloat16, float32 or float8_e4m3fn; written in place, and no memory is both's.
     slots: [T] int64, page · page_size + offset in the page; a token with slot −1 is not written. Required with the caches.
         Each element of a slot that is named more than once ends up as one of those tokens has it.
     slot_map: [slots] int32 or int64, only with the caches: a token is written to slot_map[slot] instead, or not at all where that is −1.
@@ -185,6 +185,8 @@ def _rope_qk_norm(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if k_cache is not None:
+        checks.own_memory("rope_qk_norm", "v_cache", v_cache, "k_cache", k_cache)
     if checks.values_wanted(qkv.device):
         checks.scale_values("rope_qk_norm", "k_scale", k_scale)
         checks.scale_values("rope_qk_norm", "v_scale", v_scale)

@@ -33,7 +33,7 @@ def moe_down(
     routing: Routing,
     weights: MoEWeights,
     *,
-    out_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     out = dequantize(shared) @ dequantize_weight(weights.shared_w2).t()
     out += multiply(dequantize(routed), weights.w2, routing.offsets)

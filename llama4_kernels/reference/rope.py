@@ -41,7 +41,8 @@ def rope_qk_norm(
     if k_cache is None:
         return _rounded(q, qkv.dtype), _rounded(k, qkv.dtype), _rounded(v, qkv.dtype)
     if slot_map is not None:
-        slots = torch.where(slots < 0, -1, slot_map[slots].long())
+        written = slots >= 0
+        slots = slots.masked_scatter(written, slot_map[slots[written]].long())
     _write(k_cache, slots, k, k_scale)
     _write(v_cache, slots, v, v_scale)
     return _rounded(q, qkv.dtype)

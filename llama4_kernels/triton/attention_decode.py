@@ -122,6 +122,8 @@ def split_kernel(
             chunk_starts = positions // chunk_size * chunk_size
             elements = ((first_token + queries).to(tl.int64) * num_heads + heads)[None, :] * HEAD_DIM + dims[:, None]
             q_tile = tl.load(q + elements, mask=(dims < HEAD_DIM)[:, None], other=0.0)
+            if k_cache.dtype.element_ty == tl.float32:
+                q_tile = q_tile.to(tl.float32)  # keys and values are taken in q's dtype
             row = table_row(page_table, page_table_rows, row_stride, request)
 
             maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)

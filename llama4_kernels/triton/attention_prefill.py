@@ -103,6 +103,8 @@ def prefill_kernel(
         return
 
     q_tile = tl.load(q + elements, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+    if k_cache.dtype.element_ty == tl.float32:
+        q_tile = q_tile.to(tl.float32)  # keys and values are taken in q's dtype
     row = table_row(page_table, page_table_rows, row_stride, request)
     if k_scale is not None:
         scale *= tl.load(k_scale)

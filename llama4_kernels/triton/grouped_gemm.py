@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llama4_kernels.ops.types import Linear, Quantized
 from llama4_kernels.triton import config
-from llama4_kernels.triton.quantization import quantize_for, why_not_e4m3
+from llama4_kernels.triton.quantization import quantize_for, why_not_columns, why_not_e4m3
 from llama4_kernels.triton.tiles import (
     NONE,
     accumulate,
@@ -52,7 +52,9 @@ def grouped_gemm(
 
 
 def why_not_grouped_gemm(a: Tensor | Quantized, b: Linear, offsets: Tensor, **_) -> str:
-    return "" if b.scale is None else why_not_e4m3(offsets.device)
+    if b.scale is None:
+        return ""
+    return why_not_e4m3(offsets.device) or (why_not_columns(a.shape[1]) if isinstance(a, Tensor) else "")
 
 
 @triton.jit

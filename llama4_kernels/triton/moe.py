@@ -12,7 +12,15 @@ from torch import Tensor
 from llama4_kernels.counters import tickets
 from llama4_kernels.ops.types import SCALE_BLOCK, Linear, MoEWeights, Quantized, Routing, new_hidden
 from llama4_kernels.triton import config
-from llama4_kernels.triton.quantization import e4m3, e4m3_scale, quantize_per_block, quantize_per_token, quantize_static, why_not_e4m3
+from llama4_kernels.triton.quantization import (
+    e4m3,
+    e4m3_scale,
+    quantize_per_block,
+    quantize_per_token,
+    quantize_static,
+    why_not_columns,
+    why_not_e4m3,
+)
 from llama4_kernels.triton.routing import route_top1
 from llama4_kernels.triton.tickets import is_last
 from llama4_kernels.triton.tiles import (
@@ -32,10 +40,11 @@ from llama4_kernels.triton.tiles import (
     product,
     tile_pointers,
     weight_scale,
-    weights,
 )
+from llama4_kernels.triton.tiles import weights as weight_operand
 
 BLOCK_H = SCALE_BLOCK  # one tile of h is one block of scales wide
+MOST_TOKENS = 65_535 * 16  # moe_down's tiles of rows, of 16 at least, are the second dimension of its grid: neighbours share rows in L2
 
 
 def moe_gate_up(x: Tensor | Quantized, routing: Routing, weights: MoEWeights) -> tuple[Tensor | Quantized, Tensor | Quantized]:
@@ -48,29 +57,56 @@ def moe_down(
     routing: Routing,
     weights: MoEWeights,
     *,
-    out_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    return _down(shared, routed, routing, weights, out_dtype)
+    h_s, h_r = activations(shared), activations(routed)
+    w_s, w_r = weight_operand(weights.shared_w2), weight_operand(weights.w2)
+    device = h_s.values.device
+    tokens, k_s = h_s.values.shape
+    experts, n, k_r = w_r.values.shape
+    out = torch.empty(tokens, n, dtype=out_dtype, device=device)
+    shape = dict(experts=experts, n=n, k=k_r, form=w_r.form, shared_kib=config.shared_kib(device))
+    launch = config.choose("moe_down", device, w_r.values.dtype, tokens=tokens, **shape)
+    row_tiles = triton.cdiv(tokens, launch["BLOCK_T"])
+    if row_tiles:
+        present = torch.empty(row_tiles, 3, experts, dtype=torch.int32, device=device)
+        step_s, step_r = block_k(h_s.values, w_s.values), block_k(h_r.values, w_r.values)
+        _down_kernel[(triton.cdiv(n, launch["BLOCK_N"]), row_tiles)](
+            h_s.values, h_s.scale, w_s.values, w_s.scale, k_s, h_r.values, h_r.scale, w_r.values, w_r.scale, k_r,
+            routing.order, routing.offsets, present, out, tokens, experts, n,
+            GROUPS=groups_width(experts), H_S=h_s.form, W_S=w_s.form, K_S=step_s, EVEN_S=k_s % step_s == 0,
+            H_R=h_r.form, W_R=w_r.form, K_R=step_r, EVEN_R=k_r % step_r == 0, **config.options(launch),
+        )  # fmt: skip
+    return out
 
 
 def fused_moe(x: Tensor, weights: MoEWeights) -> Tensor:
     per_token = any(linear.input_granularity == "row" for linear in (weights.w13, weights.shared_w13))
     routing, quantized = route_top1(x, weights.router, quantize=per_token)
     shared, routed = _gate_up(_inputs(x, routing.scores, weights, quantized), routing, weights, x.dtype)
-    return _down(shared, routed, routing, weights, x.dtype)
+    return moe_down(shared, routed, routing, weights, out_dtype=x.dtype)
 
 
 def why_not_moe_gate_up(x: Tensor | Quantized, routing: Routing | None, weights: MoEWeights) -> str:
+    quantises = isinstance(x, Tensor) and any(linear.scale is not None for linear in (weights.w13, weights.shared_w13))
+    return _why_not_weights(weights) or (why_not_columns(x.shape[1]) if quantises else "")
+
+
+def why_not_moe_down(shared: Tensor | Quantized, routed: Tensor | Quantized, routing: Routing, weights: MoEWeights, **_) -> str:
+    return _why_not_weights(weights) or _why_not_tokens(len(routing.order))
+
+
+def why_not_fused_moe(x: Tensor, weights: MoEWeights) -> str:
+    return why_not_moe_gate_up(x, None, weights) or _why_not_tokens(len(x))
+
+
+def _why_not_weights(weights: MoEWeights) -> str:
     linears = (weights.w13, weights.w2, weights.shared_w13, weights.shared_w2)
     return why_not_e4m3(weights.router.device) if any(linear.scale is not None for linear in linears) else ""
 
 
-def why_not_moe_down(shared: Tensor | Quantized, routed: Tensor | Quantized, routing: Routing, weights: MoEWeights, **_) -> str:
-    return why_not_moe_gate_up(shared, routing, weights)
-
-
-def why_not_fused_moe(x: Tensor, weights: MoEWeights) -> str:
-    return why_not_moe_gate_up(x, None, weights)
+def _why_not_tokens(tokens: int) -> str:
+    return f"there are {tokens} tokens, above {MOST_TOKENS}" if tokens > MOST_TOKENS else ""
 
 
 class _Inputs(NamedTuple):
@@ -98,14 +134,14 @@ def _inputs(x: Tensor | Quantized, scores: Tensor, weights: MoEWeights, per_toke
     return _Inputs(prepared(weights.shared_w13), prepared(weights.w13, scores), weigh=weights.w13.input_scale is None)
 
 
-def _gate_up(inputs: _Inputs, routing: Routing, layer: MoEWeights, dtype: torch.dtype) -> tuple[Tensor | Quantized, Tensor | Quantized]:
+def _gate_up(inputs: _Inputs, routing: Routing, weights: MoEWeights, dtype: torch.dtype) -> tuple[Tensor | Quantized, Tensor | Quantized]:
     x_s, x_r = activations(inputs.shared), activations(inputs.routed)
-    w_s, w_r = weights(layer.shared_w13), weights(layer.w13)
+    w_s, w_r = weight_operand(weights.shared_w13), weight_operand(weights.w13)
     tokens, k = x_s.values.shape
-    shared, routed = (new_hidden(tokens, down, dtype) for down in (layer.shared_w2, layer.w2))
+    shared, routed = (new_hidden(tokens, down, dtype) for down in (weights.shared_w2, weights.w2))
     h_s, h_r = activations(shared), activations(routed)
     device = x_s.values.device
-    experts, width_s, width_r = len(layer.router), h_s.values.shape[1], h_r.values.shape[1]
+    experts, width_s, width_r = len(weights.router), h_s.values.shape[1], h_r.values.shape[1]
     shape = dict(experts=experts, n=width_r, k=k, form=w_r.form, shared_kib=config.shared_kib(device))
     launch = config.choose("moe_gate_up", device, w_r.values.dtype, tokens=tokens, **shape)
     tiles_s, tiles_r = triton.cdiv(width_s, BLOCK_H), triton.cdiv(width_r, BLOCK_H)
@@ -129,30 +165,6 @@ def _gate_up(inputs: _Inputs, routing: Routing, layer: MoEWeights, dtype: torch.
         EVEN_K=k % max(step_s, step_r) == 0, **config.options(launch),
     )  # fmt: skip
     return shared, routed
-
-
-def _down(
-    shared: Tensor | Quantized, routed: Tensor | Quantized, routing: Routing, layer: MoEWeights, out_dtype: torch.dtype
-) -> Tensor:
-    h_s, h_r = activations(shared), activations(routed)
-    w_s, w_r = weights(layer.shared_w2), weights(layer.w2)
-    device = h_s.values.device
-    tokens, k_s = h_s.values.shape
-    experts, n, k_r = w_r.values.shape
-    out = torch.empty(tokens, n, dtype=out_dtype, device=device)
-    shape = dict(experts=experts, n=n, k=k_r, form=w_r.form, shared_kib=config.shared_kib(device))
-    launch = config.choose("moe_down", device, w_r.values.dtype, tokens=tokens, **shape)
-    row_tiles = triton.cdiv(tokens, launch["BLOCK_T"])
-    if row_tiles:
-        present = torch.empty(row_tiles, 3, experts, dtype=torch.int32, device=device)
-        step_s, step_r = block_k(h_s.values, w_s.values), block_k(h_r.values, w_r.values)
-        _down_kernel[(triton.cdiv(n, launch["BLOCK_N"]), row_tiles)](
-            h_s.values, h_s.scale, w_s.values, w_s.scale, k_s, h_r.values, h_r.scale, w_r.values, w_r.scale, k_r,
-            routing.order, routing.offsets, present, out, tokens, experts, n,
-            GROUPS=groups_width(experts), H_S=h_s.form, W_S=w_s.form, K_S=step_s, EVEN_S=k_s % step_s == 0,
-            H_R=h_r.form, W_R=w_r.form, K_R=step_r, EVEN_R=k_r % step_r == 0, **config.options(launch),
-        )  # fmt: skip
-    return out
 
 
 @triton.jit(do_not_specialize=["tokens"])

@@ -11,6 +11,7 @@ from llama4_kernels.ops.types import E4M3_CAPABILITY, SCALE_BLOCK, Linear, Quant
 from llama4_kernels.triton import config
 
 E4M3_MAX = tl.constexpr(448.0)
+MOST_COLUMNS = 1 << 20  # elements of Triton's largest block
 
 
 def quantize_per_token(x: Tensor) -> Quantized:
@@ -26,7 +27,12 @@ def quantize_per_token(x: Tensor) -> Quantized:
 
 
 def why_not_quantize_per_token(x: Tensor) -> str:
-    return why_not_e4m3(x.device)
+    return why_not_e4m3(x.device) or why_not_columns(x.shape[1])
+
+
+def why_not_columns(columns: int) -> str:
+    """Why rows of so many columns are not quantised here, or ""."""
+    return f"rows have {columns} columns to quantise, above {MOST_COLUMNS}" if columns > MOST_COLUMNS else ""
 
 
 def why_not_e4m3(device: torch.device) -> str:

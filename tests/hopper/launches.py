@@ -47,6 +47,8 @@ def _launches(kernels: ModuleType, modules: dict[str, ModuleType], workload: Wor
     arguments = inputs.mapped(lambda tensor: torch.empty_like(tensor, device="cpu"), meta)
     if workload.op == "chunked_attention":
         arguments["scale"] = workload.head_dim**-0.5
+    if workload.op == "moe_down":
+        arguments["out_dtype"] = torch.bfloat16
     op = getattr(modules[MODULES[workload.op]], workload.op)
     return kernels.launches_of(lambda: op(**arguments), MULTIPROCESSORS)
 

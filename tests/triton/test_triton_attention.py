@@ -128,10 +128,16 @@ def test_head_dims(device, head_dim, queries):
     check(Case(((50, queries),), head_dim=head_dim, num_heads=4, num_kv_heads=2), device)
 
 
-@pytest.mark.parametrize("dtype, kv_dtype", [(torch.float32, torch.float32), (torch.bfloat16, FP8), (torch.float32, FP8), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize("dtype, kv_dtype", [(torch.float32, torch.float32), (torch.bfloat16, FP8), (torch.float32, FP8), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
 @pytest.mark.parametrize("queries", [2, 20])
 def test_dtypes(device, dtype, kv_dtype, queries):
     check(Case(((90, queries), (30, 1)), dtype=dtype, kv_dtype=kv_dtype), device)
+
+
+@pytest.mark.parametrize("requests", [((90, 2), (30, 1)), ((90, 20), (30, 1)), ((90, 20),)])
+def test_caches_in_float32_are_not_rounded_to_the_dtype_of_q(device, requests):
+    arguments = Case(requests, kv_dtype=torch.float32).arguments(device)
+    assert same_bits(run(arguments), run(arguments | {"q": arguments["q"].float()}).bfloat16())
 
 
 REQUESTS = st.lists(st.tuples(st.integers(0, 70), st.one_of(st.integers(0, 9), st.integers(0, 50))), min_size=1, max_size=5)

@@ -13,7 +13,7 @@ import llama4_kernels.reference.moe as reference
 from llama4_kernels.bench.inputs import mapped, relative_error
 from llama4_kernels.bench.tune import CANDIDATES
 from llama4_kernels.counters import tickets
-from llama4_kernels.ops.types import MoEWeights, Quantized
+from llama4_kernels.ops.types import MoEWeights, Quantized, Routing
 from llama4_kernels.reference import quantization
 from llama4_kernels.triton import config, moe
 from weights import PAIRS, linear, moe_weights, routing_of
@@ -126,6 +126,24 @@ def test_launches(form, tokens, launches, device):
     with mock.patch.object(kernel, "run", autospec=True, side_effect=kernel.run) as run:
         moe.fused_moe(torch.randn(tokens, 64, device=device).bfloat16(), weights)
     assert run.call_count == launches
+
+
+def test_more_tokens_than_a_grid_has_tiles_are_refused():
+    weights = moe_weights("bf16", "bf16", experts=2, hidden=64, inner=32)
+    assert moe.MOST_TOKENS == min(candidate["BLOCK_T"] for candidate in CANDIDATES["moe_down"]) * 65_535
+    for tokens, reason in ((1_048_560, ""), (1_048_561, "there are 1048561 tokens, above 1048560")):
+        x, ids = torch.empty(tokens, 64, device="meta"), torch.empty(tokens, device="meta")
+        assert moe.why_not_fused_moe(x, weights) == reason
+        assert moe.why_not_moe_down(x, x, Routing(ids, ids, ids, ids), weights, out_dtype=torch.bfloat16) == reason
+        assert moe.why_not_moe_gate_up(x, None, weights) == ""
+
+
+@pytest.mark.parametrize(("form", "shared_form"), [("channel", "bf16"), ("bf16", "block"), ("bf16", "bf16")])
+def test_rows_too_long_to_quantise_are_refused(form, shared_form):
+    weights, x = moe_weights(form, shared_form, experts=2, hidden=64, inner=32), torch.empty(1, (1 << 20) + 1, device="meta")
+    reason = "" if form == shared_form else "rows have 1048577 columns to quantise, above 1048576"
+    assert moe.why_not_fused_moe(x, weights) == moe.why_not_moe_gate_up(x, None, weights) == reason
+    assert moe.why_not_moe_gate_up(Quantized(x, None), None, weights) == ""
 
 
 @pytest.mark.gpu

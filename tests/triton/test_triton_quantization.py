@@ -68,6 +68,12 @@ def test_codes_by_way_of_float16_are_those_of_float32(device):
     assert by_float16.isnan().equal(x.isnan()) and by_float16.isinf().equal(x.isinf())
 
 
+def test_rows_longer_than_a_block_are_refused():
+    short, long = (torch.empty(2, columns, device="meta") for columns in (1 << 20, (1 << 20) + 1))
+    assert kernels.why_not_quantize_per_token(short) == ""
+    assert kernels.why_not_quantize_per_token(long) == "rows have 1048577 columns to quantise, above 1048576"
+
+
 def test_no_tokens_and_no_columns(device):
     assert kernels.quantize_per_token(torch.empty(0, 8, device=device)).codes.shape == (0, 8)
     assert kernels.quantize_per_token(torch.empty(2, 0, device=device)).scale.tolist() == [0, 0]
