@@ -115,6 +115,10 @@ REFUSED = (
     *({"text": "a", f"{medium}_data": ["a"]} for medium in ("image", "video", "audio")),
     {"input_ids": prompt(4), "return_hidden_states": []},
     {"input_ids": prompt(4), "return_hidden_states": [False]},
+    {"input_ids": prompt(4), "token_ids_logprob": [1] * (VOCABULARY + 1)},
+    {"input_ids": prompt(500), "return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 320, "sampling_params": {"n": 100}},
+    {"input_ids": prompt(4), "sampling_params": {"beam_width": 2}},
+    *({"input_ids": prompt(4), "session_params": {"id": "a", name: "x"}} for name in ("replace", "drop_previous_output")),
     {"input_ids": prompt(4), "rid": "HEALTH_CHECK_"},
     *({"input_ids": prompt(4), "custom_logit_processor": processor} for processor in (
         "x", "[]", '{"callable": "00"}', json.dumps({"callable": pickle.dumps(5).hex()}))),

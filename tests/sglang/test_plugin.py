@@ -42,7 +42,7 @@ def test_what_other_servers_are_asked_is_left_to_sglang():
     for hook in (plugin._derive_layers, plugin._hook_requests):
         hook(None, STOCK if hook is plugin._hook_requests else STOCK.model_config)
     request_hooks._check_request(None, STOCK, "no request", [])
-    request_hooks._check_types("no request", STOCK)
+    request_hooks._check_tokenized("no request", STOCK)
     request_hooks._check_samples(None, "no request")
     request_hooks._check_control_request(Mock(side_effect=ValueError), STOCK)
     plugin._bound_stop_patterns(None, STOCK)
