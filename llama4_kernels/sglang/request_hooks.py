@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 
 from sglang.srt.plugins.hook_registry import HookType
@@ -36,6 +37,14 @@ def _init_request_state(original, manager, request, http_request=None):
 
         check_rids(request.rid, http_request)
     return _read_request(original, manager, request, http_request)
+
+
+async def _update_in_turn(original, manager, request):
+    """SGLang keeps one update's answer to wait for: while generation is paused, a second update would end the server."""
+    if not is_our_model(manager.model_config):
+        return await original(manager, request)
+    async with manager.__dict__.setdefault("llama4_kernels_updates", asyncio.Lock()):
+        return await original(manager, request)
 
 
 async def _tokenize_request(original, manager, *args):
@@ -143,6 +152,7 @@ REQUEST_HOOKS = (
     (f"{_MANAGER}._batch_tokenize_and_process", _tokenize_request, HookType.AROUND),
     (f"{_MANAGER}._validate_one_request", _check_request, HookType.AFTER),
     (f"{_MANAGER}._create_tokenized_object", _check_tokenized, HookType.AFTER),
+    (f"{_MANAGER}._wait_for_model_update_from_disk", _update_in_turn, HookType.AROUND),
     *((f"{_MANAGER}.{name}", functools.partial(_check_control_request, check), HookType.BEFORE) for name, check in CHECKS.items()),
 )
 IMAGE_HOOKS = (
