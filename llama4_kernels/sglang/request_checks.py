@@ -31,7 +31,8 @@ MAX_SAMPLES, MAX_ANSWERS = 1 << 14, 1 << 20
 
 # Logprobs of tokens other than a prompt's and an answer's own. Of the most likely ones SGLang takes as many as any request asks for, for each of
 # up to 2048 tokens of the requests that run together. What it keeps until the answer takes some 70 bytes each, of 20 at a token, as OpenAI's API
-# allows, a small part of what the token's keys and values take; where there are more, MAX_LOGPROBS of a request are some 1.1 GiB.
+# allows, a small part of what the token's keys and values take; where there are more, MAX_LOGPROBS are some 1.1 GiB in the scheduler, and 2 GiB
+# in the process that answers.
 MAX_TOP_LOGPROBS, USUAL_LOGPROBS, MAX_LOGPROBS = 1 << 13, 20, 1 << 24
 
 # What SGLang makes itself, what only custom logit processors read, and tokens that may be numbers, where Python is asked, beside strings.
