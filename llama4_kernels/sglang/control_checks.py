@@ -43,8 +43,8 @@ def _check_continue(manager, request) -> None:
 
 
 def _resume_to_abort(manager, request) -> None:
-    """Before generation is paused by aborts, let a server go on that is paused already: an abort ends with the next step, for which SGLang would
-    wait, and have /continue_generation wait too."""
+    """Before generation is paused by aborts, let a server go on that is paused already: an abort ends with the next step, for which SGLang
+    would wait, and have /continue_generation wait too."""
     if request.mode != "abort" or not manager.is_pause:
         return
     from sglang.srt.managers.io_struct import ContinueGenerationReqInput
@@ -112,8 +112,8 @@ def _refuse_sending(manager, request) -> None:
     raise ValueError("weights are not sent to other instances: those that the model serves are laid out for its own kernels")
 
 
-# By the method of TokenizerManager that sends the request to the schedulers. Each takes the manager and the request, None for a method without,
-# and raises ValueError, or sends what has to come first.
+# By the method of TokenizerManager that sends the request to the schedulers. Each takes the manager and the request, None for a method
+# without, and raises ValueError, or sends what has to come first.
 CHECKS: Mapping[str, Callable[..., None]] = {
     "init_weights_update_group": _check_group,
     "release_memory_occupation": _check_release,

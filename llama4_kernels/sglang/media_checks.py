@@ -9,8 +9,8 @@ import torch
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """What stands for an image in a prompt, and for each of its parts in what is computed, in text and as a token; and of a tile of an image
-    its side in pixels and how many parts it has."""
+    """What stands for an image in a prompt, and for each of its parts in what is computed, in text and as a token; and of a tile of an
+    image its side in pixels and how many parts it has."""
 
     image: str
     image_id: int

@@ -29,10 +29,10 @@ SMALLEST_REPETITION_PENALTY = 1e-3
 # Answers to one prompt, and of one request where there is more than one to each: a few bytes could ask for more than memory holds.
 MAX_SAMPLES, MAX_ANSWERS = 1 << 14, 1 << 20
 
-# Logprobs of tokens other than a prompt's and an answer's own. Of the most likely ones SGLang takes as many as any request asks for, for each of
-# up to 2048 tokens of the requests that run together. What it keeps until the answer takes some 70 bytes each, of 20 at a token, as OpenAI's API
-# allows, a small part of what the token's keys and values take; where there are more, MAX_LOGPROBS are some 1.1 GiB in the scheduler, and 2 GiB
-# in the process that answers.
+# Logprobs of tokens other than a prompt's and an answer's own. Of the most likely ones SGLang takes as many as any request asks for, for
+# each of up to 2048 tokens of the requests that run together. What it keeps until the answer takes some 70 bytes each: of 20 at a token, as
+# OpenAI's API allows, a small part of what the token's keys and values take; where there are more, MAX_LOGPROBS are some 1.1 GiB in the
+# scheduler, and 2 GiB in the process that answers.
 MAX_TOP_LOGPROBS, USUAL_LOGPROBS, MAX_LOGPROBS = 1 << 13, 20, 1 << 24
 
 # What SGLang makes itself, what only custom logit processors read, and tokens that may be numbers, where Python is asked, beside strings.
@@ -107,8 +107,9 @@ def check_rids(rids: str | list[str], http_request) -> None:
 
 
 def check_types(request: msgspec.Struct) -> None:
-    """ValueError where a field of `request`, of its sampling or session parameters, is of another type than SGLang declares: the scheduler and
-    the detokenizer end at it, and of the routes only /generate looks. Numbers that stand for the type become it, as Python may give them.
+    """ValueError where a field of `request`, of its sampling or session parameters, is of another type than SGLang declares: the scheduler
+    and the detokenizer end at it, and of the routes only /generate looks. Numbers that stand for the type become it, as Python may give
+    them.
 
     request: SGLang's TokenizedGenerateReqInput, which a scheduler would get.
     """
@@ -146,8 +147,9 @@ def check_logprobs(request: msgspec.Struct, *, vocab_size: int, context_len: int
     positions = params.n * (length - start + new)
     if (count := positions * (top + named)) > MAX_LOGPROBS:
         raise ValueError(
-            f"top_logprobs_num is {top} and token_ids_logprob has {named} tokens, which is {count} logprobs at {positions} positions, needs at "
-            f"most {MAX_LOGPROBS}, or {USUAL_LOGPROBS} at each: fewer of them, a larger logprob_start_len or a smaller max_new_tokens"
+            f"top_logprobs_num is {top} and token_ids_logprob has {named} tokens, which is {count} logprobs at {positions} positions, "
+            f"needs at most {MAX_LOGPROBS}, or {USUAL_LOGPROBS} at each: fewer of them, a larger "
+            "logprob_start_len or a smaller max_new_tokens"
         )
 
 

@@ -280,7 +280,7 @@ def test_logprobs_that_are_taken(length, fields, params):
 @pytest.mark.parametrize("length, fields, params, message", [
     (1, {"token_ids_logprob": [1] * 202049, "return_logprob": False}, {}, "token_ids_logprob has 202049 tokens, needs at most 202048"),
     (1 << 14, {"top_logprobs_num": 1023, "token_ids_logprob": [1], "logprob_start_len": 0}, {"max_new_tokens": 1},
-     f"top_logprobs_num is 1023 and token_ids_logprob has 1 tokens, which is {MAX_LOGPROBS + 1024} logprobs at 16385 positions, needs at most"),
+     f"top_logprobs_num is 1023 and token_ids_logprob has 1 tokens, which is {MAX_LOGPROBS + 1024} logprobs at 16385 positions"),
     (1, {"token_ids_logprob": list(range(202048))}, {"max_new_tokens": 84}, "at 84 positions"),
     (1 << 19, {"top_logprobs_num": 21, "logprob_start_len": 0}, {"max_new_tokens": None}, f"at {1 << 20} positions"),
     (1, {"top_logprobs_num": 1024}, {"max_new_tokens": 16, "n": 1025}, "at 16400 positions"),

@@ -99,7 +99,7 @@ def test_what_the_model_serves(monkeypatch, changes):
     ({"deterministic": {"enable_deterministic_inference": True}}, "--enable-deterministic-inference, needs ops whose bits"),
     ({"spec": {"speculative_algorithm": "NGRAM", "speculative_eagle_topk": 1}}, "--speculative-algorithm NGRAM, needs EAGLE or EAGLE3 or"),
     ({"spec": {"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 4}}, "--speculative-eagle-topk 4, needs 1: drafts of one"),
-    ({"parallel": {"dp_size": 2, "load_balance_method": "follow_bootstrap_room"}}, "--load-balance-method follow_bootstrap_room, needs auto"),
+    ({"parallel": {"dp_size": 2, "load_balance_method": "follow_bootstrap_room"}}, "--load-balance-method follow_bootstrap_room, needs"),
     ({"schedule": {"max_queued_requests": 0, "enable_priority_scheduling": True}}, "--max-queued-requests 0, needs 1 or more with"),
     ({"device": {"device": "cpu"}, "graph": {"enable_torch_compile": True}}, "--enable-torch-compile on the CPU, needs a GPU"),
     ({"device": {"device": "cpu"}, "memory": {"enable_hierarchical_cache": True}}, "--enable-hierarchical-cache on the CPU, needs a GPU"),
