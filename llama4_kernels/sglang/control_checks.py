@@ -42,6 +42,18 @@ def _check_continue(manager, request) -> None:
         check_memory(manager)
 
 
+def _resume_to_abort(manager, request) -> None:
+    """Before generation is paused by aborts, let a server go on that is paused already: an abort ends with the next step, for which SGLang
+    would wait, and have /continue_generation wait too."""
+    if request.mode != "abort" or not manager.is_pause:
+        return
+    from sglang.srt.managers.io_struct import ContinueGenerationReqInput
+
+    _check_continue(manager, None)
+    manager.abort_request(abort_all=True)
+    manager._dispatch_to_scheduler(ContinueGenerationReqInput(torch_empty_cache=False))
+
+
 def check_memory(manager) -> None:
     """ValueError while memory is released that generation needs."""
     from sglang.srt.environ import envs
@@ -100,13 +112,14 @@ def _refuse_sending(manager, request) -> None:
     raise ValueError("weights are not sent to other instances: those that the model serves are laid out for its own kernels")
 
 
-# By the method of TokenizerManager that sends the request to the schedulers. Each takes the manager and the
-# request, None for a method without, and raises ValueError.
+# By the method of TokenizerManager that sends the request to the schedulers. Each takes the manager and the request, None for a method
+# without, and raises ValueError, or sends what has to come first.
 CHECKS: Mapping[str, Callable[..., None]] = {
     "init_weights_update_group": _check_group,
     "release_memory_occupation": _check_release,
     "resume_memory_occupation": _check_resume,
     "continue_generation": _check_continue,
+    "pause_generation": _resume_to_abort,
     "start_profile": _check_profile,
     "slow_down": _check_sleep,
     "start_expert_distribution_record": _refuse_experts,

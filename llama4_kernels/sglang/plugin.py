@@ -208,6 +208,15 @@ def _bound_stop_patterns(result, scheduler) -> None:
         bound_stop_patterns()
 
 
+def _abort_one(original, scheduler, request):
+    if request.abort_all or not request.rid or not is_our_model(scheduler.model_config):
+        return original(scheduler, request)
+    from llama4_kernels.sglang.aborts import spare_longer_rids
+
+    with spare_longer_rids(scheduler, request.rid):
+        return original(scheduler, request)
+
+
 def _end_at_stop(original, request, *args, full_window_matched=True, **kwargs):
     """Where the tokens before the last one of a step cannot be searched in time, the answer ends with it, if it ends."""
     try:
@@ -302,6 +311,7 @@ HOOKS = (
     ("sglang.srt.managers.tp_worker.BaseTpWorker.deserialize_own_rank", _deserialize_own_rank, HookType.AROUND),
     (f"{_MANAGER}.init_model_config", _hook_requests, HookType.AFTER),
     ("sglang.srt.managers.scheduler.Scheduler.init_model_config", _bound_stop_patterns, HookType.AFTER),
+    ("sglang.srt.managers.scheduler.Scheduler.abort_request", _abort_one, HookType.AROUND),
     ("sglang.srt.managers.schedule_batch.Req._locate_str_stop_finished_len", _end_at_stop, HookType.AROUND),
     (f"{_DETOKENIZER}._decode_batch_token_id_output", _tell_workers_apart, HookType.AROUND),
     (f"{_PROFILER}._start_profile", _start_profile_once, HookType.AROUND),

@@ -29,6 +29,12 @@ SMALLEST_REPETITION_PENALTY = 1e-3
 # Answers to one prompt, and of one request where there is more than one to each: a few bytes could ask for more than memory holds.
 MAX_SAMPLES, MAX_ANSWERS = 1 << 14, 1 << 20
 
+# Logprobs of tokens other than a prompt's and an answer's own. Of the most likely ones SGLang takes as many as any request asks for, for
+# each of up to 2048 tokens of the requests that run together. What it keeps until the answer takes some 70 bytes each: of 20 at a token, as
+# OpenAI's API allows, a small part of what the token's keys and values take; where there are more, MAX_LOGPROBS are some 1.1 GiB in the
+# scheduler, and 2 GiB in the process that answers.
+MAX_TOP_LOGPROBS, USUAL_LOGPROBS, MAX_LOGPROBS = 1 << 13, 20, 1 << 24
+
 # What SGLang makes itself, what only custom logit processors read, and tokens that may be numbers, where Python is asked, beside strings.
 UNTYPED = frozenset({"input_ids", "mm_inputs", "time_stats", "custom_params", "logit_bias"})
 
@@ -55,10 +61,6 @@ def check_request(
     for name in ("input_embeds", "positional_embed_overrides"):
         if getattr(request, name) is not None:
             raise ValueError(f"{name} is given, needs text or input_ids instead: the model embeds tokens itself")
-    for name, kind in (("id", str), ("rid", str), ("offset", int)):
-        value = (request.session_params or {}).get(name)
-        if value is not None:
-            _check_type(f"{name} of session_params", value, kind)
     if input_ids == [] and not _continues_a_session(request):
         raise ValueError("the prompt has no tokens, needs at least one")
     check_tokens("input_ids", input_ids, vocab_size)
@@ -72,8 +74,9 @@ def check_request(
         raise ValueError(f'return_hidden_states is {request.return_hidden_states!r}, needs true, false or "last"')
     # Also without return_logprob: SGLang takes the largest of the requests that run together.
     _check_type("top_logprobs_num", request.top_logprobs_num, int)
-    if not 0 <= request.top_logprobs_num <= vocab_size:
-        raise ValueError(f"top_logprobs_num is {request.top_logprobs_num}, needs 0 to {vocab_size}, the tokens of the vocabulary")
+    most = min(vocab_size, MAX_TOP_LOGPROBS)
+    if not 0 <= request.top_logprobs_num <= most:
+        raise ValueError(f"top_logprobs_num is {request.top_logprobs_num}, needs 0 to {most}")
     if request.return_logprob:
         _check_type("logprob_start_len", request.logprob_start_len, int)
         if request.logprob_start_len < -1:
@@ -84,7 +87,7 @@ def check_request(
         _check_positions("token_indices_to_pool", request.token_indices_to_pool, len(input_ids or ()))
     if request.custom_logit_processor:
         _check_logit_processor(request.custom_logit_processor)
-    check_media(request, image_tokens)
+    check_media(request, input_ids or [], image_tokens)
 
 
 def check_rids(rids: str | list[str], http_request) -> None:
@@ -100,17 +103,50 @@ def check_rids(rids: str | list[str], http_request) -> None:
 
 
 def check_types(request: msgspec.Struct) -> None:
-    """ValueError where a field of `request`, or of its sampling parameters, is of another type than SGLang declares: the scheduler and the
-    detokenizer end at it, and of the routes only /generate looks. Numbers that stand for the type become it, as Python may give them.
+    """ValueError where a field of `request`, of its sampling or session parameters, is of another type than SGLang declares: the scheduler
+    and the detokenizer end at it, and of the routes only /generate looks. Numbers that stand for the type become it, as Python may give
+    them.
 
     request: SGLang's TokenizedGenerateReqInput, which a scheduler would get.
     """
-    for struct in (request, request.sampling_params):
+    for struct in filter(None, (request, request.sampling_params, request.session_params)):
         declared = _declaration(type(struct))
         try:  # all at once, which is quicker
             msgspec.convert([getattr(struct, name) for name in declared.__struct_fields__], declared)
         except msgspec.ValidationError:
             _check_each(struct, declared)
+
+
+def check_beams(request: msgspec.Struct) -> None:
+    """ValueError for beam search: where the requests that run leave it no room, SGLang ends, or mixes up what its beams have cached.
+
+    request: SGLang's TokenizedGenerateReqInput, whose types are right.
+    """
+    if (width := request.sampling_params.beam_width or 1) > 1:
+        raise ValueError(f"beam_width is {width}, needs 1, or none: beam search is not served")
+
+
+def check_logprobs(request: msgspec.Struct, *, vocab_size: int, context_len: int) -> None:
+    """ValueError where the logprobs of tokens that `request` asks for might take all memory.
+
+    request: SGLang's TokenizedGenerateReqInput, whose types are right.
+    """
+    top, named, params = request.top_logprobs_num, len(request.token_ids_logprob or ()), request.sampling_params
+    if named > vocab_size:
+        raise ValueError(f"token_ids_logprob has {named} tokens, needs at most {vocab_size}, those of the vocabulary")
+    if not request.return_logprob or top + named <= USUAL_LOGPROBS:
+        return
+    room = max(context_len - len(request.input_ids), 0)
+    new = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
+    length = context_len if request.session_params is not None else len(request.input_ids)  # of earlier turns the scheduler alone knows
+    start = length if request.logprob_start_len == -1 else min(request.logprob_start_len, length)
+    positions = params.n * (length - start + new)
+    if (count := positions * (top + named)) > MAX_LOGPROBS:
+        raise ValueError(
+            f"top_logprobs_num is {top} and token_ids_logprob has {named} tokens, which is {count} logprobs at {positions} positions, "
+            f"needs at most {MAX_LOGPROBS}, or {USUAL_LOGPROBS} at each: fewer of them, a larger "
+            "logprob_start_len or a smaller max_new_tokens"
+        )
 
 
 def _check_each(struct: msgspec.Struct, declared: type[msgspec.Struct]) -> None:

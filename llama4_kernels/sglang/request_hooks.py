@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 
 from sglang.srt.plugins.hook_registry import HookType
@@ -38,6 +39,14 @@ def _init_request_state(original, manager, request, http_request=None):
     return _read_request(original, manager, request, http_request)
 
 
+async def _update_in_turn(original, manager, request):
+    """SGLang keeps one update's answer to wait for: while generation is paused, a second update would end the server."""
+    if not is_our_model(manager.model_config):
+        return await original(manager, request)
+    async with manager.__dict__.setdefault("llama4_kernels_updates", asyncio.Lock()):
+        return await original(manager, request)
+
+
 async def _tokenize_request(original, manager, *args):
     if not is_our_model(manager.model_config):
         return await original(manager, *args)
@@ -66,11 +75,13 @@ def _check_request(result, manager, request, input_ids) -> None:
     check_memory(manager)
 
 
-def _check_types(tokenized, manager, *args, **kwargs) -> None:
+def _check_tokenized(tokenized, manager, *args, **kwargs) -> None:
     if is_our_model(manager.model_config):
-        from llama4_kernels.sglang.request_checks import check_types
+        from llama4_kernels.sglang.request_checks import check_beams, check_logprobs, check_types
 
         check_types(tokenized)
+        check_beams(tokenized)
+        check_logprobs(tokenized, vocab_size=manager.model_config.vocab_size, context_len=manager.context_len)
 
 
 def _check_control_request(check, manager, request=None, *args, **kwargs) -> None:
@@ -116,7 +127,11 @@ def _image_tokens(mm_processor):
     from llama4_kernels.sglang.media_checks import ImageTokens
 
     image, part_id, tokenizer = mm_processor._processor.image_token, mm_processor.IM_TOKEN_ID, mm_processor._processor.tokenizer
-    return ImageTokens(image, tokenizer.convert_tokens_to_ids(image), tokenizer.convert_ids_to_tokens(part_id), part_id)
+    vision = mm_processor.vision_config
+    parts = round((vision.image_size // vision.patch_size * vision.pixel_shuffle_ratio) ** 2)
+    return ImageTokens(
+        image, tokenizer.convert_tokens_to_ids(image), tokenizer.convert_ids_to_tokens(part_id), part_id, vision.image_size, parts
+    )
 
 
 def _end_tokens(model_config, tokenizer) -> frozenset[int]:
@@ -136,7 +151,8 @@ REQUEST_HOOKS = (
     (f"{_MANAGER}._tokenize_one_request", _tokenize_request, HookType.AROUND),
     (f"{_MANAGER}._batch_tokenize_and_process", _tokenize_request, HookType.AROUND),
     (f"{_MANAGER}._validate_one_request", _check_request, HookType.AFTER),
-    (f"{_MANAGER}._create_tokenized_object", _check_types, HookType.AFTER),
+    (f"{_MANAGER}._create_tokenized_object", _check_tokenized, HookType.AFTER),
+    (f"{_MANAGER}._wait_for_model_update_from_disk", _update_in_turn, HookType.AROUND),
     *((f"{_MANAGER}.{name}", functools.partial(_check_control_request, check), HookType.BEFORE) for name, check in CHECKS.items()),
 )
 IMAGE_HOOKS = (

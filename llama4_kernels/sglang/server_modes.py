@@ -6,7 +6,17 @@ from __future__ import annotations
 import torch
 from sglang.srt.environ import envs
 from sglang.srt.model_executor.cuda_graph_config import cuda_graph_fully_disabled
-from sglang.srt.runtime_context import get_disagg, get_exec, get_lora, get_memory, get_model, get_parallel, get_spec
+from sglang.srt.runtime_context import (
+    get_device,
+    get_disagg,
+    get_exec,
+    get_lora,
+    get_memory,
+    get_model,
+    get_parallel,
+    get_schedule,
+    get_spec,
+)
 
 from llama4_kernels import switches
 from llama4_kernels.ops import backend
@@ -35,6 +45,7 @@ def check_server() -> None:
     parallel, model, spec = get_parallel(), get_model(), get_spec()
     moe, offload, overlap = get_exec().moe, get_exec().offload, get_exec().overlap
     algorithm, topk = spec.speculative_algorithm, spec.speculative_eagle_topk
+    schedule, disagg = get_schedule(), get_disagg()
     for is_asked, flag, needs in (
         (parallel.moe_ep_size > 1, f"--ep-size {parallel.moe_ep_size}", "1: every rank has a part of every expert"),
         (parallel.pp_size > 1, f"--pp-size {parallel.pp_size}", "1"),
@@ -65,7 +76,7 @@ def check_server() -> None:
         (get_exec().features.enable_mis, "--enable-mis", "a sequence for each item that is scored: attention has no mask between items"),
         (overlap.enable_two_batch_overlap, "--enable-two-batch-overlap", "batches in one piece: the model has no stages of two to overlap"),
         (overlap.enable_single_batch_overlap, "--enable-single-batch-overlap", "the MoE layer in one piece: it has no stages to overlap"),
-        (get_disagg().enable_pdmux, "--enable-pdmux", "prefills of all layers at once: the model has none of a few layers"),
+        (disagg.enable_pdmux, "--enable-pdmux", "prefills of all layers at once: the model has none of a few layers"),
         (get_lora().enable_lora, "--enable-lora", "weights without adapters: the MoE layer reads those of its experts itself"),
         (model.load_format not in LOAD_FORMATS, f"--load-format {model.load_format}", " or ".join(LOAD_FORMATS)),
         (
@@ -75,6 +86,29 @@ def check_server() -> None:
         ),
         (model.is_embedding, "--is-embedding", "a model with a pooling layer"),
         (get_memory().enable_unified_memory, "--enable-unified-memory", "K and V of a layer in one piece, at the slots of the page table"),
+        (
+            parallel.dp_size > 1
+            and parallel.load_balance_method == "follow_bootstrap_room"
+            and disagg.disaggregation_mode == "null"
+            and disagg.disaggregation_transfer_backend != "fake",
+            "--load-balance-method follow_bootstrap_room",
+            "auto: requests without --disaggregation-mode have no bootstrap room, and the first would end the server",
+        ),
+        (
+            schedule.max_queued_requests == 0 and schedule.enable_priority_scheduling,
+            "--max-queued-requests 0",
+            "1 or more with --enable-priority-scheduling: of an empty queue SGLang finds no request of the lowest priority, and ends",
+        ),
+        (
+            get_device().device == "cpu" and get_memory().enable_hierarchical_cache,
+            "--enable-hierarchical-cache on the CPU",
+            "a GPU, or no such flag: SGLang copies KV caches to the host with kernels for GPUs",
+        ),
+        (
+            not envs.SGLANG_USE_PICKLE_IPC.get(),
+            "SGLANG_USE_PICKLE_IPC=0",
+            "1: SGLang's scheduler ends at a nested field of a request that is not of the type that it declares",
+        ),
         (envs.SGLANG_USE_HND_KVCACHE.get(), "SGLANG_USE_HND_KVCACHE=1", "a cache in which the heads of a token lie side by side"),
         *(
             (variable.get(), f"{variable.name}=1", "tokens that go to the experts of their router")

@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import threading
+import time
 
 import requests
 from engine import ask, assert_agrees, llama4_server, prompt
@@ -115,6 +117,10 @@ REFUSED = (
     *({"text": "a", f"{medium}_data": ["a"]} for medium in ("image", "video", "audio")),
     {"input_ids": prompt(4), "return_hidden_states": []},
     {"input_ids": prompt(4), "return_hidden_states": [False]},
+    {"input_ids": prompt(4), "token_ids_logprob": [1] * (VOCABULARY + 1)},
+    {"input_ids": prompt(500), "return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 320, "sampling_params": {"n": 100}},
+    {"input_ids": prompt(4), "sampling_params": {"beam_width": 2}},
+    *({"input_ids": prompt(4), "session_params": {"id": "a", name: "x"}} for name in ("replace", "drop_previous_output")),
     {"input_ids": prompt(4), "rid": "HEALTH_CHECK_"},
     *({"input_ids": prompt(4), "custom_logit_processor": processor} for processor in (
         "x", "[]", '{"callable": "00"}', json.dumps({"callable": pickle.dumps(5).hex()}))),
@@ -150,6 +156,7 @@ def test_bad_requests_are_refused(make, oracle, tmp_path):
         assert_agrees(answer, oracle(path))
         check_other_routes(server, answer)
         check_sessions(server, answer)
+        check_aborts(server)
         assert requests.get(f"{server.url}/health_generate", timeout=60).status_code == 200
 
 
@@ -209,3 +216,21 @@ def check_sessions(server, answer):
         turn = {"id": session, "rid": replaced, "replace": True}
         anew = server.post("/generate", {"input_ids": prompt(70), "session_params": turn, **greedy})
     assert anew["output_ids"] == first["output_ids"]
+
+
+def check_aborts(server):
+    """That one ends the request that it names, and none whose rid only begins with that name."""
+    reasons = {}
+
+    def generate(rid):
+        body = {"input_ids": prompt(4), "rid": rid, "sampling_params": {"max_new_tokens": 400, "ignore_eos": True}}
+        reasons[rid] = server.post("/generate", body)["meta_info"]["finish_reason"]["type"]
+
+    threads = [threading.Thread(target=generate, args=[rid]) for rid in ("job-1", "job-10")]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.5)
+    assert requests.post(f"{server.url}/abort_request", json={"rid": "job-1"}, timeout=60).status_code == 200
+    for thread in threads:
+        thread.join()
+    assert reasons == {"job-1": "abort", "job-10": "length"}

@@ -1,6 +1,9 @@
-"""Control requests that would end the server; it lives on."""
+"""Control requests that would end the server, or have it wait for good; it lives on."""
 
+import asyncio
 import contextlib
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +12,9 @@ import torch
 from engine import ask, assert_agrees, llama4_server, prompt
 from sglang.srt.environ import envs
 
+from llama4_kernels.sglang import request_hooks
 from llama4_kernels.sglang.control_checks import CHECKS, check_memory
+from llama4_kernels.sglang.plugin import MODEL_IMPL
 
 
 def test_control_requests_that_cannot_be_done(make, oracle, tmp_path):
@@ -46,7 +51,74 @@ def test_control_requests_that_cannot_be_done(make, oracle, tmp_path):
         ):  # fmt: skip
             refused(message, "start_profile", **{"output_dir": str(tmp_path), **profile})
         refused("not in progress", "stop_profile")
+
+        check_pauses(server, path)
         assert_agrees(ask(server, prompt(70)), oracle(path))
+
+
+def check_pauses(server, path):
+    """Updates at once while generation is paused, and a pause by aborts of what is paused already."""
+    for mode in ("in_place", "retract"):
+        asked = {"input_ids": prompt(4), "sampling_params": {"max_new_tokens": 1000, "ignore_eos": True}}
+        (aborted,) = in_background(server, ("generate", asked))
+        time.sleep(1)
+        server.post("/pause_generation", {"mode": mode})
+        for updated in ended(in_background(server, *[("update_weights_from_disk", {"model_path": str(path), "flush_cache": False})] * 3)):
+            assert updated.json()["success"], updated.text
+        server.post("/pause_generation", {"mode": "abort"}, timeout=30)
+        (answer,) = ended([aborted])
+        assert answer.json()["meta_info"]["finish_reason"]["type"] == "abort"
+        (waiting,) = in_background(server, ("generate", asked | {"sampling_params": {"max_new_tokens": 4}}))
+        server.post("/continue_generation", {}, timeout=30)
+        assert ended([waiting])[0].status_code == 200
+
+
+def in_background(server, *asked):
+    """Of each (route, body): the thread that asks, and where it puts the answer."""
+    started = []
+    for route, body in asked:
+        answers = []
+
+        def ask(route=route, body=body, answers=answers):
+            answers.append(requests.post(f"{server.url}/{route}", json=body, timeout=60))
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        started.append((thread, answers))
+    return started
+
+
+def ended(started):
+    for thread, _ in started:
+        thread.join()
+    return [answers[0] for _, answers in started]
+
+
+@pytest.mark.parametrize("mode, paused, sent", [("abort", True, 2), ("abort", False, 0), ("in_place", True, 0), ("retract", False, 0)])
+def test_what_is_paused_goes_on_to_be_aborted(mode, paused, sent):
+    messages = []
+    manager = SimpleNamespace(
+        is_pause=paused, rid_to_state={}, _dispatch_to_scheduler=messages.append, abort_request=lambda abort_all: messages.append("abort")
+    )
+    CHECKS["pause_generation"](manager, SimpleNamespace(mode=mode))
+    assert len(messages) == sent and messages[:1] in ([], ["abort"])
+
+
+def test_updates_wait_for_each_other():
+    running = []
+
+    async def original(manager, request):
+        running.append(request)
+        await asyncio.sleep(0)
+        assert running == [request]
+        running.remove(request)
+        return request
+
+    async def update_twice():
+        manager = SimpleNamespace(model_config=SimpleNamespace(model_impl=MODEL_IMPL, is_draft_model=False))
+        return await asyncio.gather(*(request_hooks._update_in_turn(original, manager, i) for i in range(3)))
+
+    assert asyncio.run(update_twice()) == [0, 1, 2]
 
 
 def test_a_group_with_a_name_is_left_to_sglang():

@@ -12,9 +12,11 @@ import pytest
 import requests
 from engine import llama4_server
 from PIL import Image
+from transformers import AutoConfig, AutoProcessor
 
 from llama4_kernels.cli import demo
-from llama4_kernels.sglang import images, sessions
+from llama4_kernels.sglang import images, request_hooks, sessions
+from llama4_kernels.sglang.media_checks import check_media
 
 
 def png(size=(8, 8), mode="RGB", colour=0):
@@ -140,6 +142,22 @@ def test_a_session_is_closed_while_an_image_waits(server):
         thread.join()
     assert answers[0].status_code == 200
     assert_alive(server)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (300, 30)])
+def test_what_a_processor_makes_of_an_image_is_taken(size, make):
+    path = make("scout", vision=True)
+    processor, config = AutoProcessor.from_pretrained(path), AutoConfig.from_pretrained(path)
+    made = processor(text="a<|image|>", images=[Image.new("RGB", size)], return_tensors="pt")
+    tokens = request_hooks._image_tokens(
+        SimpleNamespace(_processor=processor, IM_TOKEN_ID=config.image_token_index, vision_config=config.vision_config)
+    )
+    image = {"format": "processor_output", "pixel_values": made["pixel_values"]}
+    request = SimpleNamespace(image_data=[image], video_data=None, audio_data=None, mm_hashes=None)
+    check_media(request, made["input_ids"][0].tolist(), tokens)
+    image["pixel_values"] = made["pixel_values"][1:]
+    with pytest.raises(ValueError, match="for each tile"):
+        check_media(request, made["input_ids"][0].tolist(), tokens)
 
 
 @pytest.mark.parametrize("source", [b"bytes", "data:,a", "https://example.org/a.png", "/nowhere/a.png"])

@@ -28,6 +28,7 @@ STOCK = SimpleNamespace(model_config=of("auto"))
     (request_hooks._read_request, ["no request"], {}),
     (request_hooks._load_image, ["no image"], {}),
     (request_hooks._init_request_state, [STOCK, "no request", None], {}),
+    (plugin._abort_one, [STOCK, SimpleNamespace(abort_all=False, rid="a")], {}),
     (plugin._tell_workers_apart, ["no detokenizer", SimpleNamespace(http_worker_ipcs=["a"])], {}),
     (plugin._start_profile_once, [SimpleNamespace(profile_in_progress=True)], {}),
 ], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
@@ -42,7 +43,7 @@ def test_what_other_servers_are_asked_is_left_to_sglang():
     for hook in (plugin._derive_layers, plugin._hook_requests):
         hook(None, STOCK if hook is plugin._hook_requests else STOCK.model_config)
     request_hooks._check_request(None, STOCK, "no request", [])
-    request_hooks._check_types("no request", STOCK)
+    request_hooks._check_tokenized("no request", STOCK)
     request_hooks._check_samples(None, "no request")
     request_hooks._check_control_request(Mock(side_effect=ValueError), STOCK)
     plugin._bound_stop_patterns(None, STOCK)
@@ -112,6 +113,31 @@ def session_of(*turns, streaming=False):
 def replace(session, turn, monkeypatch):
     monkeypatch.setattr(plugin, "server_has_flag", lambda: True)
     plugin._forget_replaced_requests(session, SimpleNamespace(session_params=SimpleNamespace(**{"replace": False, "rid": None} | turn)))
+
+
+def test_an_abort_spares_requests_whose_rids_begin_with_its_own():
+    requests = {rid: SimpleNamespace(rid=rid) for rid in ("a", "ab", "abc", "b", "ac")}
+    a, ab, abc, b, ac = requests.values()
+    scheduler = SimpleNamespace(
+        waiting_queue=[a, ab], grammar_manager=SimpleNamespace(grammar_queue=[abc]), collect_inflight_reqs=lambda: [ab, b], chunked_req=ac,
+        model_config=of(plugin.MODEL_IMPL),
+    )  # fmt: skip
+
+    def aborted(rid, abort_all=False, fails=False):
+        def original(scheduler, request):
+            found = [name for name, each in requests.items() if request.abort_all or each.rid.startswith(request.rid)]
+            if fails:
+                raise RuntimeError
+            return found
+
+        result = plugin._abort_one(original, scheduler, SimpleNamespace(rid=rid, abort_all=abort_all))
+        assert all(each.rid == name for name, each in requests.items())
+        return result
+
+    assert aborted("a") == ["a"] and aborted("ab") == ["ab"] and aborted("") == aborted("", abort_all=True) == list(requests)
+    with pytest.raises(RuntimeError):
+        aborted("a", fails=True)
+    assert [each.rid for each in requests.values()] == list(requests)
 
 
 def test_a_profile_is_started_once(monkeypatch):

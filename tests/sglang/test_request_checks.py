@@ -3,29 +3,31 @@
 import json
 import math
 from array import array
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
-from sglang.srt.multimodal.modality import MultimodalInputFormat
+from sglang.srt.managers.io_struct import SessionParams, TokenizedGenerateReqInput
+from sglang.srt.multimodal.modality import Modality, MultimodalInputFormat
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from llama4_kernels.sglang.media_checks import ImageTokens
-from llama4_kernels.sglang.request_checks import check_request, check_rids, check_types
+from llama4_kernels.sglang.request_checks import MAX_LOGPROBS, check_beams, check_logprobs, check_request, check_rids, check_types
 
 MODEL = {
     "vocab_size": 320,
     "end_tokens": frozenset({261, 262}),
     "computes_whole_prompts": True,
-    "image_tokens": ImageTokens("<|image|>", 263, "<|patch|>", 264),
+    "image_tokens": ImageTokens("<|image|>", 263, "<|patch|>", 264, 56, 2),
 }
+TILE = torch.zeros(1, 3, 56, 56)
 PLAIN = {
     "text": None, "input_ids": None, "input_embeds": None, "image_data": None, "sampling_params": {}, "return_logprob": False,
     "logprob_start_len": -1, "top_logprobs_num": 0, "positional_embed_overrides": None, "session_params": None,
     "token_indices_to_pool": None, "custom_logit_processor": None, "lora_id": None, "video_data": None, "audio_data": None,
-    "return_routed_experts": False, "return_indexer_topk": False, "return_hidden_states": False,
+    "return_routed_experts": False, "return_indexer_topk": False, "return_hidden_states": False, "mm_hashes": None,
 }  # fmt: skip
 
 
@@ -46,8 +48,11 @@ def referring(count):
     ([264] * 4, {"input_ids": [263, 5, 263], "image_data": ["a.png", "b.png"]}),
     ([5], {"text": "<|image|>", "image_data": [None]}),
     ([5], {"text": "<|image|><|patch|>", "image_data": [], "video_data": [], "audio_data": [None]}),
-    ([264], {"input_ids": [264], "image_data": [{"format": "processor_output"}]}),
-    ([264], {"text": "<|patch|>", "image_data": {"format": MultimodalInputFormat.PROCESSOR_OUTPUT}}),
+    ([264, 5, 264], {"input_ids": [264, 5, 264], "image_data": [{"format": "processor_output", "pixel_values": TILE}]}),
+    ([264] * 4, {"text": "<|patch|>" * 4, "image_data": {
+        "format": MultimodalInputFormat.PROCESSOR_OUTPUT, "pixel_values": TILE.repeat(2, 1, 1, 1), "modality": Modality.IMAGE,
+        "offsets": torch.tensor([[0, 1], [2, 3]])}}),
+    ([5], {"text": "a", "mm_hashes": ["ab"]}),
     ([], {"input_ids": [], "session_params": {"id": "a"}}),
     ([1], {"session_params": {"id": "a", "rid": None, "offset": -1, "replace": True}}),
     ([1], {"sampling_params": {"stop_token_ids": {0, 319, None}}}),
@@ -87,6 +92,12 @@ def test_positions_of_a_prompt_that_may_be_computed_in_part():
         check([1, 2], {"token_indices_to_pool": [0]}, MODEL | {"computes_whole_prompts": False})
 
 
+def test_the_most_likely_tokens_of_a_large_vocabulary():
+    check([1], {"top_logprobs_num": 8192}, MODEL | {"vocab_size": 202048})
+    with pytest.raises(ValueError, match="top_logprobs_num is 8193, needs 0 to 8192"):
+        check([1], {"top_logprobs_num": 8193}, MODEL | {"vocab_size": 202048})
+
+
 def test_a_model_without_an_end_of_the_answer():
     check([1], {"sampling_params": {"min_new_tokens": 2}}, MODEL | {"end_tokens": frozenset()})
 
@@ -104,9 +115,6 @@ def test_an_end_of_the_answer_outside_of_the_vocabulary():
     ([320, 5], {}, r"input_ids has 320, needs tokens from 0 to 319"),
     (None, {"input_embeds": [[0.0] * 4]}, "input_embeds is given, needs text or input_ids instead"),
     ([], {"input_ids": [], "session_params": {"id": None}}, "the prompt has no tokens"),
-    ([1], {"session_params": {"id": ["a"]}}, r"id of session_params is \['a'\], needs str"),
-    ([1], {"session_params": {"id": "a", "rid": ["b"]}}, r"rid of session_params is \['b'\], needs str"),
-    ([1], {"session_params": {"id": "a", "offset": "1"}}, "offset of session_params is '1', needs int"),
     ([320], {"input_ids": [320], "session_params": {"id": "a"}}, "input_ids has 320, needs tokens from 0 to 319"),
     ([1], {"sampling_params": {"stop_token_ids": [5, 320]}}, "stop_token_ids has 320, needs tokens from 0 to 319"),
     ([1], {"sampling_params": {"stop_token_ids": {-1}}}, "stop_token_ids has -1, needs tokens from 0 to 319"),
@@ -151,6 +159,20 @@ def test_an_end_of_the_answer_outside_of_the_vocabulary():
     ([5, 264], {"input_ids": [264, 5], "image_data": ["a.png"]}, r"the prompt has <\|patch\|> beside image_data"),
     ([264], {"input_ids": [264], "image_data": [{"format": "processor_output"}, "a.png"]}, r"the prompt has <\|patch\|> beside"),
     ([264], {"input_ids": [264], "image_data": [{"format": "precomputed_embedding"}]}, "has the format precomputed_embedding, needs images"),
+    ([264, 264], {"text": "<|image|>", "image_data": ["a.png"], "mm_hashes": ["ab"]}, "mm_hashes is given, needs images without"),
+    *(([264, 264], {"text": "<|patch|>" * 2, "image_data": [{"format": "processor_output", "pixel_values": TILE} | fields]}, message)
+      for fields, message in (
+        ({"pixel_values": None}, r"pixel_values of NoneType, needs a tensor of floats, \[tiles, 3, 56, 56\]"),
+        ({"pixel_values": [[0.5]]}, "pixel_values of list, needs a tensor"),
+        ({"pixel_values": TILE.int()}, r"pixel_values of torch.int32 \[1, 3, 56, 56\], needs a tensor of floats"),
+        ({"pixel_values": TILE[0]}, r"pixel_values of torch.float32 \[3, 56, 56\], needs"),
+        ({"pixel_values": TILE[..., 1:]}, r"pixel_values of torch.float32 \[1, 3, 56, 55\], needs"),
+        ({"pixel_values": TILE.repeat(2, 1, 1, 1)}, r"has 2 tiles, the prompt 2 times <\|patch\|>, needs 2 for each tile"),
+        ({"modality": "video"}, "has the modality video, needs image"),
+        ({"modality": Modality.AUDIO}, "has the modality Modality.AUDIO, needs image"),
+        ({"offsets": [(0, 0)]}, "offsets other than the places of"),
+        ({"offsets": [(1, 2)]}, "offsets other than the places of"),
+    )),
 ], ids=lambda value: str(value)[:100])  # fmt: skip
 def test_what_is_refused(tokens, fields, message):
     with pytest.raises(ValueError, match=message):
@@ -184,6 +206,7 @@ def tokenized(fields, params):
     ({}, {}),
     ({"return_hidden_states": "last", "token_ids_logprob": [1, 2], "priority": 1}, {}),
     ({}, {"temperature": 1, "stop": "a", "stop_regex": ["a+", "b"], "stop_token_ids": [1, None], "max_new_tokens": None}),
+    ({"session_params": SessionParams(id="a", rid=None, offset=-1, replace=True)}, {}),
     ({}, {"logit_bias": {"5": 1, 6: -0.5}, "custom_params": {"a": {"b": [[1]]}}}),
     ({}, {"temperature": np.float32(0.5), "top_p": np.float64(0.5), "max_new_tokens": np.int64(4)}),
 ], ids=str)  # fmt: skip
@@ -205,6 +228,8 @@ def test_numbers_that_stand_for_another_type_become_it(name, given, taken):
 @pytest.mark.parametrize("fields, params, message", [
     ({"rid": 5}, {}, "rid is 5, needs another type: Expected `str"),
     ({"priority": "1"}, {}, "priority is '1', needs another type"),
+    *(({"session_params": SessionParams(**{"id": "a"} | field)}, {}, f"{name} is .*, needs another type")
+      for field in ({"id": ["a"]}, {"rid": ["b"]}, {"offset": "1"}, {"replace": "x"}, {"drop_previous_output": 2}) for name in field),
     ({}, {"max_new_tokens": 4.5}, "max_new_tokens is 4.5, needs another type: Expected `int"),
     ({}, {"max_new_tokens": np.float64(1e15)}, "needs another type: Expected `int"),
     ({}, {"top_k": 1e30}, r"top_k is 1e\+30, needs another type: Expected `int`, got `float`"),
@@ -217,3 +242,43 @@ def test_numbers_that_stand_for_another_type_become_it(name, given, taken):
 def test_types_that_are_refused(fields, params, message):
     with pytest.raises(ValueError, match=message):
         check_types(tokenized(fields, params))
+
+
+@pytest.mark.parametrize("width, taken", [(None, True), (1, True), (2, False)])
+def test_beams(width, taken):
+    with nullcontext() if taken else pytest.raises(ValueError, match="beam_width is 2, needs 1"):
+        check_beams(tokenized({}, {"beam_width": width}))
+
+
+def ask_logprobs(length, fields, **params):
+    fields = {"input_ids": array("q", [1]) * length, "return_logprob": True} | fields
+    check_logprobs(tokenized(fields, params), vocab_size=202048, context_len=1 << 20)
+
+
+@pytest.mark.parametrize("length, fields, params", [
+    (1 << 20, {"top_logprobs_num": 20, "logprob_start_len": 0}, {"max_new_tokens": None}),
+    (1, {"top_logprobs_num": 20}, {"max_new_tokens": None, "n": 1000}),
+    (1 << 14, {"top_logprobs_num": 1023, "token_ids_logprob": [1], "logprob_start_len": 0}, {"max_new_tokens": 0}),
+    (1 << 15, {"top_logprobs_num": 1024, "logprob_start_len": 1 << 14}, {"max_new_tokens": 0}),
+    (1 << 19, {"token_ids_logprob": list(range(202048))}, {"max_new_tokens": 83}),
+    (1 << 19, {"token_ids_logprob": list(range(202048)), "return_logprob": False, "logprob_start_len": 0}, {"max_new_tokens": None}),
+    (1 << 10, {"top_logprobs_num": 1024, "logprob_start_len": 1 << 20}, {"max_new_tokens": 1 << 14}),  # which SGLang refuses
+    (1 << 10, {"token_ids_logprob": [1] * 21, "session_params": SessionParams(id="a")}, {}),
+], ids=lambda value: str(value)[:100])  # fmt: skip
+def test_logprobs_that_are_taken(length, fields, params):
+    ask_logprobs(length, fields, **params)
+
+
+@pytest.mark.parametrize("length, fields, params, message", [
+    (1, {"token_ids_logprob": [1] * 202049, "return_logprob": False}, {}, "token_ids_logprob has 202049 tokens, needs at most 202048"),
+    (1 << 14, {"top_logprobs_num": 1023, "token_ids_logprob": [1], "logprob_start_len": 0}, {"max_new_tokens": 1},
+     f"top_logprobs_num is 1023 and token_ids_logprob has 1 tokens, which is {MAX_LOGPROBS + 1024} logprobs at 16385 positions"),
+    (1, {"token_ids_logprob": list(range(202048))}, {"max_new_tokens": 84}, "at 84 positions"),
+    (1 << 19, {"top_logprobs_num": 21, "logprob_start_len": 0}, {"max_new_tokens": None}, f"at {1 << 20} positions"),
+    (1, {"top_logprobs_num": 1024}, {"max_new_tokens": 16, "n": 1025}, "at 16400 positions"),
+    (5, {"top_logprobs_num": 1000, "logprob_start_len": 0, "session_params": SessionParams(id="a")}, {"max_new_tokens": 4},
+     f"at {(1 << 20) + 4} positions"),
+], ids=lambda value: str(value)[:100])  # fmt: skip
+def test_logprobs_that_memory_would_not_last_for(length, fields, params, message):
+    with pytest.raises(ValueError, match=message):
+        ask_logprobs(length, fields, **params)

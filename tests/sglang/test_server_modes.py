@@ -15,13 +15,16 @@ from llama4_kernels.sglang.weights import adapt_quant_config
 
 PLAIN = SimpleNamespace(
     parallel=SimpleNamespace(
-        tp_size=2, moe_ep_size=1, pp_size=1, attn_cp_size=1, attn_dcp_size=1, moe_dp_size=1, dwdp_size=1, moe_dense_tp_size=None
+        tp_size=2, moe_ep_size=1, pp_size=1, attn_cp_size=1, attn_dcp_size=1, moe_dp_size=1, dwdp_size=1, moe_dense_tp_size=None,
+        dp_size=1, load_balance_method="round_robin",
     ),
     model=SimpleNamespace(is_embedding=False, kv_cache_dtype="auto", load_format="auto", weight_cache_mode="off"),
     spec=SimpleNamespace(speculative_algorithm=None, speculative_eagle_topk=None),
-    disagg=SimpleNamespace(enable_pdmux=False),
+    disagg=SimpleNamespace(enable_pdmux=False, disaggregation_mode="null", disaggregation_transfer_backend="mooncake"),
+    schedule=SimpleNamespace(max_queued_requests=None, enable_priority_scheduling=False),
+    device=SimpleNamespace(device="cuda"),
     lora=SimpleNamespace(enable_lora=None),
-    memory=SimpleNamespace(enable_unified_memory=False),
+    memory=SimpleNamespace(enable_unified_memory=False, enable_hierarchical_cache=False),
     deterministic=SimpleNamespace(enable_deterministic_inference=False),
     moe=SimpleNamespace(moe_runner_backend="auto", moe_a2a_backend="none", kt_weight_path=None, enable_paged_experts=False),
     overlap=SimpleNamespace(enable_two_batch_overlap=False, enable_single_batch_overlap=False),
@@ -41,6 +44,8 @@ def check(monkeypatch, **changes):
     monkeypatch.setattr(server_modes, "get_disagg", lambda: flags.disagg)
     monkeypatch.setattr(server_modes, "get_lora", lambda: flags.lora)
     monkeypatch.setattr(server_modes, "get_memory", lambda: flags.memory)
+    monkeypatch.setattr(server_modes, "get_schedule", lambda: flags.schedule)
+    monkeypatch.setattr(server_modes, "get_device", lambda: flags.device)
     monkeypatch.setattr(server_modes, "get_exec", lambda: flags)
     server_modes.check_server()
 
@@ -52,6 +57,13 @@ def check(monkeypatch, **changes):
     {"moe": {"moe_runner_backend": "triton"}},
     {"spec": {"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 1}},
     {"spec": {"speculative_algorithm": "STANDALONE", "speculative_eagle_topk": 1}},
+    {"parallel": {"dp_size": 2}},
+    {"parallel": {"load_balance_method": "follow_bootstrap_room"}},
+    {"parallel": {"dp_size": 2, "load_balance_method": "follow_bootstrap_room"}, "disagg": {"disaggregation_mode": "prefill"}},
+    {"parallel": {"dp_size": 2, "load_balance_method": "follow_bootstrap_room"}, "disagg": {"disaggregation_transfer_backend": "fake"}},
+    {"schedule": {"max_queued_requests": 0}},
+    {"schedule": {"max_queued_requests": 1, "enable_priority_scheduling": True}},
+    {"memory": {"enable_hierarchical_cache": True}},
 ], ids=str)  # fmt: skip
 def test_what_the_model_serves(monkeypatch, changes):
     check(monkeypatch, **changes)
@@ -86,20 +98,24 @@ def test_what_the_model_serves(monkeypatch, changes):
     ({"deterministic": {"enable_deterministic_inference": True}}, "--enable-deterministic-inference, needs ops whose bits"),
     ({"spec": {"speculative_algorithm": "NGRAM", "speculative_eagle_topk": 1}}, "--speculative-algorithm NGRAM, needs EAGLE or EAGLE3 or"),
     ({"spec": {"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 4}}, "--speculative-eagle-topk 4, needs 1: drafts of one"),
+    ({"parallel": {"dp_size": 2, "load_balance_method": "follow_bootstrap_room"}}, "--load-balance-method follow_bootstrap_room, needs"),
+    ({"schedule": {"max_queued_requests": 0, "enable_priority_scheduling": True}}, "--max-queued-requests 0, needs 1 or more with"),
+    ({"device": {"device": "cpu"}, "memory": {"enable_hierarchical_cache": True}}, "--enable-hierarchical-cache on the CPU, needs a GPU"),
 ], ids=str)  # fmt: skip
 def test_what_the_model_refuses(monkeypatch, changes, message):
     with pytest.raises(ValueError, match=f"does not serve Llama 4 with {message}"):
         check(monkeypatch, **changes)
 
 
-@pytest.mark.parametrize("variable, needs", [
-    ("SGLANG_USE_HND_KVCACHE", "a cache in which the heads"),
-    ("SGLANG_SIMULATE_UNIFORM_EXPERTS", "tokens that go to the experts of their router"),
-    ("SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS", "tokens that go to the experts of their router"),
+@pytest.mark.parametrize("variable, value, needs", [
+    ("SGLANG_USE_HND_KVCACHE", 1, "a cache in which the heads"),
+    ("SGLANG_SIMULATE_UNIFORM_EXPERTS", 1, "tokens that go to the experts of their router"),
+    ("SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS", 1, "tokens that go to the experts of their router"),
+    ("SGLANG_USE_PICKLE_IPC", 0, "1: SGLang's scheduler ends at a nested field"),
 ])  # fmt: skip
-def test_variables_that_the_model_refuses(monkeypatch, variable, needs):
-    monkeypatch.setenv(variable, "1")
-    with pytest.raises(ValueError, match=f"with {variable}=1, needs {needs}"):
+def test_variables_that_the_model_refuses(monkeypatch, variable, value, needs):
+    monkeypatch.setenv(variable, str(value))
+    with pytest.raises(ValueError, match=f"with {variable}={value}, needs {needs}"):
         check(monkeypatch)
 
 

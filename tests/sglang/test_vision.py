@@ -30,6 +30,7 @@ def test_an_image_request(make, tmp_path):
             ("<|image|><|patch|>", {"image_data": [image]}, "<|patch|> beside image_data"),
             ("a", {"image_data": [image]}, "image_data has 1 images, the prompt has <|image|> 0 times"),
             ("<|image|>", {"image_data": [image] * 2}, "image_data has 2 images, the prompt has <|image|> 1 times"),
+            ("<|image|>", {"image_data": [image], "mm_hashes": ["ab"]}, "mm_hashes is given"),
             ("a", {"video_data": ["a.mp4"]}, "video_data is given"),
             ("a", {"audio_data": ["a.wav"]}, "audio_data is given"),
             ("", {"image_data": [image]}, "the request cannot be read"),
