@@ -120,7 +120,11 @@ if [ -n "$no_nvcc" ] && [ -n "$no_gpu" ]; then
 else
     step build env LLAMA4_KERNELS_CUDA=on "${install[@]}"
     # So that the kernels in Triton are tested nonetheless.
-    if [ ! -d "$installed" ]; then step build-without-cuda env LLAMA4_KERNELS_CUDA=off "${install[@]}"; fi
+    if [ -d "$installed" ]; then
+        skip build-without-cuda "not needed"
+    else
+        step build-without-cuda env LLAMA4_KERNELS_CUDA=off "${install[@]}"
+    fi
 fi
 step package "${pytest[@]}" --junitxml "$out/package.xml" tests/test_package.py
 
@@ -141,18 +145,19 @@ else
     # pytest-benchmark, where it is installed, would warn in each worker that it is off there.
     workers=(-n "$jobs" --dist worksteal --timeout-method thread -p no:benchmark)
     gpu_tests() { # name, what -k takes, most seconds of a test
-        local name=tests-$1 these=(-v -m gpu -k "$2" --continue-on-collection-errors --ignore "$measuring")
+        local name=tests-$1 these=(-m gpu -k "$2" --continue-on-collection-errors --ignore "$measuring")
         # Tests run side by side; one that hangs or faults ends its process, and another takes the tests left.
         # Without the plugins for that there is a process for each file.
         if "$python" -c 'import pytest_timeout, xdist' 2> /dev/null; then
-            step "$name" env OMP_NUM_THREADS=2 "${pytest[@]}" "${these[@]}" "${workers[@]}" --timeout "$3" --junitxml "$out/$name.xml" tests
+            step "$name" env OMP_NUM_THREADS=2 "${pytest[@]}" -v "${these[@]}" "${workers[@]}" --timeout "$3" \
+                --junitxml "$out/$name.xml" tests
             return
         fi
         rm -f "$out/$name-list.log"
         step "$name-list" "${pytest[@]}" "${these[@]}" --collect-only -q tests
         for file in $(sed -n 's/^\(tests[^:]*\)::.*/\1/p' "$out/$name-list.log" 2> /dev/null | uniq); do
             each=$name-$(basename "$file" .py)
-            step_seconds=$file_seconds step "$each" "${pytest[@]}" "${these[@]}" --junitxml "$out/$each.xml" "$file"
+            step_seconds=$file_seconds step "$each" "${pytest[@]}" -v "${these[@]}" --junitxml "$out/$each.xml" "$file"
         done
     }
     gpu_tests cuda "not triton" "$test_seconds"

@@ -219,28 +219,32 @@ def test_a_second_gpu_check_keeps_what_the_first_found(tmp_path):
     assert statuses == ["failed"], rows
 
 
-# A Python on a Hopper host with nvcc, whose build fails where FAILS says so, and whose tests do nothing.
-GPU_HOST = """#!/bin/bash
+# A Python on a Hopper host with nvcc, whose build fails where FAILS says so, and whose tests do nothing; where PLAIN is set without plugins
+# of pytest.
+GPU_HOST = r"""#!/bin/bash
 case "$*" in
     *torch.cuda.get_device_capability* | *setup.missing_tools*) echo "a warning" >&2 ;;
     "-m pip"*) [ "$LLAMA4_KERNELS_CUDA" != "$FAILS" ] && mkdir -p "${PYTHONPATH%%:*}" ;;
-    *--collect-only*) echo "llama4_kernels: ${PYTHONPATH%%:*}/llama4_kernels" ;;
+    *-v*--collect-only*) echo "<Function test_a>" ;;
+    *--collect-only*) printf 'llama4_kernels: %s\ntests/test_a.py::test_a\n' "${PYTHONPATH%%:*}/llama4_kernels" ;;
+    *pytest_timeout*) [ -z "$PLAIN" ] ;;
     "- "*) exec python3 "$@" ;;
     *) echo "ran" ;;
 esac
 """
 
 
-@pytest.mark.parametrize("fails", ["", "on"], ids=["built", "not built"])
-def test_the_gpu_check_begins_with_what_says_most_and_tests_triton_without_a_build(fails, tmp_path):
+@pytest.mark.parametrize("fails, plain", [("", ""), ("on", ""), ("", "1")], ids=["built", "not built", "without plugins of pytest"])
+def test_the_gpu_check_begins_with_what_says_most_and_tests_triton_without_a_build(fails, plain, tmp_path):
     """CUDA's tests and races before Triton's, whose compiler takes most of the time; a build that fails leaves Triton's kernels to test."""
     python = tmp_path / "python"
     python.write_text(GPU_HOST)
     python.chmod(0o755)
-    statuses = {row[0]: row[1] for row in check_without_a_gpu(tmp_path / "out", "build tests trials", PYTHON=str(python), FAILS=fails)}
+    statuses = {row[0]: row[1] for row in check_without_a_gpu(tmp_path / "out", "build tests trials", PYTHON=str(python), FAILS=fails, PLAIN=plain)}
     steps = [name for name, status in statuses.items() if status != "skipped"]
     build = ["build", "build-without-cuda"] if fails else ["build"]
-    assert steps == [*build, "tests-cuda", "tests-triton", "trials-as-they-are", "trials-PDL-0", "trials-PREFETCH-1"]
+    tests = [f"tests-{kind}{end}" for kind in ("cuda", "triton") for end in (("-list", "-test_a") if plain else ("",))]
+    assert steps == [*build, *tests, "trials-as-they-are", "trials-PDL-0", "trials-PREFETCH-1"]
     assert [name for name in steps if statuses[name] == "failed"] == (["build"] if fails else [])
 
 

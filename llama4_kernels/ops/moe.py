@@ -72,8 +72,8 @@ def moe_down(
     shared: [T, I_shared], routed: [T, I], in sorted order, as moe_gate_up returns them: Quantized where that path's w2 is fp8.
     routing: the one that moe_gate_up was given. weights: the layer's, of which w2 and shared_w2 are multiplied and the others checked.
     out_dtype: bfloat16 or float32, or None for the dtype of the hidden activations that are not Quantized (bfloat16 where both are).
-    Returns y [T, H] in token order. Both products are added in fp32 and rounded once. A NaN or infinity in w2[e] reaches the tokens of expert
-    e, and with Triton those of other experts too, where they stand near them in sorted order.
+    Returns y [T, H] in token order. Both products are added in fp32 and rounded once. A NaN or infinity in w2[e] reaches the tokens of
+    expert e, and with Triton those of other experts too, where they stand near them in sorted order.
     Raises TypeError or ValueError for a wrong dtype, shape, device or layout, and on the CPU (on a GPU with LLAMA4_KERNELS_CHECK_VALUES=1)
     for a routing whose parts do not agree and for scales out of range; BackendError where a backend is asked for that cannot compute it;
     RuntimeError in a backward pass.

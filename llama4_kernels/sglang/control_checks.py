@@ -44,8 +44,9 @@ def _check_continue(manager, request) -> None:
 
 def _resume_to_abort(manager, request) -> None:
     """Before generation is paused by aborts, let a server go on that is paused already: an abort ends with the next step, for which SGLang
-    would wait, and have /continue_generation wait too."""
-    if request.mode != "abort" or not manager.is_pause:
+    would wait, and have /continue_generation wait too. After a pause by aborts there is nothing to let go on."""
+    paused_by, manager.llama4_kernels_pause = getattr(manager, "llama4_kernels_pause", None), request.mode
+    if request.mode != "abort" or not manager.is_pause or paused_by == "abort":
         return
     from sglang.srt.managers.io_struct import ContinueGenerationReqInput
 

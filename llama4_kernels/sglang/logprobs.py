@@ -1,7 +1,7 @@
 """Logprobs of prompts that SGLang 0.5.23 gives to the wrong request.
 
-The scheduler of overlapped steps may retract a request, for want of memory, before it has read what the request's prefill gave. It then passes over
-the request, but not over the logprobs of its prompt, which the next request of the batch gets as its own.
+The scheduler of overlapped steps may retract a request, for want of memory, before it has read what the request's prefill gave. It then
+skips the request, but does not skip the logprobs of its prompt, which the next request of the batch gets as its own.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ def leave_out_unread(processor, batch, result) -> None:
         result.copy_done.synchronize()
     result.logits_output.finalize_input_logprobs()
     counts = [
-        max(0, processor.logprob_result_processor.calculate_num_input_logprobs(request, length, start))
+        processor.logprob_result_processor.calculate_num_input_logprobs(request, length, start)
         for request, length, start in zip(
             batch.reqs, result.extend_input_len_per_req, result.extend_logprob_start_len_per_req, strict=True
         )
     ]
-    read = torch.repeat_interleave(~torch.tensor(unread), torch.tensor(counts))
-    result.logits_output.input_token_logprobs = result.logits_output.input_token_logprobs[read]
+    values = result.logits_output.input_token_logprobs
+    if sum(counts) == len(values):  # not where SGLang counts positions that it was not asked for, which it does not read either
+        result.logits_output.input_token_logprobs = values[torch.repeat_interleave(~torch.tensor(unread), torch.tensor(counts))]

@@ -85,6 +85,9 @@ def check_request(
         if not computes_whole_prompts:
             raise ValueError("token_indices_to_pool is given, needs a server with --disable-radix-cache and --chunked-prefill-size -1")
         _check_positions("token_indices_to_pool", request.token_indices_to_pool, len(input_ids or ()))
+        start, first = request.logprob_start_len, min(request.token_indices_to_pool)
+        if request.return_logprob and start > first:
+            raise ValueError(f"logprob_start_len is {start}, needs -1 or at most {first}, the first of token_indices_to_pool")
     if request.custom_logit_processor:
         _check_logit_processor(request.custom_logit_processor)
     check_media(request, input_ids or [], image_tokens)
@@ -140,7 +143,8 @@ def check_logprobs(request: msgspec.Struct, *, vocab_size: int, context_len: int
     new = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
     length = context_len if request.session_params is not None else len(request.input_ids)  # of earlier turns the scheduler alone knows
     start = length if request.logprob_start_len == -1 else min(request.logprob_start_len, length)
-    positions = params.n * (length - start + new)
+    of_prompt = length - start if request.token_indices_to_pool is None else len(request.token_indices_to_pool)
+    positions = params.n * min(of_prompt + new, context_len)
     if (count := positions * (top + named)) > MAX_LOGPROBS:
         raise ValueError(
             f"top_logprobs_num is {top} and token_ids_logprob has {named} tokens, which is {count} logprobs at {positions} positions, "

@@ -1,12 +1,14 @@
 """Asking a real SGLang server, and comparing it with transformers."""
 
 import contextlib
+import json
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import preloaded
+import requests
 import torch
 
 from llama4_kernels.cli.checkpoint import BYTES, CHUNK
@@ -85,6 +87,14 @@ def ask_at_once(
         entries = (meta["input_token_logprobs"][1:] if whole else []) + meta["output_token_logprobs"]
         answers.append(Answer(ids, answer["output_ids"], torch.tensor([entry[0] for entry in entries]), meta))
     return answers
+
+
+def begin(server: Server, body: dict) -> Iterator[dict]:
+    """The rest of a stream of /generate, whose request runs already."""
+    answer = requests.post(f"{server.url}/generate", json=body | {"stream": True}, stream=True, timeout=120)
+    parts = (json.loads(line.removeprefix(b"data: ")) for line in answer.iter_lines() if line.startswith(b"data: {"))
+    next(parts)
+    return parts
 
 
 def difference(answer: Answer, oracle: Oracle) -> torch.Tensor:

@@ -3,13 +3,12 @@
 import asyncio
 import contextlib
 import threading
-import time
 from types import SimpleNamespace
 
 import pytest
 import requests
 import torch
-from engine import ask, assert_agrees, llama4_server, prompt
+from engine import ask, assert_agrees, begin, llama4_server, prompt
 from sglang.srt.environ import envs
 
 from llama4_kernels.sglang import request_hooks
@@ -60,14 +59,12 @@ def check_pauses(server, path):
     """Updates at once while generation is paused, and a pause by aborts of what is paused already."""
     for mode in ("in_place", "retract"):
         asked = {"input_ids": prompt(4), "sampling_params": {"max_new_tokens": 1000, "ignore_eos": True}}
-        (aborted,) = in_background(server, ("generate", asked))
-        time.sleep(1)
+        aborted = begin(server, asked)
         server.post("/pause_generation", {"mode": mode})
         for updated in ended(in_background(server, *[("update_weights_from_disk", {"model_path": str(path), "flush_cache": False})] * 3)):
             assert updated.json()["success"], updated.text
         server.post("/pause_generation", {"mode": "abort"}, timeout=30)
-        (answer,) = ended([aborted])
-        assert answer.json()["meta_info"]["finish_reason"]["type"] == "abort"
+        assert list(aborted)[-1]["meta_info"]["finish_reason"]["type"] == "abort"
         (waiting,) = in_background(server, ("generate", asked | {"sampling_params": {"max_new_tokens": 4}}))
         server.post("/continue_generation", {}, timeout=30)
         assert ended([waiting])[0].status_code == 200
@@ -94,13 +91,18 @@ def ended(started):
     return [answers[0] for _, answers in started]
 
 
-@pytest.mark.parametrize("mode, paused, sent", [("abort", True, 2), ("abort", False, 0), ("in_place", True, 0), ("retract", False, 0)])
-def test_what_is_paused_goes_on_to_be_aborted(mode, paused, sent):
+@pytest.mark.parametrize("modes, paused, sent", [
+    (["in_place", "abort"], True, 2), (["retract", "abort"], True, 2), (["in_place", "abort", "abort"], True, 2), (["abort", "abort"], True, 0),
+    (["in_place", "abort"], False, 0), (["abort"], False, 0), (["abort", "in_place"], True, 0), (["retract"], False, 0),
+], ids=str)  # fmt: skip
+def test_what_is_paused_goes_on_to_be_aborted(modes, paused, sent):
     messages = []
     manager = SimpleNamespace(
-        is_pause=paused, rid_to_state={}, _dispatch_to_scheduler=messages.append, abort_request=lambda abort_all: messages.append("abort")
+        is_pause=False, rid_to_state={}, _dispatch_to_scheduler=messages.append, abort_request=lambda abort_all: messages.append("abort")
     )
-    CHECKS["pause_generation"](manager, SimpleNamespace(mode=mode))
+    for mode in modes:
+        CHECKS["pause_generation"](manager, SimpleNamespace(mode=mode))
+        manager.is_pause = paused
     assert len(messages) == sent and messages[:1] in ([], ["abort"])
 
 

@@ -116,10 +116,10 @@ def replace(session, turn, monkeypatch):
 
 
 def test_an_abort_spares_requests_whose_rids_begin_with_its_own():
-    requests = {rid: SimpleNamespace(rid=rid) for rid in ("a", "ab", "abc", "b", "ac")}
-    a, ab, abc, b, ac = requests.values()
+    requests = {rid: SimpleNamespace(rid=rid) for rid in ("a", "ab", "abc", "b", "ac", "job_0", "job_12", "job_x")}
+    a, ab, abc, b, ac, *jobs = requests.values()
     scheduler = SimpleNamespace(
-        waiting_queue=[a, ab], grammar_manager=SimpleNamespace(grammar_queue=[abc]), collect_inflight_reqs=lambda: [ab, b], chunked_req=ac,
+        waiting_queue=[a, ab, *jobs], grammar_manager=SimpleNamespace(grammar_queue=[abc]), collect_inflight_reqs=lambda: [ab, b], chunked_req=ac,
         model_config=of(plugin.MODEL_IMPL),
     )  # fmt: skip
 
@@ -134,6 +134,7 @@ def test_an_abort_spares_requests_whose_rids_begin_with_its_own():
         assert all(each.rid == name for name, each in requests.items())
         return result
 
+    assert aborted("job") == ["job_0", "job_12"], "a batch's"
     assert aborted("a") == ["a"] and aborted("ab") == ["ab"] and aborted("") == aborted("", abort_all=True) == list(requests)
     with pytest.raises(RuntimeError):
         aborted("a", fails=True)

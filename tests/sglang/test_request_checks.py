@@ -63,6 +63,7 @@ def referring(count):
     ([1], {"sampling_params": {"stop_regex": ["a+", "b|c"]}}),
     ([1], {"sampling_params": {"stop_regex": "[ab]"}}),
     ([1, 2], {"token_indices_to_pool": [0, 1]}),
+    ([1, 2], {"token_indices_to_pool": [1], "return_logprob": True, "logprob_start_len": 1}),
     ([1], {"sampling_params": {"top_k": 2**31 - 1, "min_new_tokens": 2**31 - 1}}),
     ([1], {"sampling_params": {"logit_bias": {"5": -1e30, "6": 100}, "repetition_penalty": 1e-3}}),
     ([1], {"sampling_params": {"logit_bias": None, "repetition_penalty": None}}),
@@ -130,6 +131,7 @@ def test_an_end_of_the_answer_outside_of_the_vocabulary():
     ([1], {"sampling_params": {"min_new_tokens": 2**40}}, "min_new_tokens is 1099511627776, needs at most 2147483647"),
     ([1, 2], {"token_indices_to_pool": [1, 2]}, r"token_indices_to_pool is \[1, 2\], needs positions of the prompt, from 0 to 1"),
     ([1, 2], {"token_indices_to_pool": [0, -1]}, r"token_indices_to_pool is \[0, -1\], needs positions of the prompt, from 0 to 1"),
+    ([1, 2], {"token_indices_to_pool": [1, 0], "return_logprob": True, "logprob_start_len": 1}, "logprob_start_len is 1, needs -1 or at most 0"),
     ([1, 2], {"token_indices_to_pool": []}, r"token_indices_to_pool is \[\], needs positions of the prompt, from 0 to 1"),
     ([1], {"sampling_params": {"stop_regex": "("}}, r"stop_regex is '\(', needs a regular expression"),
     ([1], {"sampling_params": {"stop_regex": ["a", "("]}}, r"stop_regex is '\(', needs a regular expression"),
@@ -264,6 +266,7 @@ def ask_logprobs(length, fields, **params):
     (1 << 19, {"token_ids_logprob": list(range(202048)), "return_logprob": False, "logprob_start_len": 0}, {"max_new_tokens": None}),
     (1 << 10, {"top_logprobs_num": 1024, "logprob_start_len": 1 << 20}, {"max_new_tokens": 1 << 14}),  # which SGLang refuses
     (1 << 10, {"token_ids_logprob": [1] * 21, "session_params": SessionParams(id="a")}, {}),
+    (1 << 15, {"token_ids_logprob": [1] * 513, "token_indices_to_pool": [1, 2], "logprob_start_len": 0}, {"max_new_tokens": 0}),
 ], ids=lambda value: str(value)[:100])  # fmt: skip
 def test_logprobs_that_are_taken(length, fields, params):
     ask_logprobs(length, fields, **params)
@@ -277,7 +280,7 @@ def test_logprobs_that_are_taken(length, fields, params):
     (1 << 19, {"top_logprobs_num": 21, "logprob_start_len": 0}, {"max_new_tokens": None}, f"at {1 << 20} positions"),
     (1, {"top_logprobs_num": 1024}, {"max_new_tokens": 16, "n": 1025}, "at 16400 positions"),
     (5, {"top_logprobs_num": 1000, "logprob_start_len": 0, "session_params": SessionParams(id="a")}, {"max_new_tokens": 4},
-     f"at {(1 << 20) + 4} positions"),
+     f"at {1 << 20} positions"),
 ], ids=lambda value: str(value)[:100])  # fmt: skip
 def test_logprobs_that_memory_would_not_last_for(length, fields, params, message):
     with pytest.raises(ValueError, match=message):
