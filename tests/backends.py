@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llama4_kernels import BackendError, available_backends, ops, use_backend
 from llama4_kernels.bench.inputs import mapped
 from llama4_kernels.ops import Linear
+from llama4_kernels.ops import backend as choice
 from llama4_kernels.ops.backend import BACKENDS, OPS
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -88,6 +89,14 @@ def assert_replays(backend: str, op: str, given: Call, others: Call, *, meanwhil
                     tensor.view(torch.uint8).fill_(0xA5)
                 replay()
                 assert_same_bits([static, captured], want)
+
+
+def forget_choices() -> None:
+    """Let backends be chosen anew, as a test needs before and after it has changed what there is."""
+    for cached in vars(choice).values():
+        if hasattr(cached, "cache_clear"):
+            cached.cache_clear()
+    choice._logged.clear()
 
 
 def call(op: str, arguments: Call):

@@ -13,26 +13,20 @@ import pytest
 import torch
 
 import llama4_kernels
+from backends import forget_choices
 from llama4_kernels import BackendError, available_backends, ops, use_backend
 from llama4_kernels.ops import backend
 
 CPU = torch.device("cpu")
-CACHED = [function for function in vars(backend).values() if hasattr(function, "cache_clear")]
 
 
 @pytest.fixture(autouse=True)
 def no_request(monkeypatch):
     monkeypatch.delenv(backend.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    forget()
+    forget_choices()
     yield
-    forget()
-
-
-def forget():
-    for cached in CACHED:
-        cached.cache_clear()
-    backend._logged.clear()
+    forget_choices()
 
 
 @pytest.fixture
@@ -268,7 +262,7 @@ def test_a_request_decides_which_function_runs(triton_on_cpu, monkeypatch):
     calls = []
     real = reference.quantize_per_token
     monkeypatch.setattr(reference, "quantize_per_token", lambda x: calls.append(x) or real(x))
-    forget()
+    forget_choices()
     with use_backend(quantize_per_token="reference"):
         ops.quantize_per_token(torch.ones(1, 2))
     assert len(calls) == 1

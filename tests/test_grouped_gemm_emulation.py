@@ -6,7 +6,7 @@ import emulation
 import planted
 import pytest
 import torch
-from backends import assert_same_bits
+from backends import assert_same_bits, forget_choices
 from guards import Guarded
 from test_grouped_gemm import int32, offsets_of
 from torch import Tensor
@@ -194,15 +194,14 @@ def test_arguments_that_it_does_not_take(module, monkeypatch, a, b, reason):
     find = backend._in_module
     monkeypatch.setattr(backend, "_why_not", lambda name, op, device, dtype: "" if name != "triton" else "no GPU")
     monkeypatch.setattr(backend, "_in_module", lambda name, op, of: getattr(module, of) if name == "cuda" else find(name, op, of))
-    for cached in (backend._choose, backend._find, backend._refusal):
-        cached.cache_clear()
+    forget_choices()
     try:
         with use_backend("cuda"), pytest.raises(BackendError, match=f"asks for cuda to compute grouped_gemm on cpu, but {reason}"):
             ops.grouped_gemm(a, b, offsets)
         assert_same_bits(ops.grouped_gemm(a, b, offsets), reference.grouped_gemm(a, b, offsets))
     finally:
-        for cached in (backend._choose, backend._find, backend._refusal):
-            cached.cache_clear()
+        monkeypatch.undo()
+        forget_choices()
 
 
 NAN = "nan"
