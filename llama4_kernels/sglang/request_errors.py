@@ -11,20 +11,20 @@ from collections.abc import Iterator
 
 logger = logging.getLogger(__name__)
 
-# What code raises that reads a field of another type or length than it takes the field to have.
-UNEXPECTED = (TypeError, AttributeError, KeyError, IndexError, AssertionError, OverflowError)
+# What code raises that reads a field of another type, length or depth than it takes the field to have.
+UNEXPECTED = (TypeError, AttributeError, KeyError, IndexError, AssertionError, OverflowError, RecursionError)
 
 
 @contextlib.contextmanager
 def read_request() -> Iterator[None]:
-    """ValueError in place of an UNEXPECTED error, and of a RuntimeError about a file: for code that reads a request and computes nothing yet."""
+    """ValueError in place of an UNEXPECTED error, and of a RuntimeError about a file: for code that only reads a request."""
     try:
         yield
     except (*UNEXPECTED, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _is_about_a_file(error):
+        if not isinstance(error, UNEXPECTED) and not _is_about_a_file(error):
             raise
         logger.error("llama4_kernels: a request is answered with status 400 for %r", error, exc_info=error)
-        raise ValueError(f"the request cannot be read, a field is not of the type or length that it needs: {error!r}") from error
+        raise ValueError(f"the request cannot be read, a field is not of the type, length or depth that it needs: {error!r}") from error
 
 
 def _is_about_a_file(error: BaseException | None) -> bool:

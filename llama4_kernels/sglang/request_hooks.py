@@ -51,8 +51,10 @@ async def _tokenize_request(original, manager, *args):
     if not is_our_model(manager.model_config):
         return await original(manager, *args)
     from llama4_kernels.sglang.request_errors import read_request
+    from llama4_kernels.sglang.text_checks import check_length
 
     with read_request():
+        check_length("text", args[-1].text, manager)
         return await original(manager, *args)
 
 

@@ -83,6 +83,51 @@ MISTYPED = (
     ("v1/chat/completions", {"model": "tiny", "messages": HELLO, "chat_template_kwargs": {"spaces_between_special_tokens": []}}),
 )  # fmt: skip
 
+# A template, which might have no end, and arguments that Python does not copy.
+TEMPLATE = {"chat_template_kwargs": {"chat_template": "a"}}
+DEEP = {"id": "a", "type": "function", "function": {"name": "A", "arguments": '{"a": ' * 600 + "1" + "}" * 600}}
+IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
+TOO_LONG = "needs at most 29696, 29 for each of the 1024 tokens"  # as long as <|reserved_special_token_10|>
+
+
+def anthropic(*blocks):
+    return {"model": "tiny", "max_tokens": 4, "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, *blocks]}]}
+
+
+# What SGLang would compute for hours, or leave out, and what the answer says of it.
+UNSERVED = (
+    ("v1/responses", {"input": "a", **TEMPLATE}, "chat_template_kwargs has chat_template"),
+    ("v1/decisions", {"input": "a", "questions": [{"id": "a", "type": "yes_no", "question": "a"}], **TEMPLATE},
+     "chat_template_kwargs has chat_template"),
+    ("v1/systemone", {"model": "tiny", "state": "a", "questions": {"a": {"type": "noul", "instructions": "a"}}, **TEMPLATE},
+     "chat_template_kwargs has chat_template"),
+    ("v1/responses", {"input": "a", "tool_choice": {"type": "function", "function": "A"}}, "tool_choice has function 'A'"),
+    ("parse_function_call", {"text": "a", "tools": [TOOL], "tool_call_parser": "deepseekv3"},
+     "tool_call_parser is deepseekv3, needs pythonic"),
+    ("separate_reasoning", {"text": "a", "reasoning_parser": "GPT-OSS"}, "reasoning_parser is GPT-OSS"),
+    ("v1/score", {"model": "tiny", "query": "a", "items": [[5]], "label_token_ids": [1]}, "query is a text and items has tokens"),
+    ("v1/completions", {"model": "tiny", "prompt": "a", "session_params": {"id": "a"}},
+     "session_params is given, needs the route /generate"),
+    ("v1/completions", {"model": "tiny", "prompt": "a", "suffix": "b"}, "suffix is given"),
+    ("v1/completions", {"model": "tiny", "prompt": "a", "best_of": 2}, "best_of is 2, needs at most n, which is 1"),
+    *((route, {"model": "tiny", "messages": HELLO, "session_params": {"id": "a"}}, "session_params is given, needs the route /generate")
+      for route in ("v1/chat/completions", "invocations")),
+    *((route, anthropic(block), "an image has no source that is read")
+      for route in ("v1/messages", "v1/messages/count_tokens")
+      for block in (IMAGE, {"type": "image", "source": "a.png"}, {"type": "tool_result", "tool_use_id": "a", "content": [IMAGE]})),
+    ("v1/chat/completions", {"model": "tiny", "messages": [*HELLO, {"role": "assistant", "tool_calls": [DEEP]}, *HELLO]}, "RecursionError"),
+    *((f"api/{route}", {"model": "tiny", "format": "json", **question}, "format is given")
+      for route, question in (("generate", {"prompt": "a"}), ("chat", {"messages": HELLO}))),
+    *((route, {"model": "tiny", **body}, TOO_LONG) for route, body in (
+        ("generate", {"text": "a" * 30000}),
+        ("generate", {"text": ["a", "a" * 30000]}),
+        ("v1/completions", {"prompt": "a" * 30000}),
+        ("v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 30000}]}),
+        ("v1/responses", {"input": "a" * 30000}),
+        ("api/chat", {"messages": [{"role": "user", "content": "a" * 30000}]}),
+        ("api/generate", {"prompt": "a" * 30000}))),
+)  # fmt: skip
+
 # What SGLang finds at fault after it has sent a status.
 STREAMED = (
     ("api/generate", {"model": "tiny", "prompt": "a", "options": {"num_predict": 4, "temperature": -1}}),
@@ -147,6 +192,7 @@ def test_bad_requests_are_refused(make, oracle, tmp_path):
     path = make("scout")
     # Without the first SGLang refuses input_embeds, without the second it tokenizes the texts of a batch one by one; the third reads prompts too.
     flags = ("--disable-radix-cache", "--enable-tokenizer-batch-encode", "--log-requests", "--enable-custom-logit-processor")
+    flags += ("--served-model-name=tiny",)  # which /v1/responses asks for
     with llama4_server(path, *flags, log=tmp_path / "log") as server:
         check_refusals(server)
         check_searches(server)
@@ -169,6 +215,9 @@ def check_refusals(server):
         assert 400 <= requests.post(f"{server.url}/v1/{route}", json=question | {"model": "tiny"}, timeout=60).status_code < 500
     for route, body in MISREAD + MISTYPED + STREAMED:
         assert requests.post(f"{server.url}/{route}", json=body, timeout=60).status_code == 400, (route, body)
+    for route, body, message in UNSERVED:
+        refused = requests.post(f"{server.url}/{route}", json=body, timeout=60)
+        assert refused.status_code == 400 and message in refused.text, (route, message, refused.text)
     seeded = requests.post(f"{server.url}/api/generate", json={"model": "tiny", "prompt": "a", "options": {"seed": 5}}, timeout=60)
     assert seeded.status_code == 400 and "seed is given" in seeded.text
 
@@ -193,11 +242,22 @@ def check_other_routes(server, answer):
     assert server.post("/detokenize", {"tokens": [64, 65]})["text"] == "ab"
     predicted = {"instances": [{"input_ids": prompt(70)}], "parameters": {"sampling_params": GREEDY}}
     assert server.post("/vertex_generate", predicted)["predictions"][0]["output_ids"] == answer.generated[:4]
+    whole = server.post("/v1/responses", {"model": "tiny", "input": "a", "temperature": 0, "max_output_tokens": 3})
+    assert whole["usage"]["output_tokens"] == whole["max_output_tokens"] == 3
     for route, question in (("generate", {"prompt": "a"}), ("chat", {"messages": HELLO})):
-        body = {"model": "tiny", "options": {"num_predict": 4.0, "temperature": 0}} | question
-        streamed = requests.post(f"{server.url}/api/{route}", json=body, timeout=60)
-        assert streamed.status_code == 200
-        assert [json.loads(line)["done"] for line in streamed.text.splitlines()].count(True) == 1
+        for count in (1, 4.0):
+            check_ollama_stream(server, route, {"model": "tiny", "options": {"num_predict": count, "temperature": 0}} | question)
+
+
+def check_ollama_stream(server, route, body):
+    """That it has one last chunk, and the text of an answer in one piece."""
+    streamed = requests.post(f"{server.url}/api/{route}", json=body, timeout=60)
+    assert streamed.status_code == 200
+    chunks = [json.loads(line) for line in streamed.content.splitlines()]
+    assert [chunk["done"] for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    whole, *texts = (chunk.get("response") or chunk.get("message", {}).get("content", "") for chunk in (
+        server.post(f"/api/{route}", body | {"stream": False}), *chunks))  # fmt: skip
+    assert whole and "".join(texts) == whole
 
 
 def check_sessions(server, answer):

@@ -14,7 +14,7 @@ from llama4_kernels.sglang.launch import WORKER_APP, prepare_launch
 
 
 def arguments(**changes):
-    return SimpleNamespace(**{"use_ray": False, "tokenizer_worker_num": 1} | changes)
+    return SimpleNamespace(**{"use_ray": False, "tokenizer_worker_num": 1, "api_key": None, "admin_api_key": None} | changes)
 
 
 @pytest.fixture
@@ -63,6 +63,14 @@ def test_an_http_app_without_plugins(app_path):
     app_path.set("mine:app")
     with pytest.raises(ValueError, match=f"SGLANG_HTTP_SERVER_APP_PATH is mine:app, .* --tokenizer-worker-num 2 needs {WORKER_APP}"):
         prepare_launch(arguments(tokenizer_worker_num=2))
+
+
+@pytest.mark.parametrize("flag", ["--api-key", "--admin-api-key"])
+def test_keys_that_several_http_processes_would_not_check(app_path, flag):
+    key = {flag.removeprefix("--").replace("-", "_"): "secret"}
+    prepare_launch(arguments(**key))
+    with pytest.raises(ValueError, match=f"{flag} is given with --tokenizer-worker-num 2, whose processes check no keys"):
+        prepare_launch(arguments(tokenizer_worker_num=2, **key))
 
 
 def test_ray():
