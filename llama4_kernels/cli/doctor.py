@@ -38,6 +38,7 @@ try:
     from llama4_kernels.sglang import plugin
     registered = plugin.is_registered()
     if registered:
+        plugin.register_scheduler_hooks()
         plugin.register_request_hooks()
         plugin.register_image_hooks()
         missing = plugin.missing_hooks()

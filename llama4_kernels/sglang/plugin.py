@@ -201,10 +201,19 @@ def register_image_hooks() -> None:
     HookRegistry.apply_hooks()
 
 
-def _bound_stop_patterns(result, scheduler) -> None:
+@functools.cache
+def register_scheduler_hooks() -> None:
+    """Register and apply the hooks of a process that schedules requests."""
+    _register(SCHEDULER_HOOKS)
+    HookRegistry.apply_hooks()
+
+
+def _hook_scheduler(result, scheduler) -> None:
+    """Before the scheduler makes what calls the functions hooked."""
     if is_our_model(scheduler.model_config):
         from llama4_kernels.sglang.patterns import bound_stop_patterns
 
+        register_scheduler_hooks()
         bound_stop_patterns()
 
 
@@ -310,10 +319,13 @@ HOOKS = (
     (f"{_RUNNER}.weight_updater.WeightUpdater.update_weights_from_tensor", _update_weights_from_tensor, HookType.AROUND),
     ("sglang.srt.managers.tp_worker.BaseTpWorker.deserialize_own_rank", _deserialize_own_rank, HookType.AROUND),
     (f"{_MANAGER}.init_model_config", _hook_requests, HookType.AFTER),
-    ("sglang.srt.managers.scheduler.Scheduler.init_model_config", _bound_stop_patterns, HookType.AFTER),
+    ("sglang.srt.managers.scheduler.Scheduler.init_model_config", _hook_scheduler, HookType.AFTER),
+    (f"{_DETOKENIZER}._decode_batch_token_id_output", _tell_workers_apart, HookType.AROUND),
+    ("sglang.srt.model_executor.model_runner.adjust_config_with_unaligned_cpu_tp", _adjust_config_on_cpu, HookType.AROUND),
+)
+SCHEDULER_HOOKS = (
     ("sglang.srt.managers.scheduler.Scheduler.abort_request", _abort_one, HookType.AROUND),
     ("sglang.srt.managers.schedule_batch.Req._locate_str_stop_finished_len", _end_at_stop, HookType.AROUND),
-    (f"{_DETOKENIZER}._decode_batch_token_id_output", _tell_workers_apart, HookType.AROUND),
     (f"{_PROFILER}._start_profile", _start_profile_once, HookType.AROUND),
     (f"{_SESSIONS}.Session.create_req", _forget_replaced_requests, HookType.BEFORE),
     (f"{_SESSIONS}.Session.create_req", _refuse_lost_images, HookType.AFTER),
@@ -322,5 +334,4 @@ HOOKS = (
     (f"{_RESULTS}.process_batch_result_prefill", _leave_out_unread, HookType.BEFORE),
     (f"{_RESULTS}._apply_prefill_grammar", _blame_min_new_tokens, HookType.AFTER),
     (f"{_RESULTS}._accept_grammar_tokens", _blame_min_new_tokens, HookType.AFTER),
-    ("sglang.srt.model_executor.model_runner.adjust_config_with_unaligned_cpu_tp", _adjust_config_on_cpu, HookType.AROUND),
 )

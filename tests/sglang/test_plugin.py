@@ -46,7 +46,7 @@ def test_what_other_servers_are_asked_is_left_to_sglang():
     request_hooks._check_tokenized("no request", STOCK)
     request_hooks._check_samples(None, "no request")
     request_hooks._check_control_request(Mock(side_effect=ValueError), STOCK)
-    plugin._bound_stop_patterns(None, STOCK)
+    plugin._hook_scheduler(None, STOCK)
     plugin._forget_replaced_requests("no session", SimpleNamespace(session_params=None))
     plugin._refuse_lost_images("no request", SimpleNamespace(streaming=True), "no request", None, 0)
     plugin._let_requests_end("no controller", "no session")
