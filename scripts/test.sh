@@ -4,8 +4,8 @@
 . "$(dirname "$0")/environment.sh"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ran=
-pytest() { # three at a time for two cores, since those that ask a server wait for it; 5: none of these tests is for this run
-    python -m pytest -n 3 --dist worksteal "$@" && ran=yes || [ $? -eq 5 ]
+pytest() { # 5: none of these tests is for this run
+    python -m pytest -n 2 --dist worksteal "$@" && ran=yes || [ $? -eq 5 ]
 }
 pytest "$@"
 if ! python -c "import torch; raise SystemExit(not torch.cuda.is_available())"; then
