@@ -116,11 +116,11 @@ def test_updates_wait_for_each_other():
         running.remove(request)
         return request
 
-    async def update_twice():
+    async def update_all():
         manager = SimpleNamespace(model_config=SimpleNamespace(model_impl=MODEL_IMPL, is_draft_model=False))
         return await asyncio.gather(*(request_hooks._update_in_turn(original, manager, i) for i in range(3)))
 
-    assert asyncio.run(update_twice()) == [0, 1, 2]
+    assert asyncio.run(update_all()) == [0, 1, 2]
 
 
 def test_a_group_with_a_name_is_left_to_sglang():
